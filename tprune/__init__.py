@@ -1,0 +1,38 @@
+"""tprune: prune transformers; every method under the same budget.
+
+    import tprune
+
+    with tprune.prune(model, "zero-tprune", keep=0.65):     # tokens and caches: undone at the end
+        logits = model(images)
+    tprune.prune(model, "wanda", sparsity=0.5, tokenizer=tokenizer)   # weights: in place
+    model = tprune.load("out/")                              # what `--out out/` wrote
+    tprune.methods("vit")                                    # what there is
+
+Importing tprune does not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tprune.api import load, methods, prune
+    from tprune.errors import UserError
+    from tprune.recipe import Recipe
+
+__all__ = ["Recipe", "UserError", "load", "methods", "prune"]
+
+_WHERE = {
+    "Recipe": "tprune.recipe",
+    "UserError": "tprune.errors",
+    "load": "tprune.api",
+    "methods": "tprune.api",
+    "prune": "tprune.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(import_module(_WHERE[name]), name)
+    raise AttributeError(f"module 'tprune' has no attribute '{name}'")

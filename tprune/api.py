@@ -1,0 +1,93 @@
+"""The Python API."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tprune.errors import UserError
+from tprune.methods import registry
+from tprune.progress import Progress
+from tprune.recipe import ModelSource, Recipe, Stage, check_budget
+
+
+def methods(family: str | None = None) -> list[registry.Facts]:
+    """All methods, or those of one family, with their papers and hyperparameters."""
+    return registry.facts(family)
+
+
+def prune(
+    model: Any,
+    method: str,
+    *,
+    keep: float | None = None,
+    sparsity: float | None = None,
+    pattern: str | None = None,
+    positions: str | None = None,
+    data: str | None = None,
+    tokenizer: Any = None,
+    seed: int = 0,
+    calibration: int | None = None,
+    length: int | None = None,
+    batch_size: int = 16,
+    **settings: Any,
+) -> Any:
+    """Prune a loaded timm or transformers model.
+
+    Args:
+        model: edited in place (weights) or hooked (tokens, caches).
+        method: an id, or "family/id" where several families have it.
+        keep: fraction of tokens or cache entries kept.
+        sparsity: fraction of weights removed; or `pattern`, "n:m".
+        positions: "original" or "compact" position ids; the paper's by default.
+        data: calibration text, as `--data`; the built-in by default.
+        tokenizer: of a language model, for calibration; its processor for a vision-language model.
+        seed: of everything random.
+        calibration, length: how many calibration sequences of how many tokens.
+        batch_size: of calibration.
+        settings: the method's own hyperparameters.
+
+    Returns:
+        A handle: a context manager that restores the model exactly (tokens, caches), with `achieved()` and
+        `per_layer()`.
+
+    Raises:
+        UserError: anything that does not fit.
+    """
+    from tprune.models.source import Source
+    from tprune.models.subject import Subject
+    from tprune.pipelines.run import pipeline
+
+    fact = registry.find(method)
+    stage = Stage(fact.family, fact.id, keep, sparsity, pattern, settings, positions)
+    check_budget(stage)
+    parameter = next(model.parameters())
+    library = "transformers" if hasattr(model, "config") else "timm"
+    recipe = Recipe(
+        ModelSource("a model in memory"),
+        (stage,),
+        data=data,
+        calibration=calibration,
+        length=length,
+        batch_size=batch_size,
+        device=str(parameter.device),
+        dtype=str(parameter.dtype).removeprefix("torch."),
+        seed=seed,
+    )
+    driver = pipeline(recipe, stage, Progress())
+    source = Source("a model in memory", "memory", "", library)
+    return driver.apply(Subject(model, tokenizer, source), None)
+
+
+def load(folder: str, device: str = "cpu") -> Any:
+    """The model in an output folder, ready: weights loaded, run-time methods in place.
+
+    The handle that put a run-time method there is `model.tprune_handle`; its `remove()` restores the dense model.
+    """
+    from tprune import artifact
+    from tprune.pipelines.load import open_artifact
+
+    if not artifact.is_artifact(folder):
+        raise UserError(f"{folder} is not an output folder of tprune")
+    opened = open_artifact(folder, Progress(), device)
+    opened.subject.model.tprune_handle = opened.handles[-1]
+    return opened.subject.model

@@ -1,0 +1,75 @@
+"""The `tprune` command: a group whose commands are imported only when they are called."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import click
+
+COMMANDS = {
+    "vit": "Prune the patch tokens of a vision transformer.",
+    "vlm": "Prune the visual tokens of a vision-language model.",
+    "llm-context": "Prune a language model's prompt tokens and its key-value cache.",
+    "llm-weights": "Prune a language model's weights, heads, channels or blocks.",
+    "run": "Run a recipe.",
+    "methods": "List the methods, or say all about one.",
+    "show": "Say what an output folder holds.",
+    "eval": "Measure an output folder or a model again, from disk.",
+    "bench": "Time dense and pruned models in turn.",
+    "zoo": "List and train the built-in models.",
+}
+
+
+class Lazy(click.Group):
+    """A group that knows its commands' names and one-line helps, and imports a command to run it."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        """All names, in the order people look for them."""
+        return list(COMMANDS)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        """The command's own object."""
+        if name not in COMMANDS:
+            return None
+        return importlib.import_module(f"tprune.commands.{name.replace('-', '_')}").command
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        """The list in `--help`, without importing any of them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=Lazy, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="tprune")
+def command() -> None:
+    """Prune transformers: tokens, caches, weights, structure; every method under the same budget.
+
+    \b
+      tprune vit --method zero-tprune --keep 0.65 digits-vit
+      tprune llm-weights --method wanda --sparsity 0.5 smollm2-135m
+      tprune methods
+    """
+
+
+def main() -> None:
+    """The console script: a user's mistake is one line on stderr and exit code 2, anything else 1."""
+    from tprune.errors import UserError
+
+    try:
+        command(prog_name="tprune", standalone_mode=False)
+    except UserError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.Abort:
+        click.echo("interrupted", err=True)
+        sys.exit(1)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

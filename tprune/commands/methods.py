@@ -1,0 +1,68 @@
+"""`tprune methods`: what there is, read from the sources without importing them."""
+
+import dataclasses
+import json
+
+import click
+
+from tprune.errors import UserError
+from tprune.methods import registry
+
+
+@click.command("methods")
+@click.argument("family", required=False)
+@click.argument("id", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(family: str | None, id: str | None, as_json: bool) -> None:
+    """List the methods of all families or of FAMILY, or say all about the one called ID."""
+    if family is not None and family not in registry.FAMILIES and id is None:
+        family, id = None, family
+    if id is not None:
+        fact = registry.find(id, family)
+        click.echo(json.dumps(dataclasses.asdict(fact))) if as_json else detail(fact)
+        return
+    found = registry.facts(family)
+    if not found:
+        raise UserError(f"no methods in {family}")
+    if as_json:
+        click.echo(json.dumps({"methods": [dataclasses.asdict(fact) for fact in found]}))
+        return
+    rows = [
+        (fact.family, fact.id, fact.kind, str(fact.paper.year), fact.paper.checked, fact.paper.title)
+        for fact in found
+    ]
+    columns(("family", "id", "kind", "year", "checked", "paper"), rows)
+
+
+def columns(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    """An aligned table; the last column is not padded."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head) - 1)]
+    for row in [head, *rows]:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+        click.echo("  ".join([*cells, row[-1]]))
+
+
+def detail(fact: registry.Facts) -> None:
+    """Everything about one method."""
+    paper = fact.paper
+    click.echo(f"{fact.family}/{fact.id}: {fact.summary}")
+    click.echo(f"  paper    {paper.title} ({paper.venue}, {paper.year})")
+    for label, value in (("arXiv", paper.arxiv), ("code", paper.code), ("notes", paper.notes)):
+        if value:
+            click.echo(f"  {label:<8} {value}")
+    click.echo(f"  kind     {fact.kind}")
+    click.echo(f"  checked  {CHECKED[paper.checked]}")
+    click.echo(f"  file     {fact.module.replace('.', '/')}.py")
+    if not fact.parameters:
+        click.echo("  no hyperparameters")
+        return
+    click.echo("  hyperparameters (--set NAME=VALUE):")
+    rows = [(f"    {p.name}", str(p.default), p.type, p.help) for p in fact.parameters]
+    columns(("    name", "default", "type", "what it is"), rows)
+
+
+CHECKED = {
+    "code": "golden values from the authors' code",
+    "port": "golden values from a public re-implementation",
+    "paper": "against the paper's formulas",
+}

@@ -1,0 +1,80 @@
+"""From "keep this fraction" to a method's own stage sizes, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, order=True)
+class Site:
+    """A place where tokens may leave: before block `layer`, or between its attention and its MLP.
+
+    Layer -1 is the projector's output of a vision-language model: before the decoder sees any token.
+    """
+
+    layer: int
+    between: bool = False
+
+    @property
+    def sublayer(self) -> int:
+        """How many attention and MLP sublayers ran before this place."""
+        return max(0, 2 * self.layer + self.between)
+
+    def __str__(self) -> str:
+        if self.layer < 0:
+            return "projector"
+        return f"{self.layer}.between" if self.between else str(self.layer)
+
+
+PROJECTOR = Site(-1)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """After `site`, `count` prunable tokens are left."""
+
+    site: Site
+    count: int
+
+
+def counts_entering(stages: Sequence[Stage], tokens: int, depth: int) -> list[int]:
+    """How many prunable tokens enter each of the 2·depth attention and MLP sublayers."""
+    entering, alive, waiting = [], tokens, sorted(stages, key=lambda stage: stage.site)
+    for sublayer in range(2 * depth):
+        while waiting and waiting[0].site.sublayer <= sublayer:
+            alive = waiting.pop(0).count
+        entering.append(alive)
+    return entering
+
+
+def mean_entering(stages: Sequence[Stage], tokens: int, depth: int) -> float:
+    """The budget's meaning: the fraction of prunable tokens that enter, averaged over all sublayers."""
+    return sum(counts_entering(stages, tokens, depth)) / (2 * depth * tokens)
+
+
+def mean_leaving(stages: Sequence[Stage], tokens: int, depth: int) -> float:
+    """The fraction that leaves a layer, averaged over layers: what some papers report.
+
+    A layer that runs in full and prunes afterwards counts as pruned (SparseVLM, AdaptInfer).
+    """
+    entering = counts_entering(stages, tokens, depth)
+    last = min((stage.count for stage in stages), default=tokens)
+    return sum([*entering[2::2], last]) / (depth * tokens)
+
+
+def bisect(measure: Callable[[float], float], target: float, steps: int = 40) -> float:
+    """The knob in [0, 1] whose `measure` comes nearest to `target`; `measure` rises with the knob.
+
+    Works on step functions: both ends of the last bracket are compared, the larger knob wins a tie.
+    """
+    low, high = 0.0, 1.0
+    for _ in range(steps):
+        middle = (low + high) / 2
+        low, high = (middle, high) if measure(middle) < target else (low, middle)
+    return min((high, low), key=lambda knob: abs(measure(knob) - target))
+
+
+def scale_layer(layer: int, paper_depth: int, depth: int) -> int:
+    """A layer index that a paper gives for its own depth, at the same relative depth of another model."""
+    return min(round(layer * depth / paper_depth), depth - 1)

@@ -1,0 +1,171 @@
+"""What a token method does to a sequence, as a value: a linear map over tokens in its cheapest exact form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of `x` [B, N, ...] at `index` [B, K] along the token axis -> [B, K, ...]."""
+    index = index.view(*index.shape, *[1] * (x.dim() - 2)).expand(*index.shape, *x.shape[2:])
+    return x.gather(1, index)
+
+
+@dataclass(frozen=True, eq=False)
+class Reduction:
+    """A linear map over tokens, `out[b, j] = Σ_i M[b, j, i] · x[b, i]`.
+
+    Slot j of the output is token `index[b, j]`, plus whatever flows into it. Three forms, cheapest first:
+
+    - `keep`: a pure drop; nothing flows, `source` is None;
+    - `merge`: the tokens `source[b, r]` flow into the slots `into[b, r]`, and slot j becomes
+      `own[b, j] · x[index[b, j]] + Σ_r weight[b, r] · x[source[b, r]]`;
+    - `mix`: any matrix; `index` then names the token that stands for each slot (its position, its picture).
+
+    Attributes:
+        index: int64 [B, K], the original token of each slot, in the order the method wants the sequence in.
+        length: N, how many tokens go in.
+        source, into, weight: [B, R], the tokens that flow, the slots they flow to, and with which weight.
+        own: [B, K], the weight of a slot's own token (None: 1).
+        dense: [B, K, N], the matrix of a mix.
+        valid: bool [B, K], False where a row keeps fewer tokens than K and the slot is padding (None: all real).
+    """
+
+    index: Tensor
+    length: int
+    source: Tensor | None = None
+    into: Tensor | None = None
+    weight: Tensor | None = None
+    own: Tensor | None = None
+    dense: Tensor | None = None
+    valid: Tensor | None = None
+
+    @classmethod
+    def keep(cls, index: Tensor, length: int, valid: Tensor | None = None) -> Reduction:
+        """Keep the tokens at `index` [B, K] of `length`, in that order; `valid` [B, K] marks the real slots."""
+        return cls(index=index, length=length, valid=valid)
+
+    @classmethod
+    def identity(cls, batch: int, length: int, device: torch.device | str = "cpu") -> Reduction:
+        """Keep every token in its place."""
+        return cls.keep(torch.arange(length, device=device).expand(batch, length), length)
+
+    @classmethod
+    def merge(
+        cls,
+        index: Tensor,
+        length: int,
+        source: Tensor,
+        into: Tensor,
+        weight: Tensor | None = None,
+        own: Tensor | None = None,
+    ) -> Reduction:
+        """Keep `index` [B, K] and let the tokens `source` [B, R] flow into the slots `into` [B, R].
+
+        Without weights the flow is a sum: weight = own = 1.
+        """
+        return cls(index=index, length=length, source=source, into=into, weight=weight, own=own)
+
+    @classmethod
+    def average(
+        cls, index: Tensor, length: int, source: Tensor, into: Tensor, size: Tensor | None = None
+    ) -> Reduction:
+        """Merge by the mean weighted with `size` [B, N], how many original tokens each stands for (None: 1)."""
+        if size is None:
+            size = torch.ones(index.shape[0], length, device=index.device)
+        own, flow = size.gather(1, index), size.gather(1, source)
+        total = own.scatter_add(1, into, flow)
+        return cls.merge(index, length, source, into, weight=flow / total.gather(1, into), own=own / total)
+
+    @classmethod
+    def mix(cls, matrix: Tensor, index: Tensor | None = None) -> Reduction:
+        """The general case, `matrix` [B, K, N]; a slot's token defaults to the one with the largest weight."""
+        return cls(
+            index=matrix.argmax(dim=-1) if index is None else index, length=matrix.shape[-1], dense=matrix
+        )
+
+    @property
+    def count(self) -> int:
+        """K, how many slots come out (padding included)."""
+        return self.index.shape[1]
+
+    @property
+    def drops_only(self) -> bool:
+        """Whether this is a pure gather."""
+        return self.source is None and self.dense is None
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Reduce `x` [B, N, D] -> [B, K, D], in the dtype of `x`."""
+        if self.dense is not None:
+            return self.dense.to(x.dtype) @ x
+        out = gather_tokens(x, self.index)
+        if self.source is None or self.source.shape[1] == 0:
+            return out
+        flow = gather_tokens(x, self.source)
+        if self.weight is not None:
+            flow = flow * self.weight.unsqueeze(-1).to(x.dtype)
+        if self.own is not None:
+            out = out * self.own.unsqueeze(-1).to(x.dtype)
+        return out.scatter_add_(1, self.into.unsqueeze(-1).expand_as(flow), flow)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """What belongs to each slot's own token: `x` [B, N, ...] -> [B, K, ...] (positions, masks, RoPE)."""
+        return gather_tokens(x, self.index)
+
+    def size(self, size: Tensor | None) -> Tensor | None:
+        """How many original tokens each slot stands for afterwards [B, K]; dropped tokens are lost.
+
+        A token that flows counts whole, whatever its weight. None means all ones, and stays None where
+        nothing merges.
+        """
+        if self.drops_only:
+            return None if size is None else size.gather(1, self.index)
+        if size is None:
+            size = torch.ones(self.index.shape[0], self.length, device=self.index.device)
+        if self.dense is not None:
+            slots = torch.zeros(self.index.shape, device=size.device, dtype=size.dtype)
+            owner = self.owner()
+            return slots.scatter_add(1, owner.clamp_min(0), size * (owner >= 0))
+        return size.gather(1, self.index).scatter_add(1, self.into, size.gather(1, self.source))
+
+    def owner(self) -> Tensor:
+        """The slot every input token went to, int64 [B, N]; -1 where it was dropped."""
+        if self.dense is not None:
+            weight, slot = self.dense.abs().max(dim=1)
+            return torch.where(weight > 0, slot, -1)
+        slots = torch.arange(self.count, device=self.index.device).expand_as(self.index)
+        owner = torch.full((self.index.shape[0], self.length), -1, device=self.index.device)
+        if self.valid is not None:
+            # Padding slots repeat some token's index; the real slot must win.
+            extra = torch.full_like(owner[:, :1], -1)
+            padded = torch.where(self.valid, self.index, self.length)
+            owner = torch.cat([owner, extra], 1).scatter(1, padded, slots)[:, : self.length]
+        else:
+            owner = owner.scatter(1, self.index, slots)
+        return owner if self.source is None else owner.scatter(1, self.source, self.into)
+
+    def matrix(self) -> Tensor:
+        """The map itself, float32 [B, K, N]; for tests and pictures, not for the hot path."""
+        if self.dense is not None:
+            return self.dense
+        eye = torch.eye(self.length, device=self.index.device)
+        return self.apply(eye.expand(self.index.shape[0], -1, -1))
+
+    def compose(self, after: Reduction) -> Reduction:
+        """This reduction followed by `after`, as one."""
+        if self.drops_only and after.drops_only:
+            return Reduction.keep(self.index.gather(1, after.index), self.length, after.valid)
+        return Reduction.mix(after.matrix() @ self.matrix(), self.index.gather(1, after.index))
+
+    def restore(self, y: Tensor, fill: Tensor | None = None) -> Tensor:
+        """Full length again: every token gets its slot's value, `y` [B, K, D] -> [B, N, D].
+
+        Dropped tokens get theirs from `fill` [B, N, D] (their last known value), or zeros.
+        """
+        owner = self.owner()
+        full = gather_tokens(y, owner.clamp_min(0))
+        lost = (owner < 0).unsqueeze(-1)
+        return torch.where(lost, torch.zeros_like(full) if fill is None else fill, full)

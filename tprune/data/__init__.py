@@ -1,0 +1,1 @@
+"""Calibration and evaluation data: folders, files, and the built-in ones."""

@@ -1,0 +1,1 @@
+"""What pruning cost and what it saved: quality, FLOPs, latency, memory; tables."""

@@ -1,0 +1,102 @@
+"""What a call costs: FLOPs counted by torch, latency measured, peak memory read from the system."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from tprune.pipelines.base import Workload
+
+
+def flops(run: Callable[[], Any]) -> int:
+    """Floating-point operations of one call (a multiply-add counts two), matrix products and attention.
+
+    Fused attention on the CPU counts too: the call is taken apart into its two products.
+    """
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def synchronise(device: torch.device | str) -> None:
+    """Wait for a GPU, so that a clock read afterwards means something."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class PeakMemory:
+    """Peak memory in MB during a `with` block: the device's on CUDA, else the process's resident set."""
+
+    def __init__(self, device: torch.device | str):
+        self.cuda = torch.device(device).type == "cuda"
+        self.megabytes = float("nan")
+
+    def __enter__(self) -> PeakMemory:
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            try:
+                # Linux: 5 resets the high-water mark of the resident set.
+                Path("/proc/self/clear_refs").write_text("5")
+            except OSError:
+                pass
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.cuda:
+            self.megabytes = torch.cuda.max_memory_allocated() / 2**20
+            return
+        try:
+            status = Path("/proc/self/status").read_text()
+            line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+            self.megabytes = int(line.split()[1]) / 1024
+        except (OSError, StopIteration):
+            import resource
+
+            self.megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def timed(run: Callable[[], Any], device: torch.device | str) -> float:
+    """Seconds of one call."""
+    synchronise(device)
+    start = time.perf_counter()
+    run()
+    synchronise(device)
+    return time.perf_counter() - start
+
+
+def cost(workload: Workload, device: torch.device | str, repeats: int = 5) -> dict[str, float]:
+    """FLOPs and latency of one call, throughput in items per second, peak memory.
+
+    The first call warms up; latency is the median of `repeats` more.
+    """
+    with torch.no_grad(), PeakMemory(device) as memory:
+        operations = flops(workload.run)
+        seconds = statistics.median(timed(workload.run, device) for _ in range(repeats))
+    return {
+        "flops": operations,
+        "latency_ms": 1000 * seconds,
+        "throughput": workload.items / seconds,
+        "peak_memory_mb": memory.megabytes,
+    }
+
+
+def interleaved(
+    runs: dict[str, Callable[[], Any]], device: torch.device | str, rounds: int, warmup: int = 1
+) -> dict[str, list[float]]:
+    """Seconds per call of every run, taken in turn, so that a busy machine slows all alike."""
+    with torch.no_grad():
+        for _ in range(warmup):
+            for run in runs.values():
+                run()
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for _ in range(rounds):
+            for name, run in runs.items():
+                times[name].append(timed(run, device))
+    return times

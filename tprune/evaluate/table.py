@@ -1,0 +1,126 @@
+"""Reports as tables: rich on a terminal, plain text when piped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+FORMATS = {
+    "accuracy": ("accuracy", lambda value: f"{value:.2%}"),
+    "perplexity": ("perplexity", lambda value: f"{value:,.2f}"),
+    "agreement": ("agreement with dense", lambda value: f"{value:.2%}"),
+    "flops": ("FLOPs", lambda value: engineering(value)),
+    "latency_ms": ("latency (ms)", lambda value: f"{value:,.1f}"),
+    "throughput": ("throughput (1/s)", lambda value: f"{value:,.1f}"),
+    "peak_memory_mb": ("peak memory (MB)", lambda value: f"{value:,.0f}"),
+}
+LOWER_IS_FASTER = {"flops", "latency_ms", "peak_memory_mb"}
+
+
+def engineering(value: float) -> str:
+    """4610000000 -> 4.61 G."""
+    for unit, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= scale:
+            return f"{value / scale:.2f} {unit}"
+    return f"{value:g}"
+
+
+def number(value: Any) -> str:
+    """A figure that has no format of its own."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+
+
+def shown(name: str, value: Any) -> str:
+    """A figure as its row shows it."""
+    return "-" if value is None else FORMATS[name][1](value) if name in FORMATS else number(value)
+
+
+def flat(figures: dict[str, Any]) -> dict[str, Any]:
+    """Nested figures as `outer / inner` rows."""
+    rows = {}
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            rows |= {f"{name} / {inner}": content for inner, content in value.items()}
+        else:
+            rows[name] = value
+    return rows
+
+
+def ratio(name: str, dense: Any, pruned: Any) -> str:
+    """How much faster or smaller, where that means something."""
+    if name not in FORMATS or name in ("accuracy", "agreement") or not dense or not pruned:
+        return ""
+    return f"{dense / pruned:.2f}x less" if name in LOWER_IS_FASTER else f"x {pruned / dense:.2f}"
+
+
+def new_table(console: Console, title: str | None, *columns: str) -> Table:
+    """A table whose first column is left-aligned and all others right-aligned."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD if console.is_terminal else None)
+    for place, column in enumerate(columns):
+        table.add_column(column, justify="left" if place == 0 else "right", no_wrap=True)
+    return table
+
+
+def make_console() -> Console:
+    """stdout; wide enough not to wrap when piped."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=160)
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """Budget, dense beside pruned, and what was kept per layer."""
+    console = make_console()
+    budget = report["budget"]
+    asked = "the method's own hyperparameters" if budget["asked"] is None else budget["asked"]
+    console.print(f"[bold]{report['family']} {report['method']}[/bold] on {report['model']}")
+    console.print(f"budget: asked {asked}, achieved {number(budget['achieved'])}")
+    for name, value in budget.items():
+        if name not in ("asked", "achieved"):
+            console.print(f"  {name.replace('_', ' ')}: {number(value)}")
+    table = new_table(console, None, "", "dense", "pruned", "")
+    dense, pruned = flat(report["dense"]), flat(report["pruned"])
+    for name, value in dense.items():
+        label = FORMATS[name][0] if name in FORMATS else name
+        other = pruned.get(name)
+        table.add_row(
+            label,
+            FORMATS["accuracy"][1](value) if name.startswith("accuracy /") else shown(name, value),
+            FORMATS["accuracy"][1](other) if name.startswith("accuracy /") else shown(name, other),
+            ratio(name, value, other),
+        )
+    console.print(table)
+    print_layers(console, report["per_layer"])
+    if report["out"]:
+        console.print(f"written: {report['out']} ({report['kind']})")
+
+
+def print_layers(console: Console, rows: list[dict[str, Any]]) -> None:
+    """One row per layer."""
+    if not rows:
+        return
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    table = new_table(console, None, *(name.replace("_", " ") for name in columns))
+    for row in rows:
+        table.add_row(*(number(row.get(name)) for name in columns))
+    console.print(table)
+
+
+def print_figures(result: dict[str, Any]) -> None:
+    """What `tprune eval` found, beside what the artifact recorded."""
+    console = make_console()
+    recorded = flat(result.get("recorded", {}))
+    columns = ("", "measured", "recorded") if recorded else ("", "measured")
+    table = new_table(console, None, *columns)
+    for name, value in flat(result["measured"]).items():
+        label = FORMATS[name][0] if name in FORMATS else name
+        cells = [shown(name, value)] + ([shown(name, recorded.get(name))] if recorded else [])
+        table.add_row(label, *cells)
+    console.print(f"[bold]{result['model']}[/bold] ({result['family']})")
+    console.print(table)

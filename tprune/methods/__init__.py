@@ -1,0 +1,1 @@
+"""The methods: one folder per family, one file per paper; the folders are the registry."""

@@ -1,0 +1,260 @@
+"""The contracts: what a method declares, what it is given, what it gives back.
+
+A method is a frozen dataclass: its fields are the paper's hyperparameters with the paper's defaults, each
+made by `param` with one line of help. It names its `paper` and composes functions of `tprune.core`; it never
+reaches into a model. This module imports no torch, so that methods can be listed at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from tprune.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from tprune.core.budget import Site, Stage
+    from tprune.core.cache import CacheEdit
+    from tprune.core.reduction import Reduction
+    from tprune.core.weights import WeightEdit
+    from tprune.methods.views import LayerView, LinearView, ModelView, TokenView
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a method comes from and how it was checked.
+
+    Attributes:
+        title, venue, year: of the paper; a baseline without one says what it is.
+        arxiv: identifier without prefix, or None.
+        code: the authors' repository, or None where none is public.
+        checked: "code" (golden values from the authors' code), "port" (from a public re-implementation)
+            or "paper" (from the formulas alone).
+        notes: where this implementation differs, in one or two sentences.
+    """
+
+    title: str
+    venue: str
+    year: int
+    arxiv: str | None = None
+    code: str | None = None
+    checked: str = "paper"
+    notes: str = ""
+
+
+def param(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[Any] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+) -> Any:
+    """A hyperparameter: its default, one line of help, and the values it may take (inclusive bounds)."""
+    metadata = {"help": help, "choices": choices, "low": low, "high": high}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Method:
+    """Every method: hyperparameters and where it comes from."""
+
+    paper: ClassVar[Paper]
+    kind: ClassVar[str] = "training-free"
+    id: ClassVar[str] = ""
+    family: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value = _typed(field.name, getattr(self, field.name), hints[field.name], field.metadata)
+            object.__setattr__(self, field.name, value)
+
+    @classmethod
+    def build(cls, settings: dict[str, Any]) -> Method:
+        """The method with these hyperparameters; values may be strings, as from a command line.
+
+        Raises:
+            UserError: an unknown name, or a value of the wrong type or out of bounds.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in settings:
+            if name.replace("-", "_") not in known:
+                offer = ", ".join(known) or "none"
+                raise UserError(f"{cls.id} has no hyperparameter '{name}'; it has: {offer}")
+        return cls(**{name.replace("-", "_"): value for name, value in settings.items()})
+
+    def settings(self) -> dict[str, Any]:
+        """The hyperparameters and their values, as a recipe stores them."""
+        values = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def _typed(name: str, value: Any, hint: Any, limits: typing.Mapping[str, Any]) -> Any:
+    """`value` as the type of the annotation `hint`, within `limits`, or a UserError that says what it may be."""
+    try:
+        value = _convert(value, hint)
+    except (TypeError, ValueError):
+        shown = getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint)
+        raise UserError(f"--set {name}={value}: expected {shown}") from None
+    choices, low, high = limits.get("choices"), limits.get("low"), limits.get("high")
+    if choices is not None and value not in choices:
+        raise UserError(f"--set {name}={value}: expected one of {', '.join(map(str, choices))}")
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, int | float) and not isinstance(number, bool):
+            if number != number or (low is not None and number < low) or (high is not None and number > high):
+                bounds = f"{'-inf' if low is None else low} to {'inf' if high is None else high}"
+                raise UserError(f"--set {name}={value}: expected {bounds}")
+    return value
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    """`value` as `hint`: bool, int, float, str, `tuple[T, ...]` or `T | None`; strings are parsed."""
+    arguments = typing.get_args(hint)
+    if type(None) in arguments:
+        if value is None or value == "none":
+            return None
+        return _convert(value, next(kind for kind in arguments if kind is not type(None)))
+    if typing.get_origin(hint) is tuple:
+        items = value.split(",") if isinstance(value, str) else value
+        return tuple(_convert(item, arguments[0]) for item in items)
+    if hint is bool:
+        words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+        return (
+            value
+            if isinstance(value, bool)
+            else words[str(value).lower()]
+            if str(value).lower() in words
+            else int("x")
+        )
+    if hint is int and (isinstance(value, bool) or (isinstance(value, float) and value != int(value))):
+        raise ValueError
+    return hint(value)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a token method may know of a model before it runs.
+
+    Attributes:
+        depth: number of blocks the tokens pass through.
+        tokens: number of prunable tokens of one sequence.
+        prefix: number of leading tokens that are never pruned (CLS, distillation, registers).
+        heads: attention heads of one block.
+        has_cls: whether the first token is a class token.
+        grid: rows and columns of the prunable tokens, where they form an image.
+    """
+
+    depth: int
+    tokens: int
+    prefix: int = 0
+    heads: int = 1
+    has_cls: bool = False
+    grid: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class TokenMethod(Method):
+    """Units are tokens of one sequence, in a ViT, before or inside a VLM's decoder, or in an LLM's prefill."""
+
+    needs_cls: ClassVar[bool] = False
+    positions: ClassVar[str] = "original"
+    native: ClassVar[tuple[str, ...]] = ()
+    """Names of the hyperparameters that are themselves a budget: given with --set, they replace --keep."""
+
+    def check(self, shape: Shape) -> None:
+        """Raise UserError where the model lacks what the method reads."""
+        if self.needs_cls and not shape.has_cls:
+            raise UserError(f"{self.id} reads the attention of the class token, and this model has none")
+
+    def stages(self, shape: Shape, knob: float | None) -> list[Stage]:
+        """Where tokens leave and how many are left.
+
+        Args:
+            shape: the model and the number of prunable tokens.
+            knob: 0 to 1, the paper's proportions scaled so that more is kept as it rises and 1 keeps all;
+                None for the hyperparameters as they stand.
+        """
+        raise NotImplementedError
+
+    def weighs_by_size(self) -> bool:
+        """Whether attention after a merge counts a token as often as the tokens it stands for (log-size bias)."""
+        return False
+
+    def reduce(self, site: Site, view: TokenView, count: int | Tensor, memory: dict[str, Any]) -> Reduction:
+        """What happens at `site`.
+
+        Args:
+            site: one of `stages`.
+            view: the tokens and the signals of the block they come from.
+            count: how many prunable tokens shall be left; int64 [B] on the CPU where rows differ.
+            memory: what this forward carries from site to site; empty at its start.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class CacheMethod(Method):
+    """Units are cached keys and values, per layer and key-value head."""
+
+    positions: ClassVar[str] = "original"
+
+    def check_length(self, length: int, count: int) -> None:
+        """Raise UserError where a prompt of `length` tokens or a cache of `count` entries is too short."""
+
+    def counts(self, length: int, layers: int, keep: float) -> list[int]:
+        """How many entries each layer keeps per key-value head, of `length`; the same in all by default."""
+        return [round(keep * length)] * layers
+
+    def start(self, layer: LayerView, count: int) -> CacheEdit:
+        """After the prompt went through `layer`: which entries stay."""
+        raise NotImplementedError
+
+    def step(self, layer: LayerView, count: int) -> CacheEdit | None:
+        """After each generated token; None leaves the cache as it is."""
+        return None
+
+
+@dataclass(frozen=True)
+class WeightBudget:
+    """How much of a set of weights goes.
+
+    Attributes:
+        sparsity: fraction of the prunable weights removed, 0 to 1.
+        pattern: (n, m), n kept of every m consecutive inputs; None for unstructured and structured pruning.
+    """
+
+    sparsity: float
+    pattern: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class WeightMethod(Method):
+    """Units are weights, or the structures they form.
+
+    A method of scope "block" is asked once per linear layer while the model streams by, and its decisions need
+    nothing but that layer (`prune`). One of scope "model" is asked once, when the statistics of all
+    blocks are known (`plan`).
+    """
+
+    scope: ClassVar[str] = "block"
+    stats: ClassVar[tuple[str, ...]] = ()
+    """What is gathered at the input of every linear layer: "norm", "gram", "moments"; or per block "similarity"."""
+    propagate: ClassVar[str] = "pruned"
+    """What feeds the next block's statistics: the "pruned" blocks before it, or the "dense" ones."""
+    patterns: ClassVar[bool] = True
+    """Whether n:m patterns are possible."""
+
+    def prune(self, linear: LinearView, budget: WeightBudget, generator: torch.Generator) -> WeightEdit:
+        """New weights of one linear layer (scope "block")."""
+        raise NotImplementedError
+
+    def plan(self, model: ModelView, budget: WeightBudget) -> list[WeightEdit]:
+        """The edits of a whole model (scope "model")."""
+        raise NotImplementedError

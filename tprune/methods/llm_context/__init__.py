@@ -1,0 +1,1 @@
+"""Tokens and caches of long prompts: one file per paper."""

@@ -1,0 +1,1 @@
+"""Weights, heads, channels and blocks of language models: one file per paper."""

@@ -1,0 +1,146 @@
+"""Which methods there are: the folders of this package, and other packages' entry points.
+
+Static facts are read from the source with `ast`, so that listing imports neither torch nor a method.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.metadata
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tprune.errors import UserError
+from tprune.methods.base import Method, Paper
+
+FAMILIES = ("vit", "vlm", "llm-context", "llm-weights")
+ENTRY_POINTS = "tprune.methods"
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A hyperparameter as its source states it."""
+
+    name: str
+    type: str
+    default: Any
+    help: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a method without importing it."""
+
+    id: str
+    family: str
+    module: str
+    paper: Paper
+    kind: str
+    summary: str
+    parameters: tuple[Parameter, ...]
+
+
+def folder(family: str) -> str:
+    """The folder and module name of a family: llm-weights -> llm_weights."""
+    return family.replace("-", "_")
+
+
+def facts(family: str | None = None) -> list[Facts]:
+    """All methods, or those of one family, sorted by family and id.
+
+    Raises:
+        UserError: no such family.
+    """
+    if family is not None and family not in FAMILIES:
+        raise UserError(f"no family '{family}'; there are {', '.join(FAMILIES)}")
+    found = [_read(*place) for place in _sources() if family in (None, place[0])]
+    return sorted(found, key=lambda fact: (FAMILIES.index(fact.family), fact.id))
+
+
+def find(name: str, family: str | None = None) -> Facts:
+    """The facts of `name`: an id, or "family/id" where several families have it.
+
+    Raises:
+        UserError: no such method, or an id that several families have.
+    """
+    if "/" in name:
+        family, name = name.split("/", 1)
+    matches = [fact for fact in facts(family) if fact.id == name]
+    if len(matches) > 1:
+        offer = ", ".join(f"{fact.family}/{fact.id}" for fact in matches)
+        raise UserError(f"several families have '{name}'; say which: {offer}")
+    if not matches:
+        offer = ", ".join(fact.id for fact in facts(family))
+        where = f" in {family}" if family else ""
+        raise UserError(f"no method '{name}'{where}; there are: {offer}")
+    return matches[0]
+
+
+def load(name: str, family: str | None = None) -> type[Method]:
+    """The class of a method, imported."""
+    fact = find(name, family)
+    module = importlib.import_module(fact.module)
+    kinds = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module.__name__
+    ]
+    if len(kinds) != 1:
+        raise UserError(f"{fact.module} defines {len(kinds)} methods; a method's file defines exactly one")
+    kinds[0].id, kinds[0].family = fact.id, fact.family
+    return kinds[0]
+
+
+def build(name: str, family: str | None = None, settings: dict[str, Any] | None = None) -> Method:
+    """A method with the given hyperparameters, the others at the paper's values."""
+    return load(name, family).build(settings or {})
+
+
+def _sources() -> Iterator[tuple[str, str, str, Path]]:
+    """(family, id, module, file) of every method."""
+    here = Path(__file__).parent
+    for family in FAMILIES:
+        for file in sorted((here / folder(family)).glob("*.py")):
+            if not file.stem.startswith("_"):
+                yield family, file.stem.replace("_", "-"), f"{__package__}.{folder(family)}.{file.stem}", file
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        family, _, name = entry.name.partition("/")
+        spec = importlib.util.find_spec(entry.value)
+        if family not in FAMILIES or not name or spec is None or spec.origin is None:
+            raise UserError(
+                f"entry point '{entry.name} = {entry.value}' is not of the form FAMILY/ID = MODULE"
+            )
+        yield family, name, entry.value, Path(spec.origin)
+
+
+def _read(family: str, name: str, module: str, file: Path) -> Facts:
+    """The facts in a method's source: its class with a `paper = Paper(...)` of literals and its `param` fields."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    for node in tree.body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        constants = {
+            target.id: statement.value
+            for statement in node.body
+            if isinstance(statement, ast.Assign)
+            for target in statement.targets
+            if isinstance(target, ast.Name)
+        }
+        if "paper" not in constants:
+            continue
+        paper = Paper(**{word.arg: ast.literal_eval(word.value) for word in constants["paper"].keywords})
+        kind = ast.literal_eval(constants["kind"]) if "kind" in constants else Method.kind
+        summary = (ast.get_docstring(tree) or "").split("\n\n")[0].replace("\n", " ")
+        return Facts(name, family, module, paper, kind, summary, tuple(_parameters(node)))
+    raise UserError(f"{file} has no class with a paper = Paper(...)")
+
+
+def _parameters(node: ast.ClassDef) -> Iterator[Parameter]:
+    for statement in node.body:
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.value, ast.Call):
+            default, help_text = (ast.literal_eval(argument) for argument in statement.value.args[:2])
+            yield Parameter(statement.target.id, ast.unparse(statement.annotation), default, help_text)

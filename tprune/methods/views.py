@@ -1,0 +1,185 @@
+"""What a method is given to look at: tokens, caches and weights, with their signals computed on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from tprune.core import score
+from tprune.errors import UserError
+
+
+@dataclass(eq=False)
+class Attention:
+    """The queries and keys of one block's attention as it ran, and what can be computed from them.
+
+    The fused kernel stays in place; `rows` computes only the rows that are asked for, beside it.
+
+    Attributes:
+        query: [B, H, N, d], as the attention saw them (normalised, rotated).
+        key, value: [B, G, N, d]; G divides H (grouped-query attention).
+        scale: what the logits are multiplied with.
+        bias: additive, broadcastable to [B, H, N, N] (log sizes, padding), or None.
+        causal: whether row i sees only keys up to i.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scale: float
+    bias: Tensor | None = None
+    causal: bool = False
+
+    def rows(self, rows: Tensor | slice | None = None) -> Tensor:
+        """Softmaxed attention of the query rows `rows` (all by default): float32 [B, H, R, N].
+
+        `rows` is a slice, or int64 [R] for all samples, or [B, R].
+        """
+        return score.attention_rows(
+            self.query, self.key, self.scale, rows=rows, bias=self.bias, causal=self.causal
+        )
+
+    def column_sums(self) -> Tensor:
+        """The attention every key received, summed over the queries that see it: float32 [B, H, N]."""
+        return score.attention_column_sums(
+            self.query, self.key, self.scale, bias=self.bias, causal=self.causal
+        )
+
+
+@dataclass(eq=False)
+class TokenView:
+    """The tokens at a site, and the attention of the block they came from.
+
+    Attributes:
+        hidden: [B, N, D], the residual stream.
+        prunable: bool [B, N]; False for CLS, registers, padding, text.
+        prefix: how many leading tokens are never prunable, the same in all rows; behind them everything is
+            prunable where `whole` is set.
+        whole: whether all tokens behind the prefix are prunable (no host sync is needed to know it).
+        position: int64 [B, N], every token's place in the original sequence.
+        size: float [B, N], how many original tokens each stands for, or None before the first merge.
+        attention: of the block these tokens last went through ("before" sites: the previous block's), if any.
+        encoder: the vision tower's view, at a VLM's projector.
+        seeds: int64 per sample, for methods that draw at random: equal samples draw equally in any batch.
+        signals: rarer signals, by name, each computed at its first use.
+    """
+
+    hidden: Tensor
+    prunable: Tensor
+    prefix: int = 0
+    whole: bool = True
+    position: Tensor | None = None
+    size: Tensor | None = None
+    attention: Attention | None = None
+    encoder: TokenView | None = None
+    seeds: Tensor | None = None
+    signals: dict[str, Callable[[], Any]] = field(default_factory=dict)
+
+    def signal(self, name: str) -> Any:
+        """One of the rarer signals.
+
+        Raises:
+            UserError: this model or site does not have it.
+        """
+        if name not in self.signals:
+            raise UserError(
+                f"this model has no signal '{name}' here; it has: {', '.join(self.signals) or 'none'}"
+            )
+        return self.signals[name]()
+
+
+@dataclass(eq=False)
+class LayerView:
+    """One layer's cache after the prompt went through it, or after a generated token did.
+
+    Attributes:
+        layer, depth: which of how many.
+        attention: of the queries that just ran (all of the prompt's, or one) over the keys in the cache.
+        key, value: [B, G, T, d], the cache; keys as cached (rotated).
+        position: int64 [B, G, T], the original position of every entry.
+        valid: bool [B, T], False for padding, or None.
+        seen: how many tokens the layer has seen in all.
+        state: what the method carries from call to call for this layer; empty after the prompt.
+        seeds: int64 per sample, for methods that draw at random.
+    """
+
+    layer: int
+    depth: int
+    attention: Attention
+    key: Tensor
+    value: Tensor
+    position: Tensor
+    valid: Tensor | None
+    seen: int
+    state: dict[str, Any]
+    seeds: Tensor | None = None
+
+
+@dataclass(eq=False)
+class LinearView:
+    """One prunable matrix, whatever its storage: a Linear, a transposed Conv1D, a slice of fused or stacked ones.
+
+    Attributes:
+        name: its full name in the model, with a suffix for slices of a fused or stacked parameter.
+        block: index of the block it stands in.
+        weight: float32 [out, in], a copy.
+        norm: float32 [in], the L2 norm of each input over all calibration tokens, if asked for.
+        gram: float32 [in, in], (2 / sequences) · Σ x xᵀ, if asked for.
+        tokens: how many calibration tokens it saw.
+    """
+
+    name: str
+    block: int
+    weight: Tensor
+    norm: Tensor | None = None
+    gram: Tensor | None = None
+    tokens: int = 0
+
+
+@dataclass(eq=False)
+class UnitView:
+    """The removable units of one kind in one block, seen at the input of their output projection.
+
+    Attributes:
+        kind: "heads" (whole key-value groups) or "channels" (neurons of the MLP).
+        weight: float32 [out, in] of the output projection.
+        width: consecutive inputs per unit: r·e for a group of r query heads of width e, 1 for a channel.
+        heads: query heads per unit (r); 1 for channels.
+        cost: parameters of one unit.
+        mean, variance: float32 [in], of the projection's inputs over the calibration set, if asked for.
+    """
+
+    kind: str
+    weight: Tensor
+    width: int
+    heads: int
+    cost: int
+    mean: Tensor | None = None
+    variance: Tensor | None = None
+
+
+@dataclass(eq=False)
+class BlockView:
+    """One block: its units, its size and how much it changes the residual stream.
+
+    Attributes:
+        index: which block.
+        parameters: its prunable parameters.
+        units: by kind.
+        similarity: mean cosine between the residual stream before and after the block, if asked for.
+    """
+
+    index: int
+    parameters: int
+    units: dict[str, UnitView] = field(default_factory=dict)
+    similarity: float | None = None
+
+
+@dataclass(eq=False)
+class ModelView:
+    """All blocks with their statistics, for methods that decide over the whole model."""
+
+    blocks: list[BlockView]

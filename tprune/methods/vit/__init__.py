@@ -1,0 +1,1 @@
+"""Token reduction in vision transformers: one file per paper."""

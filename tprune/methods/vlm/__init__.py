@@ -1,0 +1,1 @@
+"""Visual token pruning in vision-language models: one file per paper."""

@@ -1,0 +1,191 @@
+"""From where a model comes from to a model in memory."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from tprune.errors import UserError
+from tprune.models.source import PACKAGED, Source, cache_folder
+from tprune.models.subject import Subject
+
+T = TypeVar("T")
+
+AUTO_CLASSES = {
+    "vit": ("AutoModelForImageClassification", "AutoModel"),
+    "vlm": ("AutoModelForImageTextToText",),
+    "llm-context": ("AutoModelForCausalLM",),
+    "llm-weights": ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModel"),
+}
+
+
+def load(source: Source, family: str, *, device: str, dtype: str, seed: int) -> Subject:
+    """The model in eval mode on `device` in `dtype`, with its processor.
+
+    Raises:
+        UserError: it cannot be had, is damaged, or is of no kind that the family prunes.
+    """
+    precision = getattr(torch, dtype)
+    if source.library == "timm":
+        subject = _timm(source, seed)
+    else:
+        subject = _transformers(source, family, precision, seed)
+    subject.model.requires_grad_(False).eval().to(device=device, dtype=precision)
+    return subject
+
+
+def _timm(source: Source, seed: int) -> Subject:
+    import timm
+    from timm.data import create_transform, resolve_model_data_config
+
+    name = f"local-dir:{source.location}" if source.kind == "folder" else source.location
+    if source.kind == "timm" and not timm.is_model(name):
+        raise UserError(f"no model '{source.name}': not built in, no folder, and timm does not know it")
+    with _seeded(seed):
+        if source.weights or source.random_weights:
+            model = _guard(source, lambda: timm.create_model(name, pretrained=False))
+        else:
+            model = _guard(source, lambda: timm.create_model(name, pretrained=True))
+    if source.weights:
+        _replace_weights(model, source.weights)
+    transform = create_transform(**resolve_model_data_config(model), is_training=False)
+    return Subject(model, transform, source)
+
+
+def _transformers(source: Source, family: str, dtype: torch.dtype, seed: int) -> Subject:
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    folder = converted(source) if source.name in PACKAGED else source.location
+    revision = {"revision": source.revision} if source.revision else {}
+    config = _guard(source, lambda: transformers.AutoConfig.from_pretrained(folder, **revision))
+    kind = _auto_class(transformers, family, config, source)
+    with _seeded(seed):
+        if source.random_weights or source.weights:
+            model = kind.from_config(config, dtype=dtype)
+        else:
+            model = _guard(source, lambda: kind.from_pretrained(folder, dtype=dtype, **revision))
+    if source.weights:
+        _replace_weights(model, source.weights)
+    return Subject(model, _processor(transformers, family, folder, revision), source)
+
+
+def _auto_class(transformers: Any, family: str, config: Any, source: Source) -> Any:
+    for name in AUTO_CLASSES[family]:
+        kind = getattr(transformers, name)
+        if type(config) in kind._model_mapping:
+            return kind
+    raise UserError(f"{source.name} is a {config.model_type} model, which tprune {family} does not prune")
+
+
+def _processor(transformers: Any, family: str, folder: str, revision: dict[str, str]) -> Any:
+    name = {"vit": "AutoImageProcessor", "vlm": "AutoProcessor"}.get(family, "AutoTokenizer")
+    try:
+        return getattr(transformers, name).from_pretrained(folder, **revision)
+    except (OSError, ValueError):
+        return None
+
+
+def _replace_weights(model: torch.nn.Module, file: str) -> None:
+    from tprune.artifact import read_tensors
+
+    try:
+        model.load_state_dict(read_tensors(file))
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise UserError(f"--weights {file} does not fit the model: {first}") from None
+
+
+class _seeded:  # noqa: N801  (reads as a statement)
+    """Initialise from `seed` and leave the global generator as it was."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def __enter__(self) -> None:
+        self.fork = torch.random.fork_rng()
+        self.fork.__enter__()
+        torch.manual_seed(self.seed)
+
+    def __exit__(self, *exception: Any) -> None:
+        self.fork.__exit__(*exception)
+
+
+def _guard(source: Source, make: Callable[[], T]) -> T:
+    """`make()`, with what can go wrong on the way said in one line."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from safetensors import SafetensorError
+
+    quiet = logging.getLogger("timm.models._hub"), logging.getLogger("timm.models._builder")
+    for logger in quiet:
+        logger.setLevel(logging.ERROR)
+    unreachable = UserError(
+        f"the hub cannot be reached for {source.name}; go on with --weights FILE.safetensors, "
+        "--random-weights, or a built-in model (tprune zoo list)"
+    )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return make()
+    except SafetensorError as error:
+        raise UserError(f"the weights of {source.name} are not readable safetensors ({error})") from None
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, ConnectionError, TimeoutError):
+        raise unreachable from None
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        if _is_network(error):
+            raise unreachable from None
+        raise UserError(f"cannot load {source.name}: {' '.join(str(error).split())[:300]}") from None
+
+
+def _is_network(error: BaseException) -> bool:
+    """Whether an unreachable hub is behind `error`."""
+    words = ("couldn't connect", "connection", "offline", "resolve", "max retries", "timed out", "not reach")
+    while error is not None:
+        name = type(error).__module__
+        if name.startswith(("httpx", "httpcore", "requests", "urllib3", "socket")):
+            return True
+        if any(word in str(error).lower() for word in words):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def converted(source: Source) -> str:
+    """The safetensors folder of a model that a package carries as GGUF, converted once into the cache."""
+    origin = Path(source.location)
+    gguf = sorted(origin.glob("*.gguf"))
+    if not gguf:
+        return str(origin)
+    target = cache_folder() / source.name
+    if (target / "config.json").is_file():
+        return str(target)
+    import transformers
+
+    print(f"converting {source.name} to safetensors, once (about 20 s)", file=sys.stderr)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        origin, gguf_file=gguf[0].name, dtype=torch.float32
+    )
+    # A GGUF is read dequantised; transformers still marks the model as quantised and would not save it.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    tokenizer = transformers.AutoTokenizer.from_pretrained(origin, gguf_file=gguf[0].name)
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    partial.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    try:
+        partial.rename(target)
+    except OSError:
+        # Another process was first.
+        shutil.rmtree(partial)
+    return str(target)

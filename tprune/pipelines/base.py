@@ -1,0 +1,136 @@
+"""What every family's driver does: load, measure, edit, save."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from tprune.methods.base import Method
+from tprune.models.source import Source, resolve
+from tprune.models.subject import Subject
+from tprune.progress import Progress
+from tprune.recipe import Recipe, Stage
+
+
+@dataclass(eq=False)
+class Quality:
+    """How good a model's answers are.
+
+    Attributes:
+        metrics: `accuracy`, `perplexity` … as they apply, and what they split into.
+        predictions: int64 [...], what agreement with the dense model is counted over.
+        chance: accuracy of guessing, to warn about a dense model that does no better.
+    """
+
+    metrics: dict[str, Any]
+    predictions: Tensor
+    chance: float | None = None
+
+
+@dataclass(eq=False)
+class Workload:
+    """What is timed: one call, and how many items (images, tokens) it works on."""
+
+    run: Callable[[], Any]
+    items: int
+    unit: str
+
+
+@dataclass(eq=False)
+class Achieved:
+    """The budget in the terms of `--keep` and `--sparsity`, and what else is told about it.
+
+    Attributes:
+        value: kept fraction (tokens, caches) or removed fraction (weights).
+        details: further figures, such as the mean of tokens that leave a layer.
+    """
+
+    value: float
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+class Handle(ABC):
+    """An edit of a model: what it amounts to, what must be stored, how to undo it."""
+
+    kind: str = "wrapped"
+    """The artifact it makes: plain, masked or wrapped."""
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    @abstractmethod
+    def remove(self) -> None:
+        """Restore the model exactly; edits in place cannot, and raise UserError."""
+
+    @abstractmethod
+    def achieved(self) -> Achieved:
+        """The budget as it came out, measured where it can be."""
+
+    @abstractmethod
+    def per_layer(self) -> list[dict[str, Any]]:
+        """A row per layer: what was kept there."""
+
+    def tensors(self, by_reference: bool) -> dict[str, Tensor]:
+        """What `tprune.safetensors` holds: masks, thresholds, learned tensors.
+
+        With `by_reference` the base weights are not stored, so this must hold all that changed.
+        """
+        return {}
+
+
+class Pipeline(ABC):
+    """The driver of one family, for one stage of a recipe."""
+
+    family: ClassVar[str]
+    default_model: ClassVar[str]
+    default_limit: ClassVar[int]
+
+    def __init__(self, recipe: Recipe, stage: Stage, method: Method, progress: Progress):
+        self.recipe, self.stage, self.method, self.progress = recipe, stage, method, progress
+
+    def source(self) -> Source:
+        """Where the model comes from."""
+        return resolve(self.recipe.model, self.family)
+
+    @abstractmethod
+    def load(self) -> Subject:
+        """The dense model."""
+
+    @abstractmethod
+    def prepare(self, subject: Subject) -> None:
+        """Read the evaluation and calibration data, once; refuse what does not fit the model."""
+
+    @abstractmethod
+    def evaluate(self, subject: Subject) -> Quality:
+        """Quality on the evaluation data."""
+
+    @abstractmethod
+    def workload(self, subject: Subject) -> Workload:
+        """The call whose cost is measured, the same for dense and pruned."""
+
+    @abstractmethod
+    def apply(self, subject: Subject, work: Path | None, state: dict[str, Tensor] | None = None) -> Handle:
+        """Prune.
+
+        Args:
+            subject: edited in place or hooked.
+            work: a folder for finished parts of a long run, kept over an interruption; None without `--out`.
+            state: the tensors of an artifact that is loaded again (on the dense model by reference, on the
+                pruned one otherwise: applying them twice changes nothing); nothing is calibrated then.
+        """
+
+    @abstractmethod
+    def probe(self, subject: Subject) -> dict[str, Tensor]:
+        """A small input, drawn from the seed, and the model's output on it: {"input": …, "output": …}."""
+
+    @abstractmethod
+    def describe_data(self) -> dict[str, Any]:
+        """The protocol of the evaluation: data, split, samples, hash."""

@@ -1,0 +1,213 @@
+"""A command's whole life: recipe -> pipeline -> edited model -> measurements -> artifact -> report."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tprune import artifact
+from tprune.errors import UserError
+from tprune.evaluate.cost import cost
+from tprune.methods import registry
+from tprune.models import save
+from tprune.models.subject import Subject
+from tprune.pipelines.base import Handle, Pipeline, Quality
+from tprune.progress import Progress
+from tprune.recipe import Recipe, Stage, check_budget
+
+SILLY_PERPLEXITY = 10_000
+
+
+def pipeline(recipe: Recipe, stage: Stage, progress: Progress) -> Pipeline:
+    """The driver of a stage, with its method built and its budget checked."""
+    check_budget(stage)
+    method = registry.build(stage.method, stage.family, stage.set)
+    module = importlib.import_module(f"tprune.pipelines.{registry.folder(stage.family)}")
+    return module.PIPELINE(recipe, stage, method, progress)
+
+
+def pipelines(recipe: Recipe, progress: Progress) -> list[Pipeline]:
+    """One driver per stage."""
+    return [pipeline(recipe, stage, progress) for stage in recipe.stages]
+
+
+def check_device(recipe: Recipe) -> None:
+    """Refuse a device or a precision that is not there."""
+    try:
+        torch.empty(0, device=recipe.device)
+    except (RuntimeError, AssertionError):
+        there = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        raise UserError(f"--device {recipe.device}: no such device; there is {', '.join(there)}") from None
+    if recipe.dtype not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"--dtype {recipe.dtype}: expected float32, bfloat16 or float16")
+
+
+def execute(
+    recipe: Recipe,
+    progress: Progress,
+    *,
+    out: str | None = None,
+    force: bool = False,
+    by_reference: bool = False,
+    evaluate: bool = True,
+) -> dict[str, Any]:
+    """Prune as the recipe says; measure before and after; write the artifact if `out` is given.
+
+    Returns:
+        The report, as `--json` prints it.
+
+    Raises:
+        UserError: anything that does not fit, before anything is written.
+    """
+    check_device(recipe)
+    if out is not None:
+        artifact.check_free(out, force)
+    drivers = pipelines(recipe, progress)
+    place = artifact.staging(out, recipe.key(), force) if out is not None else nullcontext((None, None))
+    with place as (folder, parts):
+        last = drivers[-1]
+        with progress.step("loading the model"):
+            subject = last.load()
+        for driver in drivers:
+            driver.prepare(subject)
+        dense, reference = measure(last, subject, None, evaluate, progress, "dense")
+        handles = [driver.apply(subject, parts) for driver in drivers]
+        pruned, _ = measure(last, subject, reference, evaluate, progress, "pruned")
+        report = describe(recipe, drivers, handles, dense, pruned, subject)
+        if folder is not None:
+            report["out"] = str(out)
+            with progress.step("writing"):
+                write(folder, recipe, drivers, handles, subject, report, by_reference)
+                verify(folder, last, subject)
+    return artifact.finite(report)
+
+
+def measure(
+    driver: Pipeline,
+    subject: Subject,
+    reference: Quality | None,
+    evaluate: bool,
+    progress: Progress,
+    name: str,
+) -> tuple[dict[str, Any], Quality | None]:
+    """Quality and cost of the model as it stands; agreement with `reference` where there is one."""
+    found: dict[str, Any] = {}
+    quality = None
+    if evaluate:
+        progress.say(f"measuring the {name} model")
+        quality = driver.evaluate(subject)
+        found |= quality.metrics
+        same = 1.0 if reference is None else agreement(quality, reference)
+        found["agreement"] = same
+        if reference is None:
+            warn_if_silly(quality, progress)
+    return found | cost(driver.workload(subject), subject.device), quality
+
+
+def agreement(quality: Quality, reference: Quality) -> float:
+    """The fraction of predictions that are the dense model's."""
+    return (quality.predictions == reference.predictions).double().mean().item()
+
+
+def warn_if_silly(quality: Quality, progress: Progress) -> None:
+    """Say so when the dense model itself is broken, before anyone blames a method."""
+    perplexity, accuracy = quality.metrics.get("perplexity"), quality.metrics.get("accuracy")
+    if perplexity is not None and not perplexity <= SILLY_PERPLEXITY:
+        progress.warn(f"the dense model's perplexity is {perplexity:,.0f}: wrong weights, tokenizer or data?")
+    if accuracy is not None and quality.chance is not None and accuracy <= 1.2 * quality.chance:
+        progress.warn(
+            f"the dense model's accuracy, {accuracy:.1%}, is that of guessing: wrong weights or labels?"
+        )
+
+
+def describe(
+    recipe: Recipe,
+    drivers: list[Pipeline],
+    handles: list[Handle],
+    dense: dict[str, Any],
+    pruned: dict[str, Any],
+    subject: Subject,
+) -> dict[str, Any]:
+    """The report."""
+    last, handle = drivers[-1], handles[-1]
+    stage, achieved = last.stage, handle.achieved()
+    asked = stage.pattern or (stage.sparsity if stage.family == "llm-weights" else stage.keep)
+    kinds = [one.kind for one in handles]
+    return {
+        "family": stage.family,
+        "method": stage.method,
+        "model": recipe.model.name,
+        "params": last.method.settings(),
+        "seed": recipe.seed,
+        "budget": {"asked": asked, "achieved": achieved.value, **achieved.details},
+        "dense": dense,
+        "pruned": pruned,
+        "per_layer": handle.per_layer(),
+        "out": None,
+        "kind": next(kind for kind in ("wrapped", "masked", "plain") if kind in kinds),
+        "parameters": sum(p.numel() for p in subject.model.parameters()),
+        "data": last.describe_data(),
+        "software": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """What a figure depends on besides the recipe."""
+    from importlib.metadata import version
+
+    names = ("tprune", "torch", "transformers", "timm")
+    return {name: version(name) for name in names} | {
+        "python": platform.python_version(),
+        "threads": str(torch.get_num_threads()),
+        "machine": platform.machine(),
+    }
+
+
+def write(
+    folder: Path,
+    recipe: Recipe,
+    drivers: list[Pipeline],
+    handles: list[Handle],
+    subject: Subject,
+    report: dict[str, Any],
+    by_reference: bool,
+) -> None:
+    """The artifact: weights and config (or a reference to them), recipe, tensors, probe, report."""
+    from safetensors.torch import save_file
+
+    tensors = {
+        (name if len(handles) == 1 else f"{place}.{name}"): tensor.contiguous()
+        for place, handle in enumerate(handles)
+        for name, tensor in handle.tensors(by_reference).items()
+    }
+    if by_reference:
+        recipe = save.by_reference(recipe, subject)
+    else:
+        save.model(subject, folder)
+    report["by_reference"] = by_reference
+    if tensors:
+        save_file(tensors, folder / artifact.TENSORS)
+    probe = {name: tensor.contiguous() for name, tensor in drivers[-1].probe(subject).items()}
+    save_file(probe, folder / artifact.PROBE)
+    (folder / artifact.RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
+    artifact.write_json(folder / artifact.REPORT, report)
+
+
+def verify(folder: Path, driver: Pipeline, subject: Subject) -> None:
+    """Open the folder again, in this process, and compare its outputs on the stored probe."""
+    from tprune.pipelines.load import open_artifact
+
+    expected = artifact.read_tensors(folder / artifact.PROBE)["output"]
+    again = open_artifact(folder, driver.progress, device=driver.recipe.device)
+    found = again.driver.probe(again.subject)["output"]
+    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-4, atol=1e-5):
+        raise RuntimeError(
+            f"the artifact does not reproduce its outputs on the probe (largest difference "
+            f"{(found - expected).abs().max().item() if found.shape == expected.shape else 'of shape'}); "
+            "nothing was kept; please report this"
+        )
