@@ -118,17 +118,25 @@ def cosine_normalise(x: Tensor, eps: float = 1e-6) -> Tensor:
     return x / x.norm(dim=-1, keepdim=True).clamp_min(eps)
 
 
-def page_rank(attention: Tensor, start: Tensor, steps: int) -> Tensor:
+def page_rank(attention: Tensor, start: Tensor, steps: int, present: Tensor | None = None) -> Tensor:
     """Weighted page rank: `steps` times, every token hands its worth to the tokens it attends to.
 
     Args:
         attention: row-stochastic [..., N, N].
-        start: [..., N]; its sum is preserved.
+        start: [..., N]; its sum over present tokens is preserved.
         steps: how many votes.
+        present: [..., N], 0 for tokens that are gone: rows are renormalised over the others, as if the map had
+            been computed without them.
     """
     worth = start.unsqueeze(-2)
+    if present is None:
+        for _ in range(steps):
+            worth = worth @ attention
+        return worth.squeeze(-2)
+    present = present.unsqueeze(-2)
+    visible = (attention * present).sum(-1).unsqueeze(-2).clamp_min(1e-12)
     for _ in range(steps):
-        worth = worth @ attention
+        worth = (worth * present / visible) @ attention * present
     return worth.squeeze(-2)
 
 

@@ -164,9 +164,11 @@ class TokenMethod(Method):
     """Units are tokens of one sequence, in a ViT, before or inside a VLM's decoder, or in an LLM's prefill."""
 
     needs_cls: ClassVar[bool] = False
-    positions: ClassVar[str] = "original"
+    reads: ClassVar[tuple[str, ...]] = ("attention",)
+    """What of the view is read and costs something to provide: "attention", "seeds"."""
     native: ClassVar[tuple[str, ...]] = ()
-    """Names of the hyperparameters that are themselves a budget: given with --set, they replace --keep."""
+    """The hyperparameters that are themselves a budget; --keep takes their place, so both is a contradiction."""
+    positions: ClassVar[str] = "original"
 
     def check(self, shape: Shape) -> None:
         """Raise UserError where the model lacks what the method reads."""

@@ -58,6 +58,7 @@ class TokenView:
         prunable: bool [B, N]; False for CLS, registers, padding, text.
         prefix: how many leading tokens are never prunable, the same in all rows; behind them everything is
             prunable where `whole` is set.
+        depth: how many blocks the model has.
         whole: whether all tokens behind the prefix are prunable (no host sync is needed to know it).
         position: int64 [B, N], every token's place in the original sequence.
         size: float [B, N], how many original tokens each stands for, or None before the first merge.
@@ -70,6 +71,7 @@ class TokenView:
     hidden: Tensor
     prunable: Tensor
     prefix: int = 0
+    depth: int = 0
     whole: bool = True
     position: Tensor | None = None
     size: Tensor | None = None

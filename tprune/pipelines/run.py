@@ -27,6 +27,9 @@ def pipeline(recipe: Recipe, stage: Stage, progress: Progress) -> Pipeline:
     """The driver of a stage, with its method built and its budget checked."""
     check_budget(stage)
     method = registry.build(stage.method, stage.family, stage.set)
+    clash = [name for name in stage.set if name.replace("-", "_") in getattr(method, "native", ())]
+    if clash and stage.keep is not None:
+        raise UserError(f"--keep and --set {clash[0]} are both budgets of {stage.method}; give one of them")
     module = importlib.import_module(f"tprune.pipelines.{registry.folder(stage.family)}")
     return module.PIPELINE(recipe, stage, method, progress)
 

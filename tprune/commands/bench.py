@@ -1,0 +1,129 @@
+"""`tprune bench`: speed alone, dense and pruned in turn, so that a noisy machine does not decide."""
+
+import json
+import os
+import statistics
+import sys
+from typing import Any
+
+import click
+
+from tprune.commands.common import FAMILY_DEFAULTS, model_options, parse_settings
+from tprune.recipe import ModelSource, Recipe, Stage
+
+THREADING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
+"""On small busy machines OpenMP threads that spin against each other lose more than half their speed."""
+
+
+@click.command("bench")
+@click.argument("family", type=click.Choice(list(FAMILY_DEFAULTS)))
+@click.argument("model", required=False)
+@click.option("--method", "methods", required=True, metavar="ID[,ID…]", help="One or several methods.")
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="A hyperparameter.")
+@click.option("--keep", type=float, metavar="R", help="Fraction of tokens or entries kept.")
+@click.option("--sparsity", type=float, metavar="S", help="Fraction of weights removed.")
+@click.option("--pattern", metavar="N:M", help="N weights kept of every M.")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Timed calls of each.")
+@model_options
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(
+    family: str,
+    model: str | None,
+    methods: str,
+    settings: tuple[str, ...],
+    keep: float | None,
+    sparsity: float | None,
+    pattern: str | None,
+    rounds: int,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Time FAMILY's methods on MODEL beside the dense model, and print medians and ratios."""
+    if any(os.environ.get(name) != value for name, value in THREADING.items()):
+        # OpenMP reads these when it is loaded, so they must be there before torch is.
+        os.environ |= THREADING
+        os.execv(sys.executable, [sys.executable, "-m", "tprune.cli", *sys.argv[1:]])
+    source = ModelSource(
+        model or FAMILY_DEFAULTS[family],
+        options.pop("revision"),
+        options.pop("weights"),
+        options.pop("random_weights"),
+    )
+    results = []
+    for method in methods.split(","):
+        stage = Stage(family, method, keep, sparsity, pattern, parse_settings(settings))
+        results.append(measure(Recipe(source, (stage,), **options), rounds))
+    if as_json:
+        click.echo(json.dumps({"results": results}))
+        return
+    for result in results:
+        show(result)
+
+
+def measure(recipe: Recipe, rounds: int) -> dict[str, Any]:
+    """The record of one method: medians and quartiles of every timed part, their ratios, and the protocol."""
+    import torch
+
+    from tprune.pipelines.run import check_device, pipeline, versions
+    from tprune.progress import Progress
+
+    check_device(recipe)
+    driver = pipeline(recipe, recipe.stage, Progress())
+    subject = driver.load()
+    found = driver.bench(subject, rounds)
+    summary = {name: quartiles(times) for name, times in found.pop("times").items()}
+    return {
+        "family": recipe.stage.family,
+        "method": recipe.stage.method,
+        "model": recipe.model.name,
+        "asked": recipe.stage.keep or recipe.stage.sparsity or recipe.stage.pattern,
+        "seconds": summary,
+        **ratios(found, summary),
+        "rounds": rounds,
+        "batch_size": recipe.batch_size,
+        "dtype": recipe.dtype,
+        "device": recipe.device if recipe.device == "cpu" else torch.cuda.get_device_name(recipe.device),
+        "threading": THREADING,
+        "software": versions(),
+    }
+
+
+def quartiles(times: list[float]) -> dict[str, float]:
+    """Median, quartiles and minimum, in seconds."""
+    cuts = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else [times[0]] * 3
+    return {"median": cuts[1], "q1": cuts[0], "q3": cuts[2], "min": min(times)}
+
+
+def ratios(found: dict[str, Any], seconds: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """Measured and theoretical speed-up, and what the family adds of its own (`ratios`: name -> [over, under])."""
+    told: dict[str, Any] = {name: found[name] for name in found if name not in ("ratios", "flops")}
+    if "flops" in found:
+        theory = found["flops"]["dense"] / found["flops"]["pruned"]
+        measured = seconds["dense"]["median"] / seconds["pruned"]["median"]
+        told |= {
+            "flops": found["flops"],
+            "speedup_flops": theory,
+            "speedup_measured": measured,
+            "speedup_ratio": measured / theory,
+        }
+    for name, (over, under) in found.get("ratios", {}).items():
+        told[name] = seconds[over]["median"] / seconds[under]["median"]
+    return told
+
+
+def show(result: dict[str, Any]) -> None:
+    """The record as text."""
+    click.echo(f"{result['family']} {result['method']} on {result['model']}, asked {result['asked']}")
+    for name, value in result["seconds"].items():
+        click.echo(
+            f"  {name:<24} {1000 * value['median']:10.2f} ms  "
+            f"(quartiles {1000 * value['q1']:.2f} to {1000 * value['q3']:.2f}, min {1000 * value['min']:.2f})"
+        )
+    for name, value in result.items():
+        if isinstance(value, float) and name != "asked":
+            click.echo(f"  {name.replace('_', ' '):<24} {value:10.3f}")
+    software = result["software"]
+    click.echo(
+        f"  {result['device']}, {software['threads']} threads, {result['dtype']}, batch {result['batch_size']}, "
+        f"torch {software['torch']}, median of {result['rounds']} rounds in turn"
+    )

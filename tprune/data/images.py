@@ -1,0 +1,90 @@
+"""Images with labels: a folder of class folders, a flat folder, or the built-in scenes."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from tprune.errors import UserError
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images in a fixed order.
+
+    Attributes:
+        items: paths or images; opened one by one.
+        labels: class indices, or None where there are none for this model.
+        protocol: source, number and sha256, for the report.
+    """
+
+    items: tuple[Any, ...]
+    labels: tuple[int, ...] | None
+    protocol: dict[str, Any]
+
+    def open(self, place: int) -> Image.Image:
+        """One image as RGB.
+
+        Raises:
+            UserError: a file that is no image.
+        """
+        item = self.items[place]
+        if isinstance(item, Image.Image):
+            return item.convert("RGB")
+        try:
+            return Image.open(item).convert("RGB")
+        except (UnidentifiedImageError, OSError) as error:
+            raise UserError(
+                f"--data: {item} is not a readable image ({error}); remove or replace it"
+            ) from None
+
+
+def read(source: str | None, limit: int) -> Images:
+    """The first `limit` images of `source`, dealt evenly over the classes of a folder of class folders.
+
+    Raises:
+        UserError: missing, unreadable or without images.
+    """
+    if source is None:
+        return built_in(limit)
+    root = Path(source)
+    if not root.is_dir():
+        raise UserError(
+            f"--data {source}: no such folder; give a folder of images, or of one folder per class"
+        )
+    try:
+        classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+        groups = [_images(root / name) for name in classes] or [_images(root)]
+    except PermissionError:
+        raise UserError(f"--data {source}: no permission to read it") from None
+    if not any(groups):
+        raise UserError(f"--data {source}: no images ({', '.join(ENDINGS)}) in it")
+    deepest = max(len(group) for group in groups)
+    order = [
+        (label, group[i]) for i in range(deepest) for label, group in enumerate(groups) if i < len(group)
+    ]
+    chosen = order[:limit]
+    digest = hashlib.sha256("\0".join(str(file.relative_to(root)) for _, file in chosen).encode()).hexdigest()
+    labels = tuple(label for label, _ in chosen) if classes else None
+    protocol = {"source": source, "samples": len(chosen), "sha256": digest}
+    return Images(tuple(file for _, file in chosen), labels, protocol)
+
+
+def built_in(limit: int) -> Images:
+    """The fixed evaluation scenes of `digits-vit`."""
+    from tprune.data.scenes import evaluation_scenes
+
+    scenes = evaluation_scenes("digits-vit", min(limit, 2000))
+    digest = hashlib.sha256(b"".join(scene.image.tobytes() for scene in scenes)).hexdigest()
+    protocol = {"source": "digits-vit scenes", "split": "test", "samples": len(scenes), "sha256": digest}
+    return Images(tuple(scene.image for scene in scenes), tuple(scene.label for scene in scenes), protocol)
+
+
+def _images(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() in ENDINGS)

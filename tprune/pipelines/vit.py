@@ -1,0 +1,188 @@
+"""The driver of `tprune vit`: patch tokens of image classifiers and vision towers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tprune.core.budget import mean_leaving
+from tprune.data import images
+from tprune.errors import UserError
+from tprune.evaluate.cost import flops, interleaved
+from tprune.models import load as loaders
+from tprune.models import vit as adapter
+from tprune.models.subject import Subject
+from tprune.pipelines.base import Achieved, Handle, Pipeline, Quality, Workload
+from tprune.pipelines.tokens import solve
+
+
+class VitHandle(Handle):
+    """A token method at work inside a vision transformer."""
+
+    kind = "wrapped"
+
+    def __init__(self, driver: adapter.TokenDriver):
+        self.driver = driver
+
+    def remove(self) -> None:
+        """Take all hooks out again."""
+        self.driver.remove()
+
+    def achieved(self) -> Achieved:
+        """The mean fraction of patch tokens that entered a sublayer, as the stages have it."""
+        shape, entering = self.driver.parts.shape, self.driver.entering
+        details = {
+            "tokens": shape.tokens,
+            "tokens_entering_mean": sum(entering) / len(entering),
+            "tokens_leaving_mean": shape.tokens * mean_leaving(self.driver.stages, shape.tokens, shape.depth),
+        }
+        return Achieved(sum(entering) / (len(entering) * shape.tokens), details)
+
+    def per_layer(self) -> list[dict[str, Any]]:
+        """Tokens entering the attention and the MLP of every block."""
+        entering = self.driver.entering
+        return [
+            {"block": layer, "tokens_attention": entering[2 * layer], "tokens_mlp": entering[2 * layer + 1]}
+            for layer in range(self.driver.parts.shape.depth)
+        ]
+
+
+class VitPipeline(Pipeline):
+    """Load, measure and prune a vision transformer."""
+
+    family = "vit"
+    default_limit = 500
+
+    def load(self) -> Subject:
+        """A timm model, or a vision model of transformers."""
+        recipe = self.recipe
+        return loaders.load(
+            self.source(), self.family, device=recipe.device, dtype=recipe.dtype, seed=recipe.seed
+        )
+
+    def prepare(self, subject: Subject) -> None:
+        """Read the images; labels count only where the model has as many classes."""
+        self.method.check(adapter.anatomy(subject.model).shape)
+        self.images = images.read(self.recipe.data, self.recipe.limit or self.default_limit)
+        self.classes = classes(subject.model)
+        labels = self.images.labels
+        fits = labels is not None and self.classes > max(labels)
+        if labels is not None and self.recipe.data is None:
+            fits = self.classes == 10
+        self.labels = torch.tensor(labels) if fits else None
+        if self.labels is None:
+            self.progress.say(
+                "no labels that fit this model: only agreement with the dense model is measured"
+            )
+
+    def evaluate(self, subject: Subject) -> Quality:
+        """Top-1 accuracy."""
+        size = self.recipe.batch_size
+        predictions = []
+        starts = range(0, len(self.images.items), size)
+        with torch.no_grad():
+            for start in self.progress.track(starts, "evaluating"):
+                places = range(start, min(start + size, len(self.images.items)))
+                batch = torch.stack([self.pixels(subject, self.images.open(place)) for place in places])
+                predictions.append(self.outputs(subject, batch).argmax(-1).cpu())
+        predicted = torch.cat(predictions)
+        if self.labels is None:
+            return Quality({}, predicted)
+        accuracy = (predicted == self.labels).double().mean().item()
+        return Quality({"accuracy": accuracy}, predicted, chance=1 / self.classes)
+
+    def pixels(self, subject: Subject, image: Any) -> Tensor:
+        """One image as the model's own preprocessing makes it, [3, H, W]."""
+        if subject.source.library == "timm":
+            return subject.processor(image)
+        if subject.processor is None:
+            raise UserError(
+                f"{subject.source.name} has no preprocessor_config.json; copy it from the model's origin"
+            )
+        return subject.processor(images=image, return_tensors="pt")["pixel_values"][0]
+
+    def outputs(self, subject: Subject, batch: Tensor) -> Tensor:
+        """Logits, or pooled features where there is no classifier: [B, C]."""
+        parameter = next(subject.model.parameters())
+        found = subject.model(batch.to(parameter.device, parameter.dtype))
+        if isinstance(found, Tensor):
+            return found.float()
+        for name in ("logits", "image_embeds", "pooler_output"):
+            if getattr(found, name, None) is not None:
+                return getattr(found, name).float()
+        return found.last_hidden_state.mean(1).float()
+
+    def workload(self, subject: Subject) -> Workload:
+        """One batch of noise images."""
+        batch = self.noise(subject, self.recipe.batch_size)
+        return Workload(lambda: self.outputs(subject, batch), len(batch), "images")
+
+    def noise(self, subject: Subject, count: int) -> Tensor:
+        """Images drawn from the seed, [count, 3, H, W]."""
+        generator = torch.Generator().manual_seed(self.recipe.seed)
+        return torch.randn(count, *input_size(subject.model), generator=generator)
+
+    def apply(self, subject: Subject, work: Path | None, state: dict[str, Tensor] | None = None) -> VitHandle:
+        """Put the method in place."""
+        parts = adapter.anatomy(subject.model)
+        self.method.check(parts.shape)
+        if self.stage.positions not in (None, "original"):
+            raise UserError(
+                f"--positions {self.stage.positions}: a vision transformer's tokens keep their positions"
+            )
+        stages = solve(self.method, parts.shape, self.stage.keep)
+        return VitHandle(adapter.TokenDriver(parts, self.method, stages, self.recipe.seed))
+
+    def probe(self, subject: Subject) -> dict[str, Tensor]:
+        """Two noise images and their outputs."""
+        batch = self.noise(subject, 2)
+        with torch.no_grad():
+            return {"input": batch, "output": self.outputs(subject, batch).cpu()}
+
+    def describe_data(self) -> dict[str, Any]:
+        """Which images."""
+        return self.images.protocol
+
+    def bench(self, subject: Subject, rounds: int) -> dict[str, Any]:
+        """Dense and pruned batches in turn: speed-up measured, by FLOPs, and their ratio."""
+        batch = self.noise(subject, self.recipe.batch_size)
+        handle: VitHandle | None = None
+
+        def dense() -> Tensor:
+            if handle is not None:
+                handle.driver.remove()
+            return self.outputs(subject, batch)
+
+        def pruned() -> Tensor:
+            nonlocal handle
+            handle = self.apply(subject, None)
+            return self.outputs(subject, batch)
+
+        counted = {"dense": flops(dense), "pruned": flops(pruned)}
+        times = interleaved({"dense": dense, "pruned": pruned}, subject.device, rounds)
+        dense()
+        return {"times": times, "flops": counted, "items": len(batch), "unit": "images"}
+
+
+def classes(model: nn.Module) -> int:
+    """How many classes the model tells apart; 0 for a bare tower."""
+    if hasattr(model, "config"):
+        return model.config.num_labels if hasattr(model, "classifier") else 0
+    return model.num_classes
+
+
+def input_size(model: nn.Module) -> tuple[int, int, int]:
+    """Channels, rows, columns of an input image."""
+    if hasattr(model, "config"):
+        config = getattr(model.config, "vision_config", model.config)
+        size = config.image_size
+        rows, columns = size if isinstance(size, tuple | list) else (size, size)
+        return getattr(config, "num_channels", 3), rows, columns
+    rows, columns = model.patch_embed.img_size
+    return model.patch_embed.proj.in_channels, rows, columns
+
+
+PIPELINE = VitPipeline
