@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -13,17 +15,37 @@ class Evict:
 
     Attributes:
         index: int64 [B, G, K], ascending places in the cache.
-        valid: bool [B, G, K], False where a row keeps fewer than K entries (padding), or None.
+        valid: bool [B, K], False where a row keeps fewer than K entries and the slot is a filler, or None.
     """
 
     index: Tensor
     valid: Tensor | None = None
 
+    @classmethod
+    def nothing(cls, batch: int, groups: int, length: int, device: torch.device | str = "cpu") -> Evict:
+        """Keep all `length` entries in their places."""
+        return cls(torch.arange(length, device=device).expand(batch, groups, length))
+
+    @classmethod
+    def rows(cls, parts: Sequence[Tensor]) -> Evict:
+        """One edit of a batch from the indices [G, K_b] of its rows; shorter rows get fillers on the left."""
+        widest = max(part.shape[-1] for part in parts)
+        index = torch.stack([fill_left(part, widest) for part in parts])
+        if all(part.shape[-1] == widest for part in parts):
+            return cls(index)
+        kept = torch.tensor([part.shape[-1] for part in parts], device=index.device)
+        return cls(index, torch.arange(widest, device=index.device) >= widest - kept[:, None])
+
     def apply(self, entries: Tensor) -> Tensor:
-        """The surviving rows of keys, values [B, G, T, d] or positions [B, G, T]."""
+        """The surviving rows of keys, values [B, G, T, d] or of one number per entry [B, G, T]."""
         if entries.dim() == 3:
             return entries.gather(2, self.index)
         return entries.gather(2, self.index.unsqueeze(-1).expand(*self.index.shape, entries.shape[-1]))
 
 
 CacheEdit = Evict
+
+
+def fill_left(x: Tensor, width: int) -> Tensor:
+    """`x` [..., K] with zeros before it: [..., width]."""
+    return x if x.shape[-1] == width else torch.nn.functional.pad(x, (width - x.shape[-1], 0))

@@ -9,7 +9,12 @@ from torch import Tensor
 
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of `x` [B, N, ...] at `index` [B, K] along the token axis -> [B, K, ...]."""
+    """Rows of `x` [B, N, ...] at `index` [B, K] along the token axis -> [B, K, ...].
+
+    A channel-first memory layout stays one, so that later sums run in the same order as without pruning.
+    """
+    if x.dim() == 3 and not x.is_contiguous() and x.transpose(1, 2).is_contiguous():
+        return x.transpose(1, 2).gather(2, index.unsqueeze(1).expand(-1, x.shape[2], -1)).transpose(1, 2)
     index = index.view(*index.shape, *[1] * (x.dim() - 2)).expand(*index.shape, *x.shape[2:])
     return x.gather(1, index)
 
@@ -102,7 +107,7 @@ class Reduction:
         if self.dense is not None:
             return self.dense.to(x.dtype) @ x
         out = gather_tokens(x, self.index)
-        if self.source is None or self.source.shape[1] == 0:
+        if self.source is None:
             return out
         flow = gather_tokens(x, self.source)
         if self.weight is not None:

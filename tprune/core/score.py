@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 def repeat_groups(x: Tensor, heads: int) -> Tensor:
@@ -24,14 +25,16 @@ def sum_over_group(x: Tensor, groups: int) -> Tensor:
     return x if x.shape[1] == groups else x.unflatten(1, (groups, -1)).sum(2)
 
 
-def _logits(query: Tensor, key: Tensor, scale: float) -> Tensor:
+def _logits(query: Tensor, key: Tensor, scale: float, softcap: float | None = None) -> Tensor:
     """Scaled logits, float32 [B, H, R, T], of `query` [B, H, R, d] over grouped `key` [B, G, T, d].
 
-    The heads of a group share one product with their key, so that keys are never repeated in memory.
+    The heads of a group share one product with their key, so that keys are never repeated in memory. With
+    `softcap` c (Gemma 2) a logit x becomes c · tanh(x / c).
     """
     batch, heads, rows, width = query.shape
     grouped = (query.float() * scale).reshape(batch, key.shape[1], -1, width)
-    return (grouped @ key.float().transpose(-1, -2)).view(batch, heads, rows, key.shape[2])
+    logits = (grouped @ key.float().transpose(-1, -2)).view(batch, heads, rows, key.shape[2])
+    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
 
 def _mask_future(logits: Tensor, row: Tensor) -> Tensor:
@@ -49,6 +52,7 @@ def attention_rows(
     rows: Tensor | slice | None = None,
     bias: Tensor | None = None,
     causal: bool = False,
+    softcap: float | None = None,
 ) -> Tensor:
     """Rows of softmax(scale · q kᵀ + bias), float32 [B, H, R, T]; costs R·T, not N·T.
 
@@ -59,6 +63,7 @@ def attention_rows(
         rows: which queries: a slice, int64 [R] for all samples, or [B, R]; all by default.
         bias: additive, float or bool (True: visible), broadcastable to [B, H, N, T].
         causal: row i sees keys up to T - N + i.
+        softcap: bounds the logits (Gemma 2).
     """
     length, keys = query.shape[2], key.shape[2]
     if rows is None:
@@ -69,7 +74,7 @@ def attention_rows(
         chosen = query[:, :, rows] if len(rows) < length else query
     else:
         chosen = query.gather(2, rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
-    logits = _logits(chosen, key, scale)
+    logits = _logits(chosen, key, scale, softcap)
     if bias is not None:
         if bias.shape[-2] != 1:
             if rows.dim() == 1:
@@ -91,25 +96,62 @@ def attention_column_sums(
     *,
     bias: Tensor | None = None,
     causal: bool = False,
-    tile: int = 128,
+    softcap: float | None = None,
+    tile: int | None = None,
 ) -> Tensor:
     """The attention every key receives, summed over queries: float32 [B, H, T], memory linear in T.
 
     The softmax is exact: queries are tiled, keys are not. Under a causal mask a tile only touches the keys
     it can see, which halves the work. Rows that see nothing (padding) contribute nothing.
+
+    Args:
+        query, key, scale, bias, causal, softcap: as for `attention_rows`.
+        tile: query rows at a time; by default as many as keep a tile in the processor's cache.
     """
     batch, heads, length = query.shape[:3]
     keys = key.shape[2]
+    if tile is None:
+        elements = 1 << (20 if query.device.type == "cpu" else 25)
+        tile = min(max(elements // (batch * heads * keys), 16), length)
+    key = key.float()
+    future = torch.ones(tile, tile, dtype=torch.bool, device=query.device).triu(1)
     sums = torch.zeros(batch, heads, keys, device=query.device)
     for first in range(0, length, tile):
         last = min(first + tile, length)
-        seen = keys - length + last if causal else keys
-        part = None
+        rows, seen = last - first, keys - length + last if causal else keys
+        logits = _logits(query[:, :, first:last], key[:, :, :seen], scale, softcap)
         if bias is not None:
             part = bias[..., :seen] if bias.shape[-2] == 1 else bias[..., first:last, :seen]
-        rows = attention_rows(query[:, :, first:last], key[:, :, :seen], scale, bias=part, causal=causal)
-        sums[..., :seen] += rows.nan_to_num_().sum(2)
+            logits = logits.masked_fill_(~part, -torch.inf) if part.dtype == torch.bool else logits.add_(part)
+        if causal:
+            logits[..., seen - rows :].masked_fill_(future[:rows, :rows], -torch.inf)
+        received = logits.softmax(dim=-1)
+        if bias is not None:
+            received.nan_to_num_()
+        sums[..., :seen] += received.sum(2)
     return sums
+
+
+def window_attention(
+    query: Tensor, key: Tensor, scale: float, window: int, *, softcap: float | None = None
+) -> Tensor:
+    """The attention that the last `window` queries pay to the keys before them: float32 [B, H, T - window].
+
+    Softmax over all keys, causal inside the window, summed over its queries; the window's own columns are
+    then left out. `query` [B, H, N, d] ends where `key` [B, G, T, d] ends.
+    """
+    rows = attention_rows(query[:, :, -window:], key, scale, causal=True, softcap=softcap)
+    return rows.sum(2)[..., : key.shape[2] - window]
+
+
+def pool_neighbours(scores: Tensor, kernel: int, kind: str) -> Tensor:
+    """Every score [..., T] replaced by the mean ("avg", zeros beyond the ends) or maximum ("max") around it.
+
+    `kernel` is odd; 1 changes nothing.
+    """
+    flat = scores.reshape(1, -1, scores.shape[-1])
+    pool = {"avg": functional.avg_pool1d, "max": functional.max_pool1d}[kind]
+    return pool(flat, kernel, stride=1, padding=kernel // 2).view(scores.shape)
 
 
 def cosine_normalise(x: Tensor, eps: float = 1e-6) -> Tensor:

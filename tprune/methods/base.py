@@ -122,7 +122,13 @@ def _convert(value: Any, hint: Any) -> Any:
             return None
         return _convert(value, next(kind for kind in arguments if kind is not type(None)))
     if typing.get_origin(hint) is tuple:
-        items = value.split(",") if isinstance(value, str) else value
+        items = (
+            value.split(",")
+            if isinstance(value, str)
+            else value
+            if isinstance(value, tuple | list)
+            else (value,)
+        )
         return tuple(_convert(item, arguments[0]) for item in items)
     if hint is bool:
         words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
@@ -207,19 +213,24 @@ class CacheMethod(Method):
 
     positions: ClassVar[str] = "original"
 
+    @property
+    def evicts_while_decoding(self) -> bool:
+        """Whether entries leave at each generated token, and not only after the prompt."""
+        return type(self).step is not CacheMethod.step
+
     def check_length(self, length: int, count: int) -> None:
-        """Raise UserError where a prompt of `length` tokens or a cache of `count` entries is too short."""
+        """Raise UserError where `count` entries of a prompt of `length` tokens are too few; count < length."""
 
     def counts(self, length: int, layers: int, keep: float) -> list[int]:
         """How many entries each layer keeps per key-value head, of `length`; the same in all by default."""
         return [round(keep * length)] * layers
 
     def start(self, layer: LayerView, count: int) -> CacheEdit:
-        """After the prompt went through `layer`: which entries stay."""
+        """After the prompt went through `layer`: which `count` entries stay (all of them at --keep 1)."""
         raise NotImplementedError
 
     def step(self, layer: LayerView, count: int) -> CacheEdit | None:
-        """After each generated token; None leaves the cache as it is."""
+        """After each generated token: which `count` entries stay; None for methods that then keep all."""
         return None
 
 

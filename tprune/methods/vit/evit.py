@@ -40,23 +40,21 @@ class EViT(TokenMethod):
     fuse: bool = param(True, "fuse the tokens that leave into one")
 
     def stages(self, shape, knob):
-        """k = ceil(ratio · n), and the fused token on top where anything leaves."""
+        """k = ceil(ratio · n) and the fused token on top; a stage that nothing leaves is none."""
         ratio = self.ratio if knob is None else knob
         stages, alive = [], shape.tokens
         for layer in self.layers:
             kept = max(1, ceil(ratio * alive))
-            alive = min(alive, kept + self.fuse)
-            stages.append(Stage(Site(scale_layer(layer, 12, shape.depth), between=True), alive))
+            if kept < alive:
+                alive = kept + self.fuse
+                stages.append(Stage(Site(scale_layer(layer, 12, shape.depth), between=True), alive))
         return stages
 
     def reduce(self, site, view, count, memory):
         """Kept tokens in descending order of attention (as the authors have it), then the fused one."""
         batch, length = view.hidden.shape[:2]
-        alive = length - view.prefix
-        if count >= alive:
-            return Reduction.identity(batch, length, view.hidden.device)
         cls_attention = view.attention.rows(slice(0, 1)).mean(1)[:, 0, view.prefix :]  # [B, n]
-        order = select.top_ranked(cls_attention, alive)
+        order = select.top_ranked(cls_attention, length - view.prefix)
         head = torch.arange(view.prefix, device=order.device).expand(batch, -1)
         index = torch.cat([head, order[:, :count] + view.prefix], dim=1)
         if not self.fuse:

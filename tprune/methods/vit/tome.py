@@ -6,6 +6,7 @@ A merged token is the average weighted by size, and attention counts it as often
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from math import floor
 
 from tprune.core import match
@@ -29,7 +30,9 @@ class ToMe(TokenMethod):
     )
     native = ("r",)
 
-    r: int = param(13, "tokens merged per block", low=0)
+    r: tuple[int, ...] = param(
+        (13,), "tokens merged per block: one number, or one per block and then 0", low=0
+    )
     inflect: float = param(0.0, "-1 merges more in early blocks, 1 in late ones", low=-1, high=1)
     prop_attn: bool = param(True, "proportional attention (off for MAE off the shelf)")
 
@@ -39,16 +42,26 @@ class ToMe(TokenMethod):
 
     def stages(self, shape, knob):
         """r_l tokens fewer after block l, never more than half of them."""
-        rate = self.r if knob is None else (1 - knob) * shape.tokens / 2
-        low = rate * (1 - self.inflect)
-        step = 2 * (rate - low) / max(shape.depth - 1, 1)
-        stages, alive, due = [], shape.tokens, 0.0
-        for layer in range(shape.depth):
-            before, due = due, due + low + step * layer
-            wanted = int(low + step * layer) if knob is None else floor(due) - floor(before)
-            alive -= max(0, min(wanted, alive // 2))
+        stages, alive = [], shape.tokens
+        for layer, wanted in enumerate(self.schedule(shape, knob)):
+            alive -= min(wanted, alive // 2)
             stages.append(Stage(Site(layer, between=True), alive))
         return stages
+
+    def schedule(self, shape, knob):
+        """r per block: as given, or a line through the mean r with the slope of `inflect`."""
+        if knob is None and len(self.r) > 1:
+            return [*self.r, *[0] * shape.depth][: shape.depth]
+        mean = self.r[0] if knob is None else (1 - knob) * shape.tokens / 2
+        low = mean * (1 - self.inflect)
+        low = int(low) if knob is None else low
+        step = 2 * (mean - low) / max(shape.depth - 1, 1)
+        line = [low + step * layer for layer in range(shape.depth)]
+        if knob is None:
+            return [int(rate) for rate in line]
+        # A fractional r is spread: what rounding leaves over goes to the next block.
+        due = list(accumulate(line, initial=0.0))
+        return [floor(after) - floor(before) for before, after in pairwise(due)]
 
     def reduce(self, site, view, count, memory):
         """Merge the most similar pairs of this block's keys."""

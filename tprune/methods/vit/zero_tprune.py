@@ -52,7 +52,8 @@ class ZeroTPrune(TokenMethod):
         for layer, ratio in zip(self.layers, self.keep, strict=False):
             dropped = min(alive // 2, round(self.similar * strength * shape.tokens / 196))
             alive = max(1, ceil(ratio**strength * (alive - dropped)))
-            stages.append(Stage(Site(scale_layer(layer, 12, shape.depth)), alive))
+            # The block before must have run: its attention map is what is read.
+            stages.append(Stage(Site(max(1, scale_layer(layer, 12, shape.depth))), alive))
         return stages
 
     def reduce(self, site, view, count, memory):

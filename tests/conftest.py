@@ -1,0 +1,51 @@
+"""Settings and tiny models shared by all tests: one thread, no hub, nothing left behind."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("tprune", deadline=None, max_examples=40, derandomize=True)
+settings.load_profile("tprune")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _few_threads():
+    torch.set_num_threads(2)
+
+
+def tiny_vit(**changes):
+    """A timm VisionTransformer of 4 blocks and 16 patches with weights drawn from a fixed seed."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        arguments = {
+            "img_size": 32,
+            "patch_size": 8,
+            "embed_dim": 24,
+            "depth": 4,
+            "num_heads": 3,
+            "mlp_ratio": 2.0,
+            "num_classes": 5,
+        } | changes
+        model = VisionTransformer(**arguments).eval().requires_grad_(False)
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.2)
+    return model
+
+
+@pytest.fixture
+def vit():
+    return tiny_vit()
+
+
+@pytest.fixture
+def images():
+    return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))

@@ -1,0 +1,84 @@
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tprune.core import score
+
+
+def drawn(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def full_attention(query, key, scale, causal, bias=None):
+    """Softmaxed attention the plain way."""
+    logits = query @ score.repeat_groups(key, query.shape[1]).transpose(-1, -2) * scale
+    if bias is not None:
+        logits = logits + bias
+    if causal:
+        rows, keys = logits.shape[-2:]
+        hidden = torch.ones(rows, keys).tril(keys - rows) == 0
+        logits = logits.masked_fill(hidden, -torch.inf)
+    return logits.softmax(-1)
+
+
+@given(st.integers(0, 99), st.booleans(), st.sampled_from([1, 2, 4]), st.integers(0, 5))
+def test_rows_equal_those_of_the_full_map(seed, causal, groups, past):
+    query, key = drawn(seed, 2, 4, 7, 8), drawn(seed + 1, 2, groups, 7 + past, 8)
+    expected = full_attention(query, key, 0.3, causal)
+    assert torch.allclose(score.attention_rows(query, key, 0.3, causal=causal), expected, atol=1e-6)
+    some = score.attention_rows(query, key, 0.3, rows=slice(-2, None), causal=causal)
+    assert torch.allclose(some, expected[:, :, -2:], atol=1e-6)
+    each = torch.tensor([[0], [6]])
+    own = score.attention_rows(query, key, 0.3, rows=each, causal=causal)
+    assert torch.allclose(own, torch.stack([expected[0, :, :1], expected[1, :, 6:]]), atol=1e-6)
+
+
+@given(st.integers(0, 99), st.booleans(), st.integers(1, 9))
+def test_column_sums_equal_those_of_the_full_map_for_any_tile(seed, causal, tile):
+    query, key = drawn(seed, 2, 4, 9, 8), drawn(seed + 1, 2, 2, 9, 8)
+    bias = drawn(seed + 2, 2, 1, 9, 9)
+    expected = full_attention(query, key, 0.3, causal, bias).sum(2)
+    found = score.attention_column_sums(query, key, 0.3, bias=bias, causal=causal, tile=tile)
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def stochastic(seed, size):
+    return drawn(seed, 1, 1, size, size).softmax(-1)
+
+
+def test_page_rank_of_a_uniform_map_is_uniform():
+    rank = score.page_rank(torch.full((1, 1, 5, 5), 0.2), torch.rand(1, 1, 5), 3)
+    assert torch.allclose(rank, rank.mean().expand_as(rank))
+
+
+def test_page_rank_puts_first_whom_everyone_attends_to():
+    attention = torch.full((1, 1, 4, 4), 0.1)
+    attention[..., 2] = 0.7
+    assert score.page_rank(attention, torch.full((1, 1, 4), 0.25), 5).argmax() == 2
+
+
+@given(st.integers(0, 99))
+def test_page_rank_moves_with_a_permutation_of_the_tokens(seed):
+    attention, order = stochastic(seed, 6), torch.randperm(6, generator=torch.Generator().manual_seed(seed))
+    start = torch.full((1, 1, 6), 1 / 6)
+    moved = score.page_rank(attention[..., order, :][..., order], start, 4)
+    assert torch.allclose(moved, score.page_rank(attention, start, 4)[..., order], atol=1e-6)
+
+
+@given(st.integers(0, 99))
+def test_page_rank_without_some_tokens_equals_that_of_the_smaller_graph(seed):
+    attention = stochastic(seed, 6)
+    left = torch.tensor([0, 2, 3, 5])
+    present = torch.zeros(1, 1, 6).index_fill_(2, left, 1.0)
+    small = attention[..., left, :][..., left]
+    small = small / small.sum(-1, keepdim=True)
+    expected = score.page_rank(small, torch.full((1, 1, 4), 0.25), 4)
+    found = score.page_rank(attention, present / 4, 4, present)
+    assert torch.allclose(found[..., left], expected, atol=1e-6)
+    assert (found[..., [1, 4]] == 0).all()
+
+
+def test_noise_depends_on_the_seed_of_the_sample_alone():
+    both = score.uniform((5,), torch.tensor([3, 4]))
+    assert torch.equal(both[1:], score.uniform((5,), torch.tensor([4])))
+    assert not torch.equal(both[0], both[1])

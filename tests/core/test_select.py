@@ -1,0 +1,68 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tprune.core import select
+
+scores = st.lists(st.integers(-3, 3), min_size=1, max_size=12).map(lambda row: torch.tensor([row]).float())
+
+
+@given(scores, st.integers(0, 12))
+def test_top_keeps_exactly_the_best_in_ascending_order_with_ties_to_the_left(score, count):
+    count = min(count, score.shape[1])
+    kept = select.top(score, count)[0].tolist()
+    values = score[0].tolist()
+    expected = sorted(sorted(range(len(values)), key=lambda i: (-values[i], i))[:count])
+    assert kept == expected
+
+
+@given(scores, st.integers(0, 12))
+def test_smallest_mask_marks_exactly_count_with_ties_to_the_left(score, count):
+    count = min(count, score.shape[1])
+    mask = select.smallest_mask(score, count)[0].tolist()
+    values = score[0].tolist()
+    expected = sorted(range(len(values)), key=lambda i: (values[i], i))[:count]
+    assert [i for i, marked in enumerate(mask) if marked] == sorted(expected)
+
+
+def test_wanda_card_example():
+    score = torch.tensor([[1.0, 2.0, -3.0, 4.0]]).abs() * torch.tensor([4.0, 1.0, 1.0, 0.5])
+    assert select.smallest_mask(score, 2).tolist() == [[False, True, False, True]]
+
+
+@given(st.integers(0, 999), st.sampled_from([(2, 4), (4, 8), (1, 4), (4, 4)]))
+def test_nm_leaves_exactly_n_of_every_m(seed, pattern):
+    keep, group = pattern
+    score = torch.randint(0, 3, (5, 24), generator=torch.Generator().manual_seed(seed)).float()
+    kept = (~select.nm_mask(score, keep, group)).unflatten(-1, (-1, group)).sum(-1)
+    assert (kept == keep).all()
+
+
+def test_nm_refuses_a_ragged_axis():
+    with pytest.raises(ValueError, match="groups of 4"):
+        select.nm_mask(torch.rand(2, 6), 2, 4)
+
+
+def test_inclusive_rule_removes_one_more():
+    score = torch.tensor([[4.0, 1.0], [2.0, 3.0]])
+    assert select.inclusive_mask(score, 2).sum() == 3
+
+
+@given(st.integers(0, 99))
+def test_protected_tokens_stay_and_every_row_loses_its_own_count(seed):
+    generator = torch.Generator().manual_seed(seed)
+    prunable = torch.rand(3, 10, generator=generator) < 0.6
+    drop = torch.stack([torch.randint(int(row.sum()) + 1, (), generator=generator) for row in prunable])
+    index, valid = select.keep_protected_and_top(torch.rand(3, 10, generator=generator), drop, prunable)
+    valid = torch.ones_like(index, dtype=torch.bool) if valid is None else valid
+    for row in range(3):
+        kept = index[row][valid[row]].tolist()
+        assert kept == sorted(set(kept))
+        assert len(kept) == 10 - drop[row]
+        assert set((~prunable[row]).nonzero()[:, 0].tolist()) <= set(kept)
+
+
+def test_prefix_survives_whatever_the_scores():
+    index = select.keep_prefix_and_top(torch.tensor([[0.1, 0.9, 0.5]]), 1, prefix=2)
+    assert index.tolist() == [[0, 1, 3]]

@@ -1,0 +1,145 @@
+"""Statistics of a linear layer's inputs, gathered batch by batch in float32.
+
+Every class takes inputs x [N, L, C] (N sequences of L tokens; [T, C] counts as one sequence) by `add` and gives
+named tensors by `result`; nothing but sums is kept, so memory does not grow with the data.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _sequences(x: Tensor) -> Tensor:
+    """`x` as float32 [N, L, C]."""
+    x = x.float()
+    return x.unsqueeze(0) if x.dim() == 2 else x
+
+
+class Norm:
+    """`norm` [C]: the L2 norm of every input over all tokens."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | float = 0.0
+
+    def add(self, x: Tensor) -> None:
+        """Take in x [N, L, C]."""
+        self.total = (
+            self.total + torch.linalg.vector_norm(x.flatten(0, -2), dim=0, dtype=torch.float32).square_()
+        )
+
+    def result(self) -> dict[str, Tensor]:
+        """{"norm": [C]}."""
+        return {"norm": self.total.sqrt()}
+
+
+class Gram:
+    """`gram` [C, C]: (2 / sequences) · Σ x xᵀ, the Hessian of the layer's squared error."""
+
+    strip = 512
+    """Rows computed at once: what lies under the diagonal is mirrored, not computed."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        self.sequences = 0
+
+    def add(self, x: Tensor) -> None:
+        """Take in x [N, L, C]."""
+        x = _sequences(x)
+        self.sequences += x.shape[0]
+        x = x.flatten(0, 1)
+        width = x.shape[1]
+        if self.total is None:
+            self.total = torch.zeros(width, width, device=x.device)
+        for first in range(0, width, self.strip):
+            rows = slice(first, first + self.strip)
+            self.total[rows, first:].addmm_(x[:, rows].t(), x[:, first:])
+
+    def result(self) -> dict[str, Tensor]:
+        """{"gram": [C, C]}."""
+        upper = self.total.triu()
+        return {"gram": (upper + upper.triu(1).t()) * (2 / self.sequences)}
+
+
+class Moments:
+    """`mean`, `variance` and `fluctuation` [C] of every input.
+
+    The variance is the sample variance over all tokens (Chan's update, sequence by sequence, so that the batch
+    size does not matter). The fluctuation is what FLAP's code accumulates in its place: with μ the running mean
+    after n sequences, F <- F (n-1)/n + Σ_t (x_t - μ)² / (n+1) for n counted from 0, and 0 at the first.
+    """
+
+    def __init__(self) -> None:
+        self.sequences = 0
+        self.tokens = 0
+        self.mean: Tensor | float = 0.0
+        self.running: Tensor | float = 0.0
+        self.squares: Tensor | float = 0.0
+        self.fluctuation: Tensor | float = 0.0
+
+    def add(self, x: Tensor) -> None:
+        """Take in x [N, L, C]."""
+        x = _sequences(x)
+        means = x.mean(1)
+        squares = (x - means.unsqueeze(1)).square_().sum(1)
+        for mean, square in zip(means, squares, strict=True):
+            self._add(mean, square, x.shape[1])
+
+    def _add(self, mean: Tensor, square: Tensor, length: int) -> None:
+        """Take in one sequence: its mean and its sum of squared deviations from it, both [C]."""
+        n, total = self.sequences, self.tokens + length
+        self.running = self.running * (n / (n + 1)) + mean / (n + 1)
+        if n == 0:
+            self.fluctuation = torch.zeros_like(mean)
+        else:
+            around = square + length * (mean - self.running).square()
+            self.fluctuation = self.fluctuation * ((n - 1) / n) + around / (n + 1)
+        shift = mean - self.mean
+        self.squares = self.squares + square + shift.square() * (self.tokens * length / total)
+        self.mean = self.mean + shift * (length / total)
+        self.sequences, self.tokens = n + 1, total
+
+    def result(self) -> dict[str, Tensor]:
+        """{"mean": [C], "variance": [C], "fluctuation": [C]}."""
+        variance = self.squares / max(self.tokens - 1, 1)
+        return {"mean": self.mean, "variance": variance, "fluctuation": self.fluctuation}
+
+
+KINDS = {"norm": Norm, "gram": Gram, "moments": Moments}
+
+
+class Inputs:
+    """The statistics asked for of one input, and how many tokens it saw."""
+
+    def __init__(self, kinds: tuple[str, ...]):
+        self.tokens = 0
+        self.parts = [KINDS[kind]() for kind in kinds if kind in KINDS]
+
+    def add(self, x: Tensor) -> None:
+        """Take in x [N, L, C] or [T, C]; nothing happens where T is 0."""
+        count = x.numel() // x.shape[-1]
+        if count:
+            self.tokens += count
+            for part in self.parts:
+                part.add(x)
+
+    def result(self) -> dict[str, Tensor]:
+        """All of them, by name."""
+        return {name: value for part in self.parts for name, value in part.result().items()}
+
+
+def white(kinds: tuple[str, ...], width: int, device: torch.device | str) -> dict[str, Tensor]:
+    """The statistics of inputs nothing is known of: unit norms, an identity Gram matrix, no mean.
+
+    With them Wanda's score is the magnitude and SparseGPT neither prefers nor updates any column.
+    """
+    known = {
+        "norm": {"norm": torch.ones(width, device=device)},
+        "gram": {"gram": torch.eye(width, device=device)},
+        "moments": {
+            "mean": torch.zeros(width, device=device),
+            "variance": torch.ones(width, device=device),
+            "fluctuation": torch.ones(width, device=device),
+        },
+    }
+    return {name: value for kind in kinds for name, value in known.get(kind, {}).items()}
