@@ -49,3 +49,30 @@ def vit():
 @pytest.fixture
 def images():
     return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def vit_folder(tmp_path_factory):
+    """A tiny timm model on disk, in timm's own format."""
+    import timm
+
+    from tprune.models import save
+    from tprune.models.source import Source
+    from tprune.models.subject import Subject
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-vit"
+    folder.mkdir()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = timm.create_model(
+            "vit_tiny_patch16_224",
+            pretrained=False,
+            img_size=32,
+            patch_size=8,
+            embed_dim=24,
+            depth=4,
+            num_heads=3,
+            num_classes=10,
+        )
+    save.model(Subject(model, None, Source("tiny-vit", "folder", str(folder), "timm")), folder)
+    return folder

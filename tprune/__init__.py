@@ -17,7 +17,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tprune.api import load, methods, prune
+    from tprune import methods
+    from tprune.api import load, prune
     from tprune.errors import UserError
     from tprune.recipe import Recipe
 
@@ -27,12 +28,13 @@ _WHERE = {
     "Recipe": "tprune.recipe",
     "UserError": "tprune.errors",
     "load": "tprune.api",
-    "methods": "tprune.api",
     "prune": "tprune.api",
 }
 
 
 def __getattr__(name: str) -> Any:
+    if name == "methods":
+        return import_module("tprune.methods")
     if name in _WHERE:
         return getattr(import_module(_WHERE[name]), name)
     raise AttributeError(f"module 'tprune' has no attribute '{name}'")

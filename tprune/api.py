@@ -10,11 +10,6 @@ from tprune.progress import Progress
 from tprune.recipe import ModelSource, Recipe, Stage, check_budget
 
 
-def methods(family: str | None = None) -> list[registry.Facts]:
-    """All methods, or those of one family, with their papers and hyperparameters."""
-    return registry.facts(family)
-
-
 def prune(
     model: Any,
     method: str,

@@ -59,19 +59,18 @@ def staging(out: str | Path, key: str, force: bool) -> Iterator[tuple[Path, Path
     try:
         yield whole, parts
         if out.exists():
-            old = partial / "old"
-            out.rename(old)
+            out.rename(partial / "old")
         whole.rename(out)
         shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(whole, ignore_errors=True)
-        if error.errno == errno.ENOSPC:
+        if not any(parts.iterdir()):
+            shutil.rmtree(partial, ignore_errors=True)
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        if full:
             raise UserError(f"--out {out}: the disk is full; free some space and run again") from None
-        raise UserError(f"--out {out}: {error.strerror or error}") from None
-    except Exception as error:
-        shutil.rmtree(whole, ignore_errors=True)
-        if "No space left" in str(error):
-            raise UserError(f"--out {out}: the disk is full; free some space and run again") from None
+        if isinstance(error, OSError):
+            raise UserError(f"--out {out}: {error.strerror or error}") from None
         raise
 
 

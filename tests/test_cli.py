@@ -1,0 +1,285 @@
+"""The command line through Click's runner, and once through a real shell."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from tprune.cli import COMMANDS, command
+from tprune.errors import UserError
+from tprune.methods import registry
+
+
+def call(*words):
+    """Run tprune in this process; a UserError is raised, as `main` would turn it into a line and exit code 2."""
+    result = CliRunner().invoke(command, [str(word) for word in words], catch_exceptions=False)
+    return result
+
+
+def prune(folder, *words):
+    return call("vit", "--method", "tome", "--keep", "0.6", folder, "--limit", 8, "--batch-size", 4, *words)
+
+
+def test_help_names_every_command():
+    text = call("--help").output
+    assert all(name in text for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_every_command_has_help(name):
+    assert "Usage" in call(name, "--help").output
+
+
+@pytest.mark.parametrize("words", [["--help"], ["methods"], ["methods", "vit", "tome"]])
+def test_listing_does_not_import_torch(words):
+    program = (
+        "import sys; from tprune.cli import command; command(standalone_mode=False, args=sys.argv[1:]); "
+        "assert not {'torch', 'timm', 'transformers', 'rich'} & set(sys.modules), 'imported too much'"
+    )
+    subprocess.run([sys.executable, "-c", program, *words], check=True, capture_output=True)
+
+
+def test_importing_tprune_does_not_import_torch():
+    program = "import sys, tprune; tprune.Recipe; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_methods_lists_every_method_file():
+    text = call("methods").output
+    for fact in registry.facts():
+        assert any(line.split()[:2] == [fact.family, fact.id] for line in text.splitlines())
+
+
+def test_methods_tells_all_about_one():
+    text = call("methods", "vit", "tome").output
+    for word in ("2210.09461", "facebookresearch/ToMe", "prop_attn", "golden values"):
+        assert word in text
+
+
+def test_json_is_one_object_with_the_promised_keys(vit_folder):
+    result = prune(vit_folder, "--json")
+    report = json.loads(result.stdout)
+    promised = [
+        "family",
+        "method",
+        "model",
+        "params",
+        "seed",
+        "budget",
+        "dense",
+        "pruned",
+        "per_layer",
+        "out",
+    ]
+    assert set(promised) <= set(report)
+    assert {"asked", "achieved"} <= set(report["budget"])
+    assert set(report["dense"]) == set(report["pruned"])
+    figures = {"accuracy", "agreement", "flops", "latency_ms", "throughput", "peak_memory_mb"}
+    assert figures <= set(report["dense"])
+    assert report["pruned"]["flops"] < report["dense"]["flops"]
+    assert report["dense"]["agreement"] == 1.0
+
+
+def test_the_table_shows_dense_beside_pruned(vit_folder):
+    text = prune(vit_folder).stdout
+    assert "asked 0.6, achieved 0." in text
+    assert "agreement with dense" in text
+    assert "FLOPs" in text
+    assert "tokens attention" in text
+
+
+def test_without_a_model_the_built_in_one_is_named(monkeypatch):
+    from tprune.commands import common
+
+    seen = {}
+    monkeypatch.setattr(common, "launch", lambda recipe, **output: seen.update(recipe=recipe))
+    result = call("vit", "--method", "tome", "--keep", "0.6")
+    assert "using the built-in digits-vit" in result.stderr
+    assert seen["recipe"].model.name == "digits-vit"
+
+
+def test_out_eval_show_and_run_round_trip(vit_folder, tmp_path):
+    out, again = tmp_path / "out", tmp_path / "again"
+    report = json.loads(prune(vit_folder, "--out", out, "--json").stdout)
+    assert report["kind"] == "wrapped"
+    assert not list(tmp_path.glob(".*"))
+    shown = json.loads(call("show", out, "--json").stdout)
+    assert shown["pruned"]["accuracy"] == report["pruned"]["accuracy"]
+    measured = json.loads(call("eval", out, "--json").stdout)["measured"]
+    assert measured["accuracy"] == report["pruned"]["accuracy"]
+    assert measured["flops"] == report["pruned"]["flops"]
+    call("run", out / "recipe.yaml", "--out", again, "--quiet")
+    for file in out.glob("*.safetensors"):
+        assert file.read_bytes() == (again / file.name).read_bytes()
+
+
+def test_by_reference_stores_no_base_weights_and_checks_them(vit_folder, tmp_path):
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    import tprune
+
+    copy, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(vit_folder, copy)
+    prune(copy, "--out", out, "--by-reference", "--quiet")
+    assert not (out / "model.safetensors").exists()
+    probe = load_file(out / "probe.safetensors")
+    assert torch.allclose(tprune.load(out)(probe["input"]), probe["output"], atol=1e-6)
+    weights = load_file(copy / "model.safetensors")
+    weights["head.bias"] += 1
+    save_file(weights, copy / "model.safetensors")
+    with pytest.raises(UserError, match="are not those this artifact was made from"):
+        tprune.load(out)
+
+
+def test_a_wrapped_artifact_opens_in_a_fresh_process(vit_folder, tmp_path):
+    out = tmp_path / "out"
+    prune(vit_folder, "--out", out, "--quiet")
+    program = (
+        "import sys, torch, tprune; from safetensors.torch import load_file; "
+        "probe = load_file(sys.argv[1] + '/probe.safetensors'); "
+        "assert torch.allclose(tprune.load(sys.argv[1])(probe['input']), probe['output'], atol=1e-5)"
+    )
+    subprocess.run([sys.executable, "-c", program, str(out)], check=True)
+
+
+def test_dry_run_writes_and_loads_nothing(vit_folder, tmp_path):
+    result = prune(vit_folder, "--out", tmp_path / "out", "--dry-run")
+    assert "would prune" in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mistake_is_one_line_and_exit_code_2_in_a_real_shell(tmp_path):
+    tprune = Path(sys.executable).with_name("tprune")
+    for words, clue in (
+        ("vit --method nonsense --keep 0.5", "no method 'nonsense'"),
+        ("vit --method tome --keep 1.5 --dry-run", "--keep 1.5"),
+        ("vit --keep 0.5", "--method"),
+    ):
+        result = subprocess.run(f"{tprune} {words}", shell=True, cwd=tmp_path, capture_output=True, text=True)
+        assert result.returncode == 2
+        assert clue in result.stderr
+        assert "Traceback" not in result.stderr
+        assert result.stdout == ""
+    assert not list(tmp_path.iterdir())
+
+
+BAD = {
+    "an unknown model": (["--model", "nonsense-model"], "no model 'nonsense-model'"),
+    "no such folder": (["--model", "./nowhere/at/all"], "no model folder"),
+    "keep zero": (["--keep", "0"], "--keep 0: expected a fraction above 0"),
+    "keep above one": (["--keep", "1.5"], "--keep 1.5"),
+    "an unknown hyperparameter": (["--set", "x=1"], "no hyperparameter 'x'; it has: r, inflect, prop_attn"),
+    "a hyperparameter of the wrong type": (["--set", "prop_attn=maybe"], "expected bool"),
+    "a hyperparameter out of bounds": (["--set", "inflect=3"], "expected -1 to 1"),
+    "a malformed setting": (["--set", "r"], "expected NAME=VALUE"),
+    "two budgets": (["--set", "r=3"], "both budgets"),
+    "a missing data folder": (["--data", "nowhere"], "no such folder"),
+    "no such device": (["--device", "cuda:7"], "no such device; there is cpu"),
+    "an unknown precision": (["--dtype", "float12"], "expected float32"),
+    "a missing weights file": (["--weights", "nowhere.safetensors"], "no such file"),
+    "positions of a vit": (["--positions", "compact"], "keep their positions"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_clear_line(case, vit_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words, clue = list(BAD[case][0]), BAD[case][1]
+    model = vit_folder
+    if "--model" in words:
+        model = words.pop()
+        words.remove("--model")
+    budget = [] if "--keep" in words else ["--keep", "0.6"]
+    with pytest.raises(UserError) as error:
+        call("vit", "--method", "tome", *budget, *words, model, "--limit", 4, "--out", "out", "--quiet")
+    assert clue in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_empty_and_an_unreadable_data_folder_are_refused(vit_folder, tmp_path):
+    empty, broken = tmp_path / "empty", tmp_path / "broken"
+    empty.mkdir()
+    broken.mkdir()
+    (broken / "a.png").write_text("no image")
+    with pytest.raises(UserError, match="no images"):
+        prune(vit_folder, "--data", empty)
+    with pytest.raises(UserError, match="not a readable image"):
+        prune(vit_folder, "--data", broken)
+
+
+def test_an_existing_output_folder_is_kept_unless_forced(vit_folder, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious").write_text("kept")
+    with pytest.raises(UserError, match="exists; give another folder, or --force"):
+        prune(vit_folder, "--out", out)
+    assert (out / "precious").read_text() == "kept"
+    prune(vit_folder, "--out", out, "--force", "--quiet")
+    assert not (out / "precious").exists()
+    assert (out / "report.json").exists()
+
+
+def test_a_corrupt_model_is_refused(vit_folder, tmp_path):
+    import shutil
+
+    copy = tmp_path / "model"
+    shutil.copytree(vit_folder, copy)
+    (copy / "model.safetensors").write_bytes(b"garbage")
+    with pytest.raises(UserError, match="not readable safetensors"):
+        prune(copy)
+
+
+def test_a_full_disk_leaves_nothing(vit_folder, tmp_path, monkeypatch):
+    import errno
+
+    from tprune.models import save
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(save, "model", full)
+    with pytest.raises(UserError, match="the disk is full"):
+        prune(vit_folder, "--out", tmp_path / "out", "--quiet")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_artifact_that_does_not_reproduce_its_outputs_is_not_kept(vit_folder, tmp_path, monkeypatch):
+    from safetensors.torch import load_file, save_file
+
+    from tprune.models import save
+
+    write = save.model
+
+    def damaged(subject, folder):
+        write(subject, folder)
+        weights = load_file(folder / "model.safetensors")
+        weights["head.bias"] = weights["head.bias"] + 1
+        save_file(weights, folder / "model.safetensors")
+
+    monkeypatch.setattr(save, "model", damaged)
+    with pytest.raises(RuntimeError, match="does not reproduce"):
+        prune(vit_folder, "--out", tmp_path / "out", "--quiet")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unreachable_hub_is_said_in_one_line():
+    with pytest.raises(UserError, match="the hub cannot be reached for deit_s; go on with --weights"):
+        call("vit", "--method", "tome", "--keep", "0.6", "deit_s", "--quiet")
+
+
+def test_bench_prints_the_ratio_of_measured_to_theoretical_speedup(vit_folder, monkeypatch):
+    from tprune.commands.bench import THREADING
+
+    for name, value in THREADING.items():
+        monkeypatch.setenv(name, value)
+    words = ["bench", "vit", vit_folder, "--method", "tome", "--keep", "0.6", "--rounds", "2", "--json"]
+    result = json.loads(call(*words).stdout)["results"][0]
+    assert result["speedup_ratio"] == pytest.approx(result["speedup_measured"] / result["speedup_flops"])
+    assert result["threading"] == THREADING

@@ -1,0 +1,77 @@
+"""The registry and the contract of a method's hyperparameters."""
+
+import dataclasses
+
+import pytest
+
+import tprune
+from tprune.errors import UserError
+from tprune.methods import registry
+
+FACTS = registry.facts()
+
+
+@pytest.mark.parametrize("fact", FACTS, ids=lambda fact: f"{fact.family}/{fact.id}")
+def test_the_facts_read_from_source_are_those_of_the_class(fact):
+    kind = registry.load(fact.id, fact.family)
+    assert kind.paper == fact.paper
+    assert kind.kind == fact.kind
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    assert list(fields) == [parameter.name for parameter in fact.parameters]
+    for parameter in fact.parameters:
+        assert fields[parameter.name].metadata["help"] == parameter.help
+        assert getattr(kind(), parameter.name) == parameter.default
+    assert fact.summary
+    assert fact.paper.checked in ("code", "port", "paper")
+
+
+@pytest.mark.parametrize("fact", FACTS, ids=lambda fact: f"{fact.family}/{fact.id}")
+def test_a_method_checked_against_code_has_golden_values(fact):
+    from tests.golden_values import HERE
+
+    if fact.paper.checked in ("code", "port"):
+        assert (HERE / fact.family / f"{fact.id}.json").exists()
+
+
+def test_the_api_lists_the_same():
+    assert tprune.methods("vit") == registry.facts("vit")
+
+
+def test_an_id_of_several_families_must_say_which():
+    with pytest.raises(UserError, match="several families have 'random'; say which: vit/random"):
+        registry.find("random")
+    assert registry.find("vit/random").family == "vit"
+
+
+def test_an_unknown_method_or_family_names_the_known():
+    with pytest.raises(UserError, match="there are: evit, random, tome, zero-tprune"):
+        registry.find("nonsense", "vit")
+    with pytest.raises(UserError, match="no family 'cnn'"):
+        registry.facts("cnn")
+
+
+def test_hyperparameters_are_typed_and_bounded():
+    assert registry.build("tome", "vit", {"r": "16,8"}).r == (16, 8)
+    assert registry.build("tome", "vit", {"prop-attn": "false"}).prop_attn is False
+    for settings, clue in (
+        ({"r": "a"}, "expected"),
+        ({"r": 2.5}, "expected"),
+        ({"r": -1}, "expected 0 to inf"),
+        ({"inflect": float("nan")}, "expected -1 to 1"),
+    ):
+        with pytest.raises(UserError, match=clue):
+            registry.build("tome", "vit", settings)
+
+
+def test_a_method_of_another_package_joins_by_its_entry_point(tmp_path, monkeypatch):
+    import importlib.metadata
+
+    source = registry._sources
+    (tmp_path / "their_method.py").write_text(
+        next(path for _, name, _, path in source() if name == "tome").read_text()
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    entry = importlib.metadata.EntryPoint("vit/theirs", "their_method", registry.ENTRY_POINTS)
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [entry])
+    assert registry.find("theirs").module == "their_method"
+    assert registry.build("theirs", settings={"r": 3}).id == "theirs"
