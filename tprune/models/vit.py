@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 import torch
@@ -30,13 +31,13 @@ class Anatomy:
     """Where the parts of a vision transformer are.
 
     Attributes:
-        root: the module whose call is one forward; its first argument is the pixels.
+        entrance: the embedding module, called once per forward with the pixels.
         blocks: in order.
         attentions: the attention module of each block.
         shape: depth, tokens, prefix, heads.
     """
 
-    root: nn.Module
+    entrance: nn.Module
     blocks: Sequence[nn.Module]
     attentions: Sequence[nn.Module]
     shape: Shape
@@ -73,7 +74,7 @@ def anatomy(model: nn.Module) -> Anatomy:
         has_cls=getattr(model, "cls_token", None) is not None,
         grid=(rows, columns),
     )
-    return Anatomy(model, model.blocks, [block.attn for block in model.blocks], shape)
+    return Anatomy(model.patch_embed, model.blocks, [block.attn for block in model.blocks], shape)
 
 
 def _transformers(model: nn.Module) -> Anatomy:
@@ -101,7 +102,8 @@ def _transformers(model: nn.Module) -> Anatomy:
         has_cls=has_cls,
         grid=grid,
     )
-    return Anatomy(model, blocks, [_attention_of(block) for block in blocks], shape)
+    entrance = next(module for name, module in model.named_modules() if name.endswith("embeddings"))
+    return Anatomy(entrance, blocks, [_attention_of(block) for block in blocks], shape)
 
 
 def _attention_of(block: nn.Module) -> nn.Module | None:
@@ -196,6 +198,11 @@ class TokenDriver:
         self.seed, self.record = seed, record
         self.counts = {stage.site: stage.count for stage in stages}
         self.trace = Trace()
+        self.mask_name = (
+            "attn_mask"
+            if "attn_mask" in signature(type(parts.blocks[0]).forward).parameters
+            else "attention_mask"
+        )
         self.entering = counts_entering(self.stages, parts.shape.tokens, parts.shape.depth)
         self.undo = ExitStack()
         self._attach()
@@ -209,7 +216,7 @@ class TokenDriver:
         watched = set()
         if "attention" in self.method.reads:
             watched = {site.layer if site.between else site.layer - 1 for site in self.counts}
-        self._hook(parts.root.register_forward_pre_hook(self._begin, with_kwargs=True))
+        self._hook(parts.entrance.register_forward_pre_hook(self._begin, with_kwargs=True))
         for layer, block in enumerate(parts.blocks):
             self._hook(block.register_forward_pre_hook(self._before(layer), with_kwargs=True))
             if Site(layer, between=True) in self.counts:
@@ -223,7 +230,7 @@ class TokenDriver:
     def _hook(self, handle: Any) -> None:
         self.undo.callback(handle.remove)
 
-    def _begin(self, root: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _begin(self, entrance: nn.Module, args: tuple, kwargs: dict) -> None:
         """A new forward: nothing has happened yet."""
         pixels = args[0] if args else kwargs["pixel_values"]
         self.position = self.size = self.attention = self.seeds = None
@@ -247,15 +254,12 @@ class TokenDriver:
 
     def _before(self, layer: int) -> Callable:
         def before(block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            named = not args
-            x = kwargs.pop("hidden_states") if named else args[0]
+            named = kwargs | dict(zip(("hidden_states", "attention_mask"), args, strict=False))
+            x = named.pop("hidden_states")
             if Site(layer) in self.counts:
                 x = self._reduce(Site(layer), x)
             self.trace.entering.append(x.shape[1] - self.parts.shape.prefix)
-            kwargs = self._fitted(kwargs)
-            if named:
-                return args, {"hidden_states": x, **kwargs}
-            return (x, *args[1:]), kwargs
+            return (x,), self._fitted(named)
 
         return before
 
@@ -272,8 +276,7 @@ class TokenDriver:
         if self.position is not None and kwargs.get("rope") is not None:
             kwargs = kwargs | {"rope": self._rope(kwargs["rope"])}
         if self.size is not None and self.method.weighs_by_size():
-            name = "attention_mask" if hasattr(self.parts.root, "config") else "attn_mask"
-            kwargs = kwargs | {name: self.size.log()[:, None, None, :]}
+            kwargs = kwargs | {self.mask_name: self.size.log()[:, None, None, :]}
         return kwargs
 
     def _rope(self, table: Tensor) -> Tensor:

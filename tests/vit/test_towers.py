@@ -1,0 +1,106 @@
+"""The vision towers of transformers, and the real makes of timm."""
+
+import pytest
+import timm
+import torch
+import transformers
+
+import tprune
+from tprune.models.vit import anatomy
+
+SMALL = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 48}
+TOWERS = {
+    "vit": ("ViTForImageClassification", "ViTConfig", {"num_labels": 7}, 1),
+    "deit": ("DeiTForImageClassification", "DeiTConfig", {}, 2),
+    "dinov2": ("Dinov2ForImageClassification", "Dinov2Config", {"mlp_ratio": 2}, 1),
+    "dinov2 registers": (
+        "Dinov2WithRegistersForImageClassification",
+        "Dinov2WithRegistersConfig",
+        {"mlp_ratio": 2, "num_register_tokens": 3},
+        4,
+    ),
+    "clip": ("CLIPVisionModel", "CLIPVisionConfig", {}, 1),
+    "siglip": ("SiglipVisionModel", "SiglipVisionConfig", {}, 0),
+}
+TIMM = (
+    "deit_small_patch16_224",
+    "vit_small_patch14_dinov2",
+    "vit_small_patch14_reg4_dinov2",
+    "deit3_small_patch16_224",
+    "vit_base_patch16_siglip_224",
+    "eva02_tiny_patch14_224",
+)
+
+
+def built(make):
+    """A model with weights from a fixed seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return make().eval().requires_grad_(False)
+
+
+def logits(model, images):
+    """What the model says, whatever it calls it."""
+    out = model(images)
+    if isinstance(out, torch.Tensor):
+        return out
+    return out.logits if hasattr(out, "logits") else out.pooler_output
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_transformers_towers_are_identical_at_keep_one_and_lose_tokens_below(tower, images):
+    kind, config, extra, prefix = TOWERS[tower]
+    config = getattr(transformers, config)(image_size=32, patch_size=8, **SMALL, **extra)
+    model = built(lambda: getattr(transformers, kind)(config))
+    assert anatomy(model).shape.prefix == prefix
+    dense = logits(model, images)
+    for method in ("vit/random", "tome", "zero-tprune") + (("evit",) if prefix else ()):
+        with tprune.prune(model, method, keep=1.0):
+            assert torch.equal(logits(model, images), dense), method
+        with tprune.prune(model, method, keep=0.6) as handle:
+            pruned = logits(model, images)
+            assert handle.driver.trace.entering[-1] < 16
+            assert torch.allclose(logits(model, images[:1]), pruned[:1], atol=1e-5)
+        assert torch.equal(logits(model, images), dense)
+        assert not torch.equal(pruned, dense)
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_timm_makes_are_identical_at_keep_one(name):
+    size = 28 if "14" in name else 32
+    sized = {"img_size": size} if "eva" in name or "dinov2" in name else {"img_size": size}
+    model = built(lambda: timm.create_model(name, pretrained=False, depth=3, **sized))
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+    dense = model(images)
+    for method in ("vit/random", "tome", "zero-tprune") + (() if "siglip" in name else ("evit",)):
+        with tprune.prune(model, method, keep=1.0):
+            assert torch.equal(model(images), dense), method
+        with tprune.prune(model, method, keep=0.75):
+            assert torch.isfinite(model(images)).all()
+
+
+def test_rotary_tables_follow_the_tokens_that_are_left():
+    model = built(lambda: timm.create_model("eva02_tiny_patch14_224", pretrained=False, depth=3, img_size=56))
+    images = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(1))
+    with tprune.prune(model, "vit/random", keep=0.6, layers=(0,)) as handle:
+        handle.driver.record = True
+        pruned = model(images)
+        (_, reduction), *_ = handle.driver.trace.reductions
+    # The same tokens, chosen by hand before the first block, each with its own row of the table.
+    hidden, table = model._pos_embed(model.patch_embed(images))
+    hidden = reduction.apply(model.norm_pre(hidden))
+    rows = table[reduction.index[:, 1:] - 1].unsqueeze(1)
+    for block in model.blocks:
+        hidden = block(hidden, rope=rows)
+    assert torch.allclose(model.forward_head(model.norm(hidden)), pruned, atol=1e-5)
+
+
+def test_dense_features_come_back_at_full_length():
+    model = built(lambda: timm.create_model("vit_tiny_patch16_224", pretrained=False, depth=4, img_size=64))
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    with tprune.prune(model, "tome", keep=0.7) as handle:
+        handle.driver.record = True
+        features = model.forward_features(images)
+        for _, reduction in reversed(handle.driver.trace.reductions):
+            features = reduction.restore(features)
+    assert features.shape == (2, 17, model.embed_dim)
