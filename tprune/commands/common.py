@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -144,6 +146,7 @@ def launch(
 
     for stage in recipe.stages:
         check_budget(stage)
+    recipe = with_absolute_paths(recipe)
     if dry_run:
         show_plan(recipe, out, force, as_json)
         return
@@ -158,6 +161,16 @@ def launch(
         evaluate=not no_eval,
     )
     show_report(report, as_json)
+
+
+def with_absolute_paths(recipe: Recipe) -> Recipe:
+    """The recipe with the files and folders it names made absolute, so that it runs from anywhere."""
+
+    def absolute(path: str | None) -> str | None:
+        return os.path.abspath(path) if path and os.path.exists(path) else path
+
+    model = replace(recipe.model, name=absolute(recipe.model.name), weights=absolute(recipe.model.weights))
+    return replace(recipe, model=model, data=absolute(recipe.data))
 
 
 def show_plan(recipe: Recipe, out: str | None, force: bool, as_json: bool) -> None:
