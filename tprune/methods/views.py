@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tprune.core import score
@@ -24,6 +25,7 @@ class Attention:
         scale: what the logits are multiplied with.
         bias: additive, broadcastable to [B, H, N, N] (log sizes, padding), or None.
         causal: whether row i sees only keys up to i.
+        softcap: bounds the logits (Gemma 2), or None.
     """
 
     query: Tensor
@@ -32,6 +34,7 @@ class Attention:
     scale: float
     bias: Tensor | None = None
     causal: bool = False
+    softcap: float | None = None
 
     def rows(self, rows: Tensor | slice | None = None) -> Tensor:
         """Softmaxed attention of the query rows `rows` (all by default): float32 [B, H, R, N].
@@ -39,14 +42,24 @@ class Attention:
         `rows` is a slice, or int64 [R] for all samples, or [B, R].
         """
         return score.attention_rows(
-            self.query, self.key, self.scale, rows=rows, bias=self.bias, causal=self.causal
+            self.query,
+            self.key,
+            self.scale,
+            rows=rows,
+            bias=self.bias,
+            causal=self.causal,
+            softcap=self.softcap,
         )
 
     def column_sums(self) -> Tensor:
         """The attention every key received, summed over the queries that see it: float32 [B, H, N]."""
         return score.attention_column_sums(
-            self.query, self.key, self.scale, bias=self.bias, causal=self.causal
+            self.query, self.key, self.scale, bias=self.bias, causal=self.causal, softcap=self.softcap
         )
+
+    def window(self, size: int) -> Tensor:
+        """What the last `size` queries paid to each key before them, summed: float32 [B, H, N - size]."""
+        return score.window_attention(self.query, self.key, self.scale, size, softcap=self.softcap)
 
 
 @dataclass(eq=False)
@@ -97,15 +110,19 @@ class TokenView:
 class LayerView:
     """One layer's cache after the prompt went through it, or after a generated token did.
 
+    After the prompt a view holds one row or rows of equal length, without padding. After a generated token it holds
+    the whole batch; rows that keep fewer entries begin with fillers.
+
     Attributes:
         layer, depth: which of how many.
-        attention: of the queries that just ran (all of the prompt's, or one) over the keys in the cache.
+        attention: of the queries that just ran (all of the prompt's, or one) over the entries of the cache.
         key, value: [B, G, T, d], the cache; keys as cached (rotated).
-        position: int64 [B, G, T], the original position of every entry.
-        valid: bool [B, T], False for padding, or None.
-        seen: how many tokens the layer has seen in all.
-        state: what the method carries from call to call for this layer; empty after the prompt.
-        seeds: int64 per sample, for methods that draw at random.
+        position: int64 [B, G, T], the place of every entry in its sequence, counted without padding.
+        fillers: int64 [B], how many leading entries of a row are fillers, to be kept and never read.
+        state: tensors that the method carries from call to call for this layer; empty after the prompt. One of
+            shape [B, G, T] holds a number per entry and follows evictions, new entries start at zero; one
+            of shape [B] holds a number per row.
+        seeds: int64 [B], for methods that draw at random.
     """
 
     layer: int
@@ -114,10 +131,23 @@ class LayerView:
     key: Tensor
     value: Tensor
     position: Tensor
-    valid: Tensor | None
-    seen: int
-    state: dict[str, Any]
+    fillers: Tensor
+    state: dict[str, Tensor]
     seeds: Tensor | None = None
+
+    @property
+    def groups(self) -> int:
+        """G, how many key-value heads."""
+        return self.key.shape[1]
+
+    @property
+    def length(self) -> int:
+        """T, how many entries."""
+        return self.key.shape[2]
+
+    def number(self, value: int) -> Tensor:
+        """`value` for every row, int64 [B]."""
+        return torch.full_like(self.fillers, value)
 
 
 @dataclass(eq=False)
@@ -131,6 +161,7 @@ class LinearView:
         norm: float32 [in], the L2 norm of each input over all calibration tokens, if asked for.
         gram: float32 [in, in], (2 / sequences) · Σ x xᵀ, if asked for.
         tokens: how many calibration tokens it saw.
+        shared: what was computed from the statistics so far, for all matrices with the same inputs.
     """
 
     name: str
@@ -139,6 +170,13 @@ class LinearView:
     norm: Tensor | None = None
     gram: Tensor | None = None
     tokens: int = 0
+    shared: dict[str, Any] = field(default_factory=dict)
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """`make()`, computed once for all matrices with the same inputs (q, k and v; gate and up)."""
+        if name not in self.shared:
+            self.shared[name] = make()
+        return self.shared[name]
 
 
 @dataclass(eq=False)
@@ -151,7 +189,8 @@ class UnitView:
         width: consecutive inputs per unit: r·e for a group of r query heads of width e, 1 for a channel.
         heads: query heads per unit (r); 1 for channels.
         cost: parameters of one unit.
-        mean, variance: float32 [in], of the projection's inputs over the calibration set, if asked for.
+        mean, variance, fluctuation: float32 [in], of the projection's inputs over the calibration set, if asked
+            for; the fluctuation is the recurrence of FLAP's code (`core.statistics.Moments`).
     """
 
     kind: str
@@ -161,6 +200,7 @@ class UnitView:
     cost: int
     mean: Tensor | None = None
     variance: Tensor | None = None
+    fluctuation: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -182,6 +222,12 @@ class BlockView:
 
 @dataclass(eq=False)
 class ModelView:
-    """All blocks with their statistics, for methods that decide over the whole model."""
+    """All blocks with their statistics, for methods that decide over the whole model.
+
+    Attributes:
+        blocks: in order.
+        uniform: whether all blocks must keep the same number of units of a kind (`--loadable plain`).
+    """
 
     blocks: list[BlockView]
+    uniform: bool = False

@@ -1,0 +1,52 @@
+"""H2O: a few tokens, the heavy hitters, receive most of the attention of all queries.
+
+Each head keeps the entries with the largest attention received so far beside the most recent ones; every
+generated token adds its own attention and pushes one entry out, so that the cache never grows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tprune.core.cache import CacheEdit, Evict
+from tprune.core.score import sum_over_group
+from tprune.core.select import drop_worst_between, keep_ends_and_top
+from tprune.methods.base import CacheMethod, Paper, param
+from tprune.methods.views import LayerView
+
+
+@dataclass(frozen=True)
+class H2O(CacheMethod):
+    """Accumulated attention and a recent window, in equal parts."""
+
+    paper = Paper(
+        title="H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models",
+        venue="NeurIPS",
+        year=2023,
+        arxiv="2306.14048",
+        code="FMInference/H2O",
+        checked="code",
+        notes="Entries are really evicted, where the authors' simulation masks them and hides each token for one step "
+        "as it leaves the recent window. The budget is one number split by `recent`, not two separately rounded "
+        "ones. Under grouped-query attention the heads of a group add up.",
+    )
+    recent: float = param(
+        0.5, "part of the budget for the latest entries; the rest is for heavy hitters", low=0, high=1
+    )
+
+    def start(self, layer: LayerView, count: int) -> CacheEdit:
+        """The latest entries, and the rest by the attention they received from the whole prompt."""
+        received = sum_over_group(layer.attention.column_sums(), layer.groups)  # [B, G, T]
+        recent = int(self.recent * count)
+        layer.state["received"], layer.state["recent"] = received, layer.number(recent)
+        return Evict(keep_ends_and_top(received, count, 0, recent))
+
+    def step(self, layer: LayerView, count: int) -> CacheEdit:
+        """Add the new query's attention; the entry that received least, and is not recent, goes."""
+        paid = sum_over_group(layer.attention.rows(), layer.groups).squeeze(2)  # [B, G, T]
+        layer.state["received"] = layer.state["received"] + paid
+        return Evict(
+            drop_worst_between(
+                layer.state["received"], layer.length - count, layer.fillers, layer.state["recent"]
+            )
+        )

@@ -1,0 +1,67 @@
+"""VATP: attention is not all; an entry weighs as much as its attention times the size of its value.
+
+H2O's accumulated attention is multiplied with the L1 norm of each value vector. The first tokens soak up
+attention but carry tiny values, so they are kept by rule.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tprune.core.cache import CacheEdit, Evict
+from tprune.core.score import sum_over_group
+from tprune.core.select import drop_worst_between, keep_ends_and_top
+from tprune.errors import UserError
+from tprune.methods.base import CacheMethod, Paper, param
+from tprune.methods.views import LayerView
+
+
+@dataclass(frozen=True)
+class VATP(CacheMethod):
+    """Value-aware heavy hitters on H2O's accumulated attention."""
+
+    paper = Paper(
+        title="Attention Score is not All You Need for Token Importance Indicator in KV Cache Reduction: "
+        "Value Also Matters",
+        venue="EMNLP",
+        year=2024,
+        arxiv="2406.12335",
+        code="guozhiyu/vatp",
+        checked="code",
+        notes="The variant over H2O. Entries are really evicted, where the authors' simulation masks them and hides "
+        "each token for one step as it leaves the recent window. Under grouped-query attention a group's "
+        "attention is added up before it meets the value's norm.",
+    )
+    sink: int = param(20, "first tokens that always stay, within the budget", low=0)
+    recent: float = param(0.5, "part of the budget for the latest entries", low=0, high=1)
+
+    def check_length(self, length: int, count: int) -> None:
+        """Sinks and recent entries must fit into the budget."""
+        if self.sink + int(self.recent * count) > count:
+            raise UserError(
+                f"vatp: {count} of {length} entries, of which {int(self.recent * count)} are for the latest, have no "
+                f"room for {self.sink} sinks; raise --keep, or lower --set sink=… or recent=…"
+            )
+
+    def start(self, layer: LayerView, count: int) -> CacheEdit:
+        """Sinks, the latest entries, and the rest by attention received times value norm."""
+        received = sum_over_group(layer.attention.column_sums(), layer.groups)  # [B, G, T]
+        recent = int(self.recent * count)
+        layer.state["received"] = received
+        layer.state["recent"], layer.state["first"] = layer.number(recent), layer.number(self.sink)
+        return Evict(keep_ends_and_top(received * _norm(layer.value), count, self.sink, recent))
+
+    def step(self, layer: LayerView, count: int) -> CacheEdit:
+        """Add the new query's attention; the entry of least worth between sinks and recent ones goes."""
+        paid = sum_over_group(layer.attention.rows(), layer.groups).squeeze(2)  # [B, G, T]
+        layer.state["received"] = layer.state["received"] + paid
+        worth = layer.state["received"] * _norm(layer.value)
+        first = layer.fillers + layer.state["first"]
+        return Evict(drop_worst_between(worth, layer.length - count, first, layer.state["recent"]))
+
+
+def _norm(value: Tensor) -> Tensor:
+    """L1 norm of every value vector, float32 [B, G, T]."""
+    return value.float().abs().sum(dim=-1)

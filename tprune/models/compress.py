@@ -1,0 +1,292 @@
+"""Pruning a model's key-value cache while it runs, around ordinary calls of `model()` and `generate()`.
+
+A pre-hook on the decoder takes over the cache it is called with; a tap on each full-attention module sees the queries
+and runs the attention itself, with a mask for the entries that layer holds. The prompt attends to everything, then the
+method prunes what it left in the cache; whatever comes later attends to what is there.
+"""
+
+from __future__ import annotations
+
+import inspect
+import zlib
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tprune.core.cache import Evict
+from tprune.errors import UserError
+from tprune.methods.base import CacheMethod
+from tprune.methods.views import Attention, LayerView
+from tprune.models.cache import Owner, PrunedLayer, merge_rows, prunable_layers, take_over
+from tprune.models.rope import Rotation
+from tprune.models.taps import AttentionCall, Output, Tap
+
+
+class Compression:
+    """A cache method at work on a model, until `remove`.
+
+    Attributes:
+        kept: per layer, how many entries the latest prompt left there and how many tokens it had, over rows.
+    """
+
+    def __init__(self, model: nn.Module, method: CacheMethod, keep: float, seed: int, compact: bool):
+        self.base = model.get_decoder()
+        self.method, self.keep, self.seed = method, keep, seed
+        self.config = self.base.config
+        self.places, self.kinds, self.modules = _attention_modules(self.base)
+        implementation = self.config._attn_implementation
+        if implementation not in ("sdpa", "eager"):
+            raise UserError(
+                f"caches are pruned beside the attention implementations sdpa and eager, not {implementation}: "
+                "load the model with attn_implementation='sdpa'"
+            )
+        self.additive = implementation == "eager"
+        self.rotation = Rotation(model) if compact else None
+        self.kept: dict[int, tuple[int, int]] = {}
+        self.count = lru_cache(maxsize=64)(self._count)
+        self.cache: Any = None
+        self.arriving: Tensor | None = None
+        self.seeds: Tensor | None = None
+        self.owner = Owner()
+        self.parameters = list(inspect.signature(self.base.forward).parameters)
+        self.hooks = [
+            self.base.register_forward_pre_hook(self._before, with_kwargs=True),
+            self.base.register_forward_hook(self._after),
+        ]
+        self.tap = Tap([self.modules[place] for place in self.places], self._attend)
+
+    def remove(self) -> None:
+        """Take hooks and taps off; caches that have lost entries are refused from now on."""
+        self.owner.active = False
+        for hook in self.hooks:
+            hook.remove()
+        self.tap.remove()
+
+    def _before(self, base: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Take the cache over, and see which of the coming tokens are padding."""
+        kwargs = dict(zip(self.parameters, args, strict=False)) | kwargs
+        use_cache = kwargs.get("use_cache")
+        wanted = self.config.use_cache if use_cache is None else use_cache
+        if kwargs.get("past_key_values") is None and not wanted:
+            self.cache = None
+            return (), kwargs
+        self.cache = kwargs["past_key_values"] = take_over(
+            kwargs.get("past_key_values"), self.config, self.owner
+        )
+        layers = [self.cache.layers[place] for place in self.places]
+        tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
+        real = _padding(kwargs.get("attention_mask"), layers[0].seen, tokens.shape[1])
+        self.arriving = None if real is None else _some(real[:, layers[0].seen :])
+        for layer in layers:
+            layer.arriving = self.arriving
+            if real is not None and not layer.started and layer.valid is None and layer.length:
+                layer.valid = _some(real[:, : layer.seen])
+        if not layers[0].started:
+            self.seeds = _seeds(tokens, self.arriving, self.seed)
+        return (), kwargs
+
+    def _after(self, base: nn.Module, args: tuple, output: Any) -> None:
+        """Let go of the cache; refuse models whose attention we never saw."""
+        cache, self.cache = self.cache, None
+        if cache is not None and not cache.layers[self.places[0]].started:
+            raise UserError(
+                f"the attention of {type(base).__name__} does not go through transformers' attention interface, so "
+                "its cache cannot be pruned"
+            )
+
+    def _attend(self, call: AttentionCall) -> Output | None:
+        """One layer's attention: the prompt's, a chunk's, or that of one generated token."""
+        if self.cache is None:
+            return None
+        place = call.module.layer_idx
+        layer: PrunedLayer = self.cache.layers[place]
+        if not layer.started:
+            output = call.attend(call.query, call.key, call.value, call.mask)
+            self._start(place, layer, call)
+            return output
+        queries = call.query.shape[2]
+        if queries == 1 or not self.method.evicts_while_decoding:
+            return self._continue(place, layer, call, call.query)
+        keys, values, real = layer.take_back(queries)
+        outputs = []
+        for token in range(queries):
+            one = slice(token, token + 1)
+            layer.append(keys[:, :, one], values[:, :, one], None if real is None else real[:, one])
+            outputs.append(self._continue(place, layer, call, call.query[:, :, one])[0])
+        return torch.cat(outputs, dim=1), None
+
+    def _continue(self, place: int, layer: PrunedLayer, call: AttentionCall, query: Tensor) -> Output:
+        """Attention of the latest tokens over what the layer holds, and what they push out."""
+        keys = layer.keys
+        if layer.shift is not None and layer.shift.shape[-1]:
+            turned = layer.shift.shape[-1]
+            first = self.rotation.turn(keys[:, :, :turned], layer.shift, self.kinds[place])
+            keys = torch.cat([first, keys[:, :, turned:]], dim=2)
+        mask = layer.visible(query.shape[2])
+        if mask is not None and self.additive:
+            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, torch.finfo(query.dtype).min)
+        output = call.attend(query, keys, layer.values, mask)
+        if self.method.evicts_while_decoding:
+            self._step(place, layer, call, query, keys)
+        return output
+
+    def _start(self, place: int, layer: PrunedLayer, call: AttentionCall) -> None:
+        """Prune what the prompt left: all rows at once, or row by row without their padding."""
+        batch, _, length = layer.keys.shape[:3]
+        if layer.valid is None:
+            columns = [None]
+            lengths = [length] * batch
+        else:
+            columns = [row.nonzero().squeeze(1) for row in layer.valid]
+            lengths = [len(column) for column in columns]
+        parts, states = [], []
+        for row, column in enumerate(columns):
+            view = self._prompt_view(place, layer, call, row, column)
+            edit = self.method.start(view, self.count(place, lengths[row]))
+            parts.append(edit.index if column is None else column[edit.index[0]])
+            states.append({name: edit.apply(v) if v.dim() == 3 else v for name, v in view.state.items()})
+        kept = [part.shape[-1] for part in parts] if layer.valid is not None else [parts[0].shape[-1]] * batch
+        if layer.valid is None:
+            layer.evict(Evict(parts[0]))
+        elif kept == lengths:
+            layer.evict(Evict.nothing(*layer.keys.shape[:3], layer.keys.device))
+        else:
+            layer.evict(Evict.rows(parts))
+        layer.started = True
+        layer.limit = None if kept == lengths else layer.length
+        layer.state = self._merge(states, columns, layer.length if kept == lengths else None)
+        self.kept[place] = (sum(kept), sum(lengths))
+        if self.rotation is not None:
+            layer.shift_to_compact()
+
+    def _merge(
+        self, states: list[dict[str, Tensor]], columns: list[Tensor | None], width: int | None
+    ) -> dict[str, Tensor]:
+        """The rows' states as the batch's; with `width` nothing left, and numbers go back to their columns."""
+        if columns[0] is None:
+            return states[0]
+        if width is not None:
+            states = [
+                {
+                    name: v.new_zeros(*v.shape[:2], width).index_copy(2, column, v) if v.dim() == 3 else v
+                    for name, v in state.items()
+                }
+                for state, column in zip(states, columns, strict=True)
+            ]
+        return {name: merge_rows([state[name] for state in states]) for name in states[0]}
+
+    def _prompt_view(
+        self, place: int, layer: PrunedLayer, call: AttentionCall, row: int, column: Tensor | None
+    ) -> LayerView:
+        """What the method sees of the prompt: the batch (no column), or the real entries of one row."""
+        query, keys, values, seeds = call.query, layer.keys, layer.values, self.seeds
+        if column is not None:
+            one = slice(row, row + 1)
+            asked = column[column >= layer.length - query.shape[2]] - (layer.length - query.shape[2])
+            query, seeds = query[one, :, asked], seeds[one]
+            keys, values = keys[one, :, column], values[one, :, column]
+        attention = Attention(query, keys, values, call.scale, causal=True, softcap=call.softcap)
+        position = torch.arange(keys.shape[2], device=keys.device).expand(keys.shape[:3])
+        fillers = torch.zeros(keys.shape[0], dtype=torch.int64, device=keys.device)
+        return LayerView(place, len(self.kinds), attention, keys, values, position, fillers, {}, seeds)
+
+    def _step(self, place: int, layer: PrunedLayer, call: AttentionCall, query: Tensor, keys: Tensor) -> None:
+        """One token came: let the method choose what leaves for it. Padding changes nothing."""
+        bias = None if layer.valid is None else layer.valid[:, None, None]
+        attention = Attention(query, keys, layer.values, call.scale, bias=bias, softcap=call.softcap)
+        before = dict(layer.state)
+        view = LayerView(
+            place,
+            len(self.kinds),
+            attention,
+            layer.keys,
+            layer.values,
+            layer.places,
+            layer.fillers(),
+            layer.state,
+            None,
+        )
+        count = layer.length if layer.limit is None else min(layer.limit, layer.length)
+        edit = self.method.step(view, count)
+        if self.arriving is not None:
+            real = layer.valid[:, -1, None, None]
+            first = torch.arange(count, device=keys.device)
+            edit = Evict(torch.where(real, edit.index, first))
+            for name, value in before.items():
+                layer.state[name] = torch.where(
+                    real if value.dim() == 3 else real[:, 0, 0], layer.state[name], value
+                )
+        layer.evict(edit)
+        if self.rotation is not None:
+            layer.shift_to_compact()
+
+    def _count(self, place: int, length: int) -> int:
+        """How many entries of a prompt of `length` tokens a layer keeps.
+
+        Raises:
+            UserError: the request rounds to nothing, or is too small for the method.
+        """
+        count = self.method.counts(length, len(self.places), self.keep)[self.places.index(place)]
+        if self.keep == 1:
+            return count
+        if count < 1:
+            raise UserError(
+                f"--keep {self.keep:g} of a prompt of {length} tokens rounds to no entry at all; "
+                f"ask for --keep {1 / length:.2g} or more"
+            )
+        if count >= length:
+            raise UserError(
+                f"--keep {self.keep:g} of a prompt of {length} tokens rounds to keeping them all; ask for less, or 1"
+            )
+        self.method.check_length(length, count)
+        return count
+
+
+def _attention_modules(base: nn.Module) -> tuple[list[int], list[str | None], dict[int, nn.Module]]:
+    """The layers that can be pruned, every layer's type, and the attention modules by layer."""
+    modules = {
+        module.layer_idx: module
+        for module in base.modules()
+        if hasattr(module, "layer_idx") and hasattr(module, "is_causal") and hasattr(module, "config")
+    }
+    places = prunable_layers(base.config)
+    if not places:
+        raise UserError(
+            "every layer of this model attends through a sliding window: its cache is small already"
+        )
+    if not modules or any(place not in modules for place in places):
+        raise UserError(f"{type(base).__name__} is no decoder whose attention layers can be found")
+    text = base.config.get_text_config(decoder=True)
+    depth = text.num_hidden_layers
+    kinds = getattr(text, "layer_types", None) or [None] * depth
+    return places, kinds, modules
+
+
+def _padding(mask: Any, seen: int, coming: int) -> Tensor | None:
+    """The 2-D mask as bool [B, seen + coming]; None without one."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        raise UserError(
+            "a pruned cache makes its own masks: pass a 2-D attention_mask over all tokens, or none"
+        )
+    if mask.shape[1] != seen + coming:
+        raise UserError(
+            f"attention_mask has {mask.shape[1]} columns; expected {seen + coming}, one per token so far, kept or not"
+        )
+    return mask.bool()
+
+
+def _some(real: Tensor) -> Tensor | None:
+    """None where nothing is padding."""
+    return None if bool(real.all()) else real
+
+
+def _seeds(tokens: Tensor, real: Tensor | None, seed: int) -> Tensor:
+    """int64 [B] from each row's own tokens, so that equal samples draw equally in any batch."""
+    rows = tokens.detach().cpu()
+    kept = [row if real is None else row[real[place].cpu()] for place, row in enumerate(rows)]
+    bits = [row.contiguous().view(torch.uint8).numpy().tobytes() for row in kept]
+    return torch.tensor([zlib.crc32(row, seed & 0xFFFFFFFF) for row in bits])

@@ -1,0 +1,56 @@
+"""Moving keys that are already rotated: RoPE turns a key by its position, so turning it further moves it on."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from typing import Any
+
+from torch import Tensor, nn
+
+from tprune.errors import UserError
+
+FIXED = ("default", "linear", "llama3", "yarn", "proportional")
+"""RoPE whose frequencies do not change with the length of the text."""
+
+
+class Rotation:
+    """A model's own rotary embedding, applied to keys once more.
+
+    Raises:
+        UserError: the model has no RoPE, or one whose frequencies change with the length.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.embedding = next(
+            (module for module in model.modules() if hasattr(module, "rope_type") and module is not model),
+            None,
+        )
+        if self.embedding is None:
+            raise UserError(
+                "--positions compact turns rotated keys, and this model has no RoPE; use --positions original"
+            )
+        kinds = self.embedding.rope_type
+        for kind in kinds.values() if isinstance(kinds, dict) else [kinds]:
+            if kind not in FIXED:
+                raise UserError(
+                    f"--positions compact: the frequencies of '{kind}' RoPE change with the length; "
+                    "use --positions original"
+                )
+        self.apply = getattr(sys.modules[type(self.embedding).__module__], "apply_rotary_pos_emb", None)
+        if self.apply is None:
+            raise UserError(
+                f"--positions compact does not know how {type(model).__name__} rotates keys; use --positions original"
+            )
+        self.typed = "layer_type" in inspect.signature(self.embedding.forward).parameters
+
+    def turn(self, keys: Tensor, shift: Tensor, layer_type: str | None) -> Tensor:
+        """`keys` [B, G, m, d] moved on by `shift` [B, G, m] >= 0 positions, in float32 and back."""
+        flat, steps = keys.flatten(0, 1).unsqueeze(1).float(), shift.flatten(0, 1)
+        kind: tuple[Any, ...] = (layer_type,) if self.typed else ()
+        cos, sin = self.embedding(flat, steps, *kind)
+        scaling = getattr(
+            self.embedding, f"{layer_type}_attention_scaling" if self.typed else "attention_scaling"
+        )
+        _, turned = self.apply(flat, flat, cos / scaling, sin / scaling)
+        return turned.squeeze(1).view(keys.shape).to(keys.dtype)
