@@ -61,6 +61,18 @@ def keep_protected_and_top(score: Tensor, drop: Tensor, prunable: Tensor) -> tup
     return index.clamp_min(0), index >= 0
 
 
+def keep_prunable_top(score: Tensor, count: int | Tensor, prunable: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The `count` best prunable tokens of every row and all others, as `keep_protected_and_top` gives them.
+
+    Args:
+        score: [B, N]; only the prunable entries are read.
+        count: how many prunable tokens stay: one number, or int64 [B] on the CPU.
+        prunable: bool [B, N].
+    """
+    drop = prunable.sum(1).cpu() - count
+    return keep_protected_and_top(score, drop.clamp_min(0), prunable)
+
+
 def keep_ends_and_top(score: Tensor, count: int, first: int, last: int) -> Tensor:
     """Indices [..., count] of the `first` and the `last` entries and the best of those between, ascending.
 
@@ -202,3 +214,21 @@ def weight_mask(
     if group == "layer":
         return layer_mask(score, floor_count(score.numel(), fraction))
     return smallest_mask(score, floor_count(score.shape[-1], fraction))
+
+
+def keep_by_cost(score: Tensor, cost: Tensor, budget: float, strict: bool = False) -> Tensor:
+    """Keep the best units, whose summed cost comes nearest to `budget`: bool [U].
+
+    Args:
+        score: [U], larger is better; among equals the lower index stays.
+        cost: [U].
+        budget: what the kept units may cost.
+        strict: of the units found, drop the worst, and what ties with it (the threshold rule of FLAP's code).
+    """
+    order = score.argsort(descending=True, stable=True)
+    total = torch.cat([torch.zeros(1, dtype=torch.float64), cost[order].double().cumsum(0)])
+    if strict:
+        return score > score[order[(total[1:] - budget).abs().argmin()]]
+    keep = torch.zeros_like(score, dtype=torch.bool)
+    keep[order[: int((total - budget).abs().argmin())]] = True
+    return keep

@@ -16,6 +16,13 @@ def _sequences(x: Tensor) -> Tensor:
     return x.unsqueeze(0) if x.dim() == 2 else x
 
 
+def token_cosine(before: Tensor, after: Tensor) -> Tensor:
+    """Cosine between tokens [..., D] before and after a block, float32 [...]; 0.5 where one of them is zero."""
+    before, after = before.float(), after.float()
+    cosine = (before * after).sum(-1) / (before.norm(dim=-1) * after.norm(dim=-1))
+    return cosine.nan_to_num(nan=0.5)
+
+
 class Norm:
     """`norm` [C]: the L2 norm of every input over all tokens."""
 
@@ -109,10 +116,17 @@ KINDS = {"norm": Norm, "gram": Gram, "moments": Moments}
 
 
 class Inputs:
-    """The statistics asked for of one input, and how many tokens it saw."""
+    """The statistics asked for of one input.
+
+    Attributes:
+        tokens: how many it saw.
+        shared: what users compute from the result, for others with the same input.
+    """
 
     def __init__(self, kinds: tuple[str, ...]):
         self.tokens = 0
+        self.shared: dict[str, object] = {}
+        self._result: dict[str, Tensor] | None = None
         self.parts = [KINDS[kind]() for kind in kinds if kind in KINDS]
 
     def add(self, x: Tensor) -> None:
@@ -124,8 +138,10 @@ class Inputs:
                 part.add(x)
 
     def result(self) -> dict[str, Tensor]:
-        """All of them, by name."""
-        return {name: value for part in self.parts for name, value in part.result().items()}
+        """All of them, by name; computed at the first call, when everything is taken in."""
+        if self._result is None:
+            self._result = {name: value for part in self.parts for name, value in part.result().items()}
+        return self._result
 
 
 def white(kinds: tuple[str, ...], width: int, device: torch.device | str) -> dict[str, Tensor]:

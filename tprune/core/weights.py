@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 
@@ -35,3 +36,22 @@ class StructureEdit:
     removed: bool = False
     keep: dict[str, Tensor] = field(default_factory=dict)
     bias: dict[str, Tensor] = field(default_factory=dict)
+
+
+_PLACES = tuple(1 << place for place in range(8))
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """A bool tensor of any shape as uint8 [ceil(numel / 8)], the first entry in the lowest bit."""
+    flat = mask.flatten()
+    flat = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8).to(torch.uint8)
+    return (flat * torch.tensor(_PLACES, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The bool tensor of `shape` that `pack_bits` made `packed` of."""
+    bits = packed.unsqueeze(1) & torch.tensor(_PLACES, dtype=torch.uint8, device=packed.device)
+    numel = 1
+    for size in shape:
+        numel *= size
+    return (bits != 0).flatten()[:numel].view(shape)

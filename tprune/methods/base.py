@@ -259,6 +259,8 @@ class WeightMethod(Method):
     scope: ClassVar[str] = "block"
     stats: ClassVar[tuple[str, ...]] = ()
     """What is gathered at the input of every linear layer: "norm", "gram", "moments"; or per block "similarity"."""
+    units: ClassVar[tuple[str, ...]] = ()
+    """The kinds of unit whose statistics a method of scope "model" reads: "heads", "channels"."""
     propagate: ClassVar[str] = "pruned"
     """What feeds the next block's statistics: the "pruned" blocks before it, or the "dense" ones."""
     patterns: ClassVar[bool] = True

@@ -74,9 +74,11 @@ class TokenView:
         depth: how many blocks the model has.
         whole: whether all tokens behind the prefix are prunable (no host sync is needed to know it).
         position: int64 [B, N], every token's place in the original sequence.
+        real: bool [B, N], False for padding; None where there is none.
         size: float [B, N], how many original tokens each stands for, or None before the first merge.
         attention: of the block these tokens last went through ("before" sites: the previous block's), if any.
-        encoder: the vision tower's view, at a VLM's projector.
+        encoder: the vision tower's view of the same image, at a VLM's projector.
+        pool: scores of the encoder's patches [B, P] as scores of these tokens [B, N], where several make one.
         seeds: int64 per sample, for methods that draw at random: equal samples draw equally in any batch.
         signals: rarer signals, by name, each computed at its first use.
     """
@@ -87,9 +89,11 @@ class TokenView:
     depth: int = 0
     whole: bool = True
     position: Tensor | None = None
+    real: Tensor | None = None
     size: Tensor | None = None
     attention: Attention | None = None
     encoder: TokenView | None = None
+    pool: Callable[[Tensor], Tensor] | None = None
     seeds: Tensor | None = None
     signals: dict[str, Callable[[], Any]] = field(default_factory=dict)
 
@@ -189,6 +193,7 @@ class UnitView:
         width: consecutive inputs per unit: r·e for a group of r query heads of width e, 1 for a channel.
         heads: query heads per unit (r); 1 for channels.
         cost: parameters of one unit.
+        norm: float32 [in], L2 norms of the projection's inputs over all calibration tokens, if asked for.
         mean, variance, fluctuation: float32 [in], of the projection's inputs over the calibration set, if asked
             for; the fluctuation is the recurrence of FLAP's code (`core.statistics.Moments`).
     """
@@ -198,6 +203,7 @@ class UnitView:
     width: int
     heads: int
     cost: int
+    norm: Tensor | None = None
     mean: Tensor | None = None
     variance: Tensor | None = None
     fluctuation: Tensor | None = None
@@ -212,12 +218,16 @@ class BlockView:
         parameters: its prunable parameters.
         units: by kind.
         similarity: mean cosine between the residual stream before and after the block, if asked for.
+        entering, leaving: float32 [N, D], the residual stream at the last token of each calibration sequence before
+            and after the block, if `similarity` was asked for.
     """
 
     index: int
     parameters: int
     units: dict[str, UnitView] = field(default_factory=dict)
     similarity: float | None = None
+    entering: Tensor | None = None
+    leaving: Tensor | None = None
 
 
 @dataclass(eq=False)

@@ -69,14 +69,34 @@ def _transformers(source: Source, family: str, dtype: torch.dtype, seed: int) ->
     revision = {"revision": source.revision} if source.revision else {}
     config = _guard(source, lambda: transformers.AutoConfig.from_pretrained(folder, **revision))
     kind = _auto_class(transformers, family, config, source)
+    if hasattr(config.get_text_config(decoder=True), "tprune"):
+        kind = _of_own_shapes(kind._model_mapping[type(config)])
     with _seeded(seed):
         if source.random_weights or source.weights:
-            model = kind.from_config(config, dtype=dtype)
+            build = getattr(kind, "from_config", None) or kind._from_config
+            model = build(config, dtype=dtype)
         else:
             model = _guard(source, lambda: kind.from_pretrained(folder, dtype=dtype, **revision))
+    model.__class__ = getattr(type(model), "stock", type(model))
     if source.weights:
         _replace_weights(model, source.weights)
     return Subject(model, _processor(transformers, family, folder, revision), source)
+
+
+def _of_own_shapes(kind: Any) -> Any:
+    """The model class `kind`, built with the widths per layer that its configuration's `tprune` section gives.
+
+    The shapes are there before weights are loaded, so transformers' own loader does the rest.
+    """
+    from tprune.models import units
+    from tprune.models.blocks import find_decoder
+
+    def __init__(self: Any, config: Any, *more: Any, **named: Any) -> None:  # noqa: N807
+        kind.__init__(self, config, *more, **named)
+        decoder = find_decoder(self)
+        units.resize(decoder, decoder.config.tprune["layers"])
+
+    return type(kind.__name__, (kind,), {"__init__": __init__, "__module__": kind.__module__, "stock": kind})
 
 
 def _auto_class(transformers: Any, family: str, config: Any, source: Source) -> Any:

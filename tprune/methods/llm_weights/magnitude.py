@@ -1,0 +1,46 @@
+"""Magnitude: remove the weights of smallest absolute value in each layer.
+
+The classic criterion, which needs no data; it fails on language models, whose few outlier features make small
+weights matter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tprune.core.select import floor_count, inclusive_mask, weight_mask
+from tprune.core.weights import WeightEdit
+from tprune.methods.base import Paper, WeightBudget, WeightMethod, param
+from tprune.methods.views import LinearView
+
+
+@dataclass(frozen=True)
+class Magnitude(WeightMethod):
+    """|W|, one threshold per layer."""
+
+    paper = Paper(
+        title="Learning both Weights and Connections for Efficient Neural Networks",
+        venue="NeurIPS",
+        year=2015,
+        arxiv="1506.02626",
+        code="github.com/locuslab/wanda",
+        checked="code",
+        notes="The layer-wise baseline of Wanda's code; its inclusive rule, which removes one weight too many and "
+        "all ties, is rule=inclusive.",
+    )
+
+    group: str = param("layer", "What is compared: the whole layer, or every row", choices=("layer", "row"))
+    rule: str = param(
+        "exact",
+        "exact: the count asked for; inclusive: the threshold too, as in the authors' code (layer only)",
+        choices=("exact", "inclusive"),
+    )
+
+    def prune(self, linear: LinearView, budget: WeightBudget, generator: torch.Generator) -> WeightEdit:
+        """Score every weight by its absolute value."""
+        score = linear.weight.abs()
+        if self.rule == "inclusive" and budget.pattern is None and self.group == "layer":
+            return WeightEdit(inclusive_mask(score, floor_count(score.numel(), budget.sparsity)))
+        return WeightEdit(weight_mask(score, budget.sparsity, budget.pattern, self.group))

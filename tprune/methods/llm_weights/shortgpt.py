@@ -1,0 +1,79 @@
+"""ShortGPT: remove whole blocks, those that change the residual stream least.
+
+A block's influence is one minus the mean cosine between a token before and after it; many deep blocks only
+nudge what flows past them, and go together with their keys and values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import pi
+
+import torch
+
+from tprune.core.statistics import token_cosine
+from tprune.core.weights import StructureEdit
+from tprune.errors import UserError
+from tprune.methods.base import Paper, WeightBudget, WeightMethod, param
+from tprune.methods.views import ModelView
+
+
+@dataclass(frozen=True)
+class ShortGPT(WeightMethod):
+    """The round(s · L) blocks of smallest influence, at once."""
+
+    paper = Paper(
+        title="ShortGPT: Layers in Large Language Models are More Redundant Than You Expect",
+        venue="arXiv",
+        year=2024,
+        arxiv="2403.03853",
+        checked="port",
+        notes="No official code; checked against github.com/sramshetty/ShortGPT. metric=angular is the contiguous "
+        "run of Gromov et al. (arXiv 2403.17887).",
+    )
+    scope = "model"
+    stats = ("similarity",)
+    propagate = "dense"
+    patterns = False
+
+    metric: str = param(
+        "influence",
+        "influence: single blocks, over all tokens; angular: a run of blocks, by the last token's angle across it",
+        choices=("influence", "angular"),
+    )
+
+    def plan(self, model: ModelView, budget: WeightBudget) -> list[StructureEdit]:
+        """Rank the blocks once and remove the least influential."""
+        depth = len(model.blocks)
+        count = round(budget.sparsity * depth)
+        if count == depth or (count == 0 and budget.sparsity > 0):
+            raise UserError(
+                f"--sparsity {budget.sparsity:g} is {count} of {depth} blocks; reachable are {1 / depth:.4g} to "
+                f"{1 - 1 / depth:.4g}"
+            )
+        gone = self.angular(model, count) if self.metric == "angular" else self.least(model, count)
+        return [StructureEdit(index, removed=True) for index in gone]
+
+    def least(self, model: ModelView, count: int) -> list[int]:
+        """The blocks with the smallest 1 - mean cosine, ascending by index."""
+        influence = torch.tensor([1 - block.similarity for block in model.blocks], dtype=torch.float64)
+        return influence.argsort(stable=True)[:count].sort().values.tolist()
+
+    def angular(self, model: ModelView, count: int) -> list[int]:
+        """The run of `count` blocks across which the last token turns least."""
+        if count == 0:
+            return []
+        starts = range(len(model.blocks) - count + 1)
+        angles = [
+            (
+                token_cosine(model.blocks[first].entering, model.blocks[first + count - 1].leaving)
+                .clamp(-1, 1)
+                .acos()
+                / pi
+            )
+            .mean()
+            .item()
+            for first in starts
+        ]
+        first = min(starts, key=angles.__getitem__)
+        return list(range(first, first + count))

@@ -1,0 +1,45 @@
+"""Wanda: remove the weights whose magnitude times the norm of their input is smallest, in every output row.
+
+A weight on a quiet input matters less than one on a loud input; with that one factor, one forward pass and no
+update, magnitude pruning works on language models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tprune.core.select import cumulative_mask, weight_mask
+from tprune.core.weights import WeightEdit
+from tprune.methods.base import Paper, WeightBudget, WeightMethod, param
+from tprune.methods.views import LinearView
+
+
+@dataclass(frozen=True)
+class Wanda(WeightMethod):
+    """|W| · ‖X‖, compared per output."""
+
+    paper = Paper(
+        title="A Simple and Effective Pruning Approach for Large Language Models",
+        venue="ICLR",
+        year=2024,
+        arxiv="2306.11695",
+        code="github.com/locuslab/wanda",
+        checked="code",
+    )
+    stats = ("norm",)
+
+    group: str = param(
+        "row", "What is compared: every output row, or the whole layer", choices=("row", "layer")
+    )
+    variant: bool = param(
+        False, "Let rows lose different numbers, by a share of their summed scores (appendix)"
+    )
+
+    def prune(self, linear: LinearView, budget: WeightBudget, generator: torch.Generator) -> WeightEdit:
+        """Score every weight by its magnitude times the norm of its input over all calibration tokens."""
+        score = linear.weight.abs() * linear.norm
+        if self.variant and budget.pattern is None and budget.sparsity > 0:
+            return WeightEdit(cumulative_mask(score, budget.sparsity))
+        return WeightEdit(weight_mask(score, budget.sparsity, budget.pattern, self.group))

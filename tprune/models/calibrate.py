@@ -1,0 +1,210 @@
+"""Block-by-block calibration: one buffer of activations goes through the model, one block at a time.
+
+The inputs of the first block and the arguments of every block (masks, positions: Gemma's differ from layer to
+layer) are noted once, without running a block. Then each block may be run as often as a method needs, with its
+statistics gathered at the inputs of its linear layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tprune.core.statistics import Inputs, token_cosine
+from tprune.models.blocks import Decoder, is_experts
+
+TOKENS_AT_ONCE = 4096
+"""At most so many tokens go through a block together: more do not run faster, and cost memory."""
+
+
+class _LastInput(Exception):  # noqa: N818  (a signal, not an error)
+    """Raised where the last statistic of a block is gathered: what follows need not be computed."""
+
+
+class Stream:
+    """The calibration sequences between two blocks.
+
+    Attributes:
+        decoder: the model they go through.
+        hidden: [N, L, D], inputs of the coming block.
+        rows: how many sequences go through a block together.
+    """
+
+    def __init__(self, decoder: Decoder, tokens: Tensor, batch_size: int):
+        """Embed `tokens` int64 [N, L]; runs no block."""
+        self.decoder = decoder
+        self.rows = max(1, min(batch_size, TOKENS_AT_ONCE // tokens.shape[1]))
+        self._arguments: dict[tuple[int, int], tuple[tuple, dict[str, Any]]] = {}
+        parts: list[Tensor] = []
+        device = next(decoder.core.parameters()).device
+        with _noting(decoder, parts, self._arguments), torch.no_grad():
+            for chunk in tokens.split(self.rows):
+                decoder.core(input_ids=chunk.to(device), use_cache=False)
+        self.hidden = torch.cat(parts)
+
+    def _run(self, index: int, x: Tensor) -> Tensor:
+        """Block `index` on the hidden states x [b, L, D]."""
+        positional, named = self._arguments[index, x.shape[0]]
+        out = self.decoder.blocks[index](x, *positional, **named)
+        return out[0] if isinstance(out, tuple) else out
+
+    @torch.no_grad()
+    def advance(self, index: int) -> None:
+        """Send all sequences through block `index` as it stands."""
+        for x in self.hidden.split(self.rows):
+            x.copy_(self._run(index, x))
+
+    @torch.no_grad()
+    def gather(self, index: int, kinds: tuple[str, ...], names: list[str] | None = None) -> dict[str, Inputs]:
+        """Statistics of the inputs in block `index`, which stops at the last of them; the stream stays before it.
+
+        Args:
+            index: which block.
+            kinds: names in `tprune.core.statistics.KINDS`.
+            names: of the modules to look at, all with a prunable matrix by default.
+
+        Returns:
+            By the name of a matrix's `input`; modules with the same input share one object.
+        """
+        with Watch(self.decoder, index, kinds, names) as watch:
+            for x in self.hidden.split(self.rows):
+                watch.begin(stop=True)
+                with suppress(_LastInput):
+                    self._run(index, x)
+        return watch.inputs
+
+    @torch.no_grad()
+    def gather_and_advance(
+        self, index: int, kinds: tuple[str, ...], names: list[str] | None = None
+    ) -> tuple[dict[str, Inputs], float]:
+        """Statistics of block `index` and its outputs in one pass, for methods that propagate dense activations.
+
+        Returns:
+            The statistics as in `gather`, and the mean cosine between a token before and after the block.
+        """
+        total = torch.zeros((), dtype=torch.float64, device=self.hidden.device)
+        with Watch(self.decoder, index, kinds, names) as watch:
+            for x in self.hidden.split(self.rows):
+                watch.begin(stop=False)
+                out = self._run(index, x)
+                if "similarity" in kinds:
+                    total += token_cosine(x, out).double().sum()
+                x.copy_(out)
+        return watch.inputs, total.item() / (self.hidden.shape[0] * self.hidden.shape[1])
+
+
+@contextmanager
+def _noting(
+    decoder: Decoder, parts: list[Tensor], arguments: dict[tuple[int, int], tuple[tuple, dict[str, Any]]]
+) -> Iterator[None]:
+    """Every block answers with its own input and notes what it was called with, per batch size.
+
+    All sequences have the same length and no padding, so the arguments depend on nothing else.
+    """
+
+    def stand_in(index: int) -> Any:
+        def forward(hidden_states: Tensor, *positional: Any, **named: Any) -> Tensor:
+            arguments.setdefault((index, hidden_states.shape[0]), (positional, named))
+            if index == 0:
+                parts.append(hidden_states)
+            return hidden_states
+
+        return forward
+
+    try:
+        for index, block in enumerate(decoder.blocks):
+            block.forward = stand_in(index)
+        yield
+    finally:
+        for block in decoder.blocks:
+            vars(block).pop("forward", None)
+
+
+class Watch:
+    """Gathers statistics at the inputs of a block's modules while it runs.
+
+    Modules that are given the same tensor (q, k and v; gate and up) share their statistics: they are found by the
+    tensor's identity in the first batch. The last input is remembered, so that later batches can stop there.
+    """
+
+    def __init__(self, decoder: Decoder, index: int, kinds: tuple[str, ...], names: list[str] | None):
+        self.kinds = kinds
+        modules = decoder.inputs(index)
+        self.modules = modules if names is None else {name: modules[name] for name in names}
+        self.inputs: dict[str, Inputs] = {}
+        self._leader: dict[str, str] = {}
+        self._seen: list[tuple[Tensor, str]] = []
+        self._last: str | None = None
+        self._stop = False
+
+    def __enter__(self) -> Watch:
+        self._hooks = []
+        if any(kind != "similarity" for kind in self.kinds):
+            for name, module in self.modules.items():
+                look = self._experts if is_experts(module) else self._linear
+                self._hooks.append(module.register_forward_pre_hook(look(name)))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._seen.clear()
+
+    def begin(self, stop: bool) -> None:
+        """A new batch; it stops at the last input of the one before, if `stop`."""
+        self._stop = stop and self._last is not None
+        self._seen.clear()
+
+    def _linear(self, name: str) -> Any:
+        def look(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            x = arguments[0]
+            if name not in self._leader:
+                same = (leader for seen, leader in self._seen if seen is x)
+                self._leader[name] = next(same, name)
+                self._seen.append((x, name))
+                leader = self._leader[name]
+                self.inputs[name] = Inputs(self.kinds) if leader == name else self.inputs[leader]
+            if self._leader[name] == name:
+                self.inputs[name].add(x)
+            self._done(name)
+
+        return look
+
+    def _experts(self, name: str) -> Any:
+        """Routed experts: each sees the tokens sent to it, and its second matrix what its first makes of them."""
+
+        def look(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            x, chosen = arguments[0], arguments[1]
+            for expert in range(module.gate_up_proj.shape[0]):
+                first = self.inputs.setdefault(f"{name}.{expert}.in", Inputs(self.kinds))
+                second = self.inputs.setdefault(f"{name}.{expert}.out", Inputs(self.kinds))
+                mine = x[(chosen == expert).any(-1)]
+                if len(mine):
+                    first.add(mine)
+                    second.add(expert_activation(module, expert, mine))
+            self._done(name)
+
+        return look
+
+    def _done(self, name: str) -> None:
+        if not self._stop:
+            self._last = name
+        elif name == self._last:
+            raise _LastInput
+
+
+def expert_activation(module: nn.Module, expert: int, x: Tensor) -> Tensor:
+    """What enters an expert's down_proj, [T, m], for the tokens x [T, d]."""
+    weight = module.gate_up_proj[expert]
+    out = x @ weight if getattr(module, "is_transposed", False) else functional.linear(x, weight)
+    if getattr(module, "has_bias", False):
+        out = out + module.gate_up_proj_bias[expert]
+    if hasattr(module, "_apply_gate"):
+        return module._apply_gate(out)
+    gate, up = out.chunk(2, dim=-1)
+    return module.act_fn(gate) * up

@@ -1,0 +1,67 @@
+"""Edits of matrices on disk: packed masks, and the parameters that changed.
+
+One format serves three times: as the journal of finished blocks, in an artifact by reference, and as the masks
+beside a masked model. `mask/NAME` holds the mask of the matrix NAME, a bit per weight; `weight/NAME` the new
+values of the parameter NAME where surviving weights changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from tprune.core.weights import WeightEdit, pack_bits, unpack_bits
+from tprune.errors import UserError
+from tprune.models.blocks import Matrix
+
+MASK, WEIGHT = "mask/", "weight/"
+
+
+def apply(matrix: Matrix, edit: WeightEdit) -> None:
+    """Carry out an edit in the model."""
+    if edit.weight is not None:
+        matrix.write(edit.weight)
+    matrix.remove(edit.mask)
+
+
+def record(matrices: Iterable[tuple[Matrix, WeightEdit]]) -> dict[str, Tensor]:
+    """The edits of these matrices, which are carried out already, as tensors on the CPU."""
+    tensors = {}
+    for matrix, edit in matrices:
+        tensors[MASK + matrix.name] = pack_bits(edit.mask).cpu()
+        if edit.weight is not None:
+            tensors[WEIGHT + matrix.parameter_name] = matrix.parameter.data.cpu()
+    return tensors
+
+
+def replay(matrices: Iterable[Matrix], tensors: dict[str, Tensor]) -> None:
+    """Carry out recorded edits; doing it twice changes nothing.
+
+    Raises:
+        UserError: the record is of another model.
+    """
+    for matrix in matrices:
+        weight, mask = tensors.get(WEIGHT + matrix.parameter_name), tensors.get(MASK + matrix.name)
+        if mask is None and weight is None:
+            continue
+        size = (matrix.shape[0] * matrix.shape[1] + 7) // 8
+        if (mask is not None and len(mask) != size) or (
+            weight is not None and weight.shape != matrix.parameter.shape
+        ):
+            raise UserError(f"the stored edit of {matrix.name} does not fit this model; it is of another one")
+        if weight is not None:
+            matrix.parameter.data.copy_(weight)
+        if mask is not None:
+            matrix.remove(unpack_bits(mask.to(matrix.parameter.device), matrix.shape))
+
+
+def removed(tensors: dict[str, Tensor], matrix: Matrix) -> int:
+    """How many weights of `matrix` a record removes."""
+    mask = tensors.get(MASK + matrix.name)
+    return 0 if mask is None else int(unpack_bits(mask, matrix.shape).sum())
+
+
+def only_masks(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A record without the changed parameters, for beside a model that holds them."""
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(MASK)}

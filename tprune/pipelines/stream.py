@@ -1,0 +1,128 @@
+"""Pruning of matrices, block by block: gather statistics, prune, send the calibration text through, go on."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from tprune.core.statistics import Inputs, white
+from tprune.core.weights import WeightEdit
+from tprune.errors import UserError
+from tprune.methods.base import WeightBudget, WeightMethod
+from tprune.methods.views import LinearView
+from tprune.models import masks
+from tprune.models.blocks import Decoder, Matrix
+from tprune.models.calibrate import Stream
+from tprune.pipelines.journal import Journal
+from tprune.progress import Progress
+
+FEW_TOKENS = 128
+"""Experts that saw fewer calibration tokens are named in a warning."""
+
+
+def generator(seed: int, name: str) -> torch.Generator:
+    """A generator for one matrix, the same in any order of visits."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def check_pattern(decoder: Decoder, pattern: tuple[int, int] | None) -> None:
+    """Refuse a pattern that does not divide the inputs of every matrix."""
+    if pattern is None:
+        return
+    for index in range(len(decoder.blocks)):
+        for matrix in decoder.matrices(index):
+            if matrix.shape[1] % pattern[1]:
+                raise UserError(
+                    f"--pattern {pattern[0]}:{pattern[1]}: the {matrix.shape[1]} inputs of {matrix.name} do not divide "
+                    f"into groups of {pattern[1]}; choose a pattern whose M divides them"
+                )
+
+
+class BlockPruner:
+    """One run of a block-scope method over a decoder.
+
+    Attributes:
+        decoder: edited in place.
+        method, budget, seed: what is done.
+        stream: the calibration sequences; None for methods without statistics.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        method: WeightMethod,
+        budget: WeightBudget,
+        seed: int,
+        stream: Stream | None,
+        progress: Progress,
+    ):
+        self.decoder, self.method, self.budget, self.seed = decoder, method, budget, seed
+        self.stream, self.progress = stream, progress
+        self.starved: list[str] = []
+
+    def run(self, journal: Journal) -> dict[str, Tensor]:
+        """Prune all blocks; finished ones are taken from the journal. Returns the record of all edits."""
+        records: dict[str, Tensor] = {}
+        depth = len(self.decoder.blocks)
+        for index in self.progress.track(range(depth), "pruning"):
+            matrices = self.decoder.matrices(index)
+            finished = journal.read(index)
+            dense_feeds = self.stream is not None and self.method.propagate == "dense"
+            if finished is not None:
+                if dense_feeds:
+                    self.stream.advance(index)
+                masks.replay(matrices, finished)
+            else:
+                finished = self._prune(index, matrices, dense_feeds)
+                journal.write(index, finished)
+            if self.stream is not None and not dense_feeds and index + 1 < depth:
+                self.stream.advance(index)
+            records |= finished
+        self._warn()
+        return records
+
+    def _prune(self, index: int, matrices: list[Matrix], dense_feeds: bool) -> dict[str, Tensor]:
+        inputs: dict[str, Inputs] = {}
+        if dense_feeds:
+            inputs, _ = self.stream.gather_and_advance(index, self.method.stats)
+        elif self.stream is not None:
+            inputs = self.stream.gather(index, self.method.stats)
+        edits = [(matrix, self._edit(matrix, inputs)) for matrix in matrices]
+        return masks.record(edits)
+
+    def _edit(self, matrix: Matrix, inputs: dict[str, Inputs]) -> WeightEdit:
+        """Ask the method about one matrix and carry out what it says."""
+        weight = matrix.read()
+        view = LinearView(matrix.name, matrix.block, weight)
+        if self.stream is not None:
+            seen = inputs[matrix.input]
+            if matrix.expert is not None and seen.tokens < FEW_TOKENS:
+                self.starved.append(f"{matrix.name} ({seen.tokens})")
+            known = seen.result() if seen.tokens else white(self.method.stats, matrix.shape[1], weight.device)
+            view = LinearView(
+                matrix.name, matrix.block, weight, tokens=seen.tokens, shared=seen.shared, **_wanted(known)
+            )
+        try:
+            edit = self.method.prune(view, self.budget, generator(self.seed, matrix.name))
+        except ValueError as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{self.method.id} failed at {matrix.name}: {error}") from error
+        masks.apply(matrix, edit)
+        return edit
+
+    def _warn(self) -> None:
+        if self.starved:
+            shown = ", ".join(self.starved[:3]) + (", …" if len(self.starved) > 3 else "")
+            self.progress.warn(
+                f"{len(self.starved)} expert matrices saw fewer than {FEW_TOKENS} calibration tokens: {shown}; "
+                "those that saw none are pruned by magnitude. More text helps: --calibration N"
+            )
+
+
+def _wanted(known: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The statistics that a LinearView has a place for."""
+    return {name: known[name] for name in ("norm", "gram") if name in known}
