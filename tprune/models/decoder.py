@@ -1,0 +1,383 @@
+"""Tokens leave before a decoder layer, or before the whole decoder, while a transformers model runs as it always does.
+
+Nothing is forked. A hook on the model's entrance learns which tokens are prunable; one on the decoder shortens the
+sequence before the first layer (site `PROJECTOR`); one on every layer shortens it there, and from then on hands on
+the mask, the positions and the rotary embeddings of the tokens that are left. Each layer's cache then has its own
+length, and a record of what is left (`Track`) travels with the cache, so that decode steps see the right mask and
+the right next position, in `generate` and in a loop of one's own. What leaves is decided once, when the prompt comes
+in; tokens that come later all stay. The decoder's output is filled up to its full length again (zeros where tokens
+left), so that `logits[:, i]` is still about token i.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tprune.core.budget import PROJECTOR, Site, Stage
+from tprune.errors import UserError
+from tprune.methods.base import TokenMethod
+from tprune.methods.views import TokenView
+from tprune.models.blocks import find_decoder
+from tprune.models.run import Inputs, Run, Tally, here, planned, real_tokens
+from tprune.models.taps import AttentionCall, Tap
+from tprune.models.track import (
+    Kept,
+    Track,
+    gather_any_mask,
+    gather_last,
+    gather_mask,
+    gather_padding,
+    gather_rope,
+    hidden_value,
+    restore,
+    visible,
+)
+
+Entrance = Callable[[Run, Tensor], tuple[Tensor, Tensor, Tensor | None]]
+"""What happens at `PROJECTOR`: (run, embeddings [B, N, D]) -> embeddings [B, K, D], slots [B, K], valid [B, K]."""
+
+CACHES = ("past_key_values", "layer_past", "past_key_value")
+NORMS = ("norm", "final_layer_norm", "ln_f", "final_layernorm")
+
+
+class DecoderDriver:
+    """A token method at work before or inside a decoder, until `remove`.
+
+    Args:
+        model: a transformers model with a decoder.
+        method: what chooses.
+        prunable_of: from the inputs of a prompt, by name, to bool [B, N]; None where nothing is to be pruned.
+        stages_of: where tokens leave a row with so many prunable tokens, and how many are left.
+        positions: "original" keeps the position ids of the tokens that are left, "compact" renumbers them.
+        seeds_of: from the inputs to a seed per row, int64 [B]; called where the method draws at random.
+        entrance: what happens before the first layer, for methods with the site `PROJECTOR`.
+        outer: the module whose call carries the whole prompt; the decoder itself by default.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: TokenMethod,
+        prunable_of: Callable[[Inputs], Tensor | None],
+        stages_of: Callable[[int], Sequence[Stage]],
+        *,
+        positions: str = "original",
+        seeds_of: Callable[[Inputs], Tensor] | None = None,
+        entrance: Entrance | None = None,
+        outer: nn.Module | None = None,
+    ):
+        self.method, self.prunable_of, self.stages_of = method, prunable_of, stages_of
+        self.positions, self.seeds_of, self.entrance = positions, seeds_of, entrance
+        decoder = find_decoder(model)
+        self.core, self.layers = decoder.core, decoder.blocks
+        self.outer = self.core if outer is None else outer
+        self.rotary = getattr(self.core, "rotary_emb", None)
+        self.norm = next((getattr(self.core, name) for name in NORMS if hasattr(self.core, name)), None)
+        if positions == "compact" and hasattr(self.rotary, "mrope_section"):
+            raise UserError(
+                "--positions compact: this model's positions are rows and columns of the image; use original"
+            )
+        self.tally = Tally(len(self.layers))
+        self.run: Run | None = None
+        self.handles = [
+            self.outer.register_forward_pre_hook(self._begin, with_kwargs=True),
+            self.core.register_forward_pre_hook(self._enter, with_kwargs=True),
+            self.core.register_forward_hook(self._leave),
+            self.outer.register_forward_hook(self._end, always_call=True),
+            self.layers[-1].register_forward_hook(self._close),
+        ]
+        self.names = {
+            module: list(signature(module.forward).parameters) for module in [self.outer, self.core]
+        }
+        for place, layer in enumerate(self.layers):
+            self.names[layer] = list(signature(layer.forward).parameters)
+            self.handles.append(layer.register_forward_pre_hook(self._layer_hook(place), with_kwargs=True))
+        self.tap = None
+        if "attention" in method.reads:
+            self.tap = Tap([attention_of(layer) for layer in self.layers], self._observe)
+            self.place = {attention_of(layer): place for place, layer in enumerate(self.layers)}
+
+    def remove(self) -> None:
+        """Take all hooks out again."""
+        for handle in self.handles:
+            handle.remove()
+        if self.tap is not None:
+            self.tap.remove()
+        self.handles, self.tap, self.run = [], None, None
+
+    def _check(self, run: Run) -> None:
+        """Refuse sites that a decoder does not have."""
+        for site in run.counts:
+            if site.between or site.layer == 0 or (site == PROJECTOR and self.entrance is None):
+                raise UserError(
+                    f"{self.method.id} lets tokens leave at '{site}', which a decoder does not have"
+                )
+
+    def _begin(self, module: nn.Module, args: tuple, kwargs: Inputs) -> None:
+        """The model is called: a prompt to prune, a continuation of a pruned one, or nothing of ours."""
+        inputs = dict(zip(self.names[module], args, strict=False)) | kwargs
+        tokens = inputs.get("input_ids")
+        tokens = inputs.get("inputs_embeds") if tokens is None else tokens
+        cache = inputs.get("past_key_values")
+        start = 0 if cache is None else cache.get_seq_length()
+        self.run = None
+        if start:
+            track = getattr(cache, "tprune_track", None)
+            if track is None:
+                return
+            if track.entered != start:
+                raise UserError("a cache with pruned tokens was cropped or edited; run the prompt again")
+            self.run = Run(inputs, track, track.length, tokens.shape[1])
+            track.extend(tokens.shape[1])
+            return
+        prunable = self.prunable_of(inputs)
+        if prunable is None:
+            return
+        counts = prunable.sum(1).tolist()
+        if not any(counts):
+            return
+        check_cache(cache)
+        run = Run(inputs, Track(tokens.shape[1]), 0, tokens.shape[1], prunable, real_tokens(inputs, prunable))
+        run.counts = planned([self.stages_of(count) for count in counts], counts)
+        self._check(run)
+        run.seeds = self.seeds_of(inputs) if self.seeds_of and "seeds" in self.method.reads else None
+        self.run = run
+
+    def _end(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.run = None
+
+    def _enter(self, module: nn.Module, args: tuple, kwargs: Inputs) -> tuple[tuple, Inputs] | None:
+        """Shorten the sequence before the first layer, or place a continuation behind a shortened one."""
+        run = self.run
+        if run is None:
+            return None
+        given = dict(zip(self.names[module], args, strict=False)) | kwargs
+        shortens = run.is_prompt and PROJECTOR in run.counts
+        if shortens:
+            self._shorten(run, given)
+        elif run.track.entry is not None:
+            self._continue(run, given)
+        mask = given.get("attention_mask")
+        run.padding = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        return ((), given) if run.track.entry is not None else None
+
+    def _shorten(self, run: Run, given: Inputs) -> None:
+        """A prompt: let tokens leave, and take their places out of mask and positions."""
+        mask, ids = given.get("attention_mask"), given.get("position_ids")
+        given["inputs_embeds"], index, valid = self.entrance(run, given["inputs_embeds"])
+        kept = run.track.entry = Kept.of(index, valid, run.length)
+        ids = torch.arange(run.length, device=index.device)[None] if ids is None else ids
+        given["position_ids"] = gather_last(ids, index)
+        if self.positions == "compact":
+            given["position_ids"] = given["position_ids"] - kept.shift()
+        # Without a mask transformers takes gaps in the positions for the seams of packed sequences.
+        mask = torch.ones_like(run.prunable, dtype=torch.int64) if mask is None else mask
+        given["attention_mask"] = gather_any_mask(mask, index, kept, run.length)
+
+    def _continue(self, run: Run, given: Inputs) -> None:
+        """Tokens behind a shortened prompt: their mask, and their positions behind the full prompt's."""
+        kept, ids = run.track.entry, given.get("position_ids")
+        batch, device = kept.index.shape[0], kept.index.device
+        rows = torch.arange(run.length, device=device).expand(batch, -1)
+        if ids is None:
+            ids = rows + run.start
+        elif run.inputs.get("position_ids") is None:
+            # The model counted from the length of a cache that is shorter than what it has seen.
+            ids = ids + (run.track.length - run.track.entered)
+        given["position_ids"] = ids - kept.gone[:, None] if self.positions == "compact" else ids
+        mask = given.get("attention_mask")
+        given["attention_mask"] = gather_any_mask(mask, rows, kept, run.track.length)
+
+    def _close(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        """After the last layer: as many tokens as entered the first."""
+        run = self.run
+        if run is None or not run.is_prompt or not run.track.layers:
+            return output
+        kept = run.track.at(len(self.layers))
+        return _first(output, lambda hidden: restore(hidden, kept.index, kept.valid, run.track.entered))
+
+    def _leave(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        """After the decoder: as many tokens as the caller gave; and the record travels with the cache."""
+        run = self.run
+        if run is None or not run.is_prompt:
+            return output
+        self.tally.add(run)
+        track, cache = run.track, getattr(output, "past_key_values", None)
+        if cache is not None:
+            cache.tprune_track = track
+        if track.entry is None:
+            return output
+        return _first(
+            output, lambda hidden: restore(hidden, track.entry.index, track.entry.valid, run.length)
+        )
+
+    def _observe(self, call: AttentionCall) -> None:
+        """Keep the attention of a layer that a site follows."""
+        run = self.run
+        if run is not None and run.is_prompt and Site(self.place[call.module] + 1) in run.counts:
+            run.attention = call.view()
+
+    def _layer_hook(self, place: int) -> Callable[..., tuple[tuple, Inputs] | None]:
+        site = Site(place)
+
+        def hook(module: nn.Module, args: tuple, kwargs: Inputs) -> tuple[tuple, Inputs] | None:
+            run = self.run
+            if run is None:
+                return None
+            names = self.names[module][: len(args)]
+            given = dict(zip(names, args, strict=True)) | kwargs
+            if run.is_prompt and site in run.counts:
+                given["hidden_states"] = self._reduce(run, site, given["hidden_states"], run.counts[site])
+            kept = run.track.at(place)
+            if kept is None:
+                return None
+            self._fit(run, module, place, kept, given)
+            return tuple(given.pop(name) for name in names), given
+
+        return hook
+
+    def _reduce(self, run: Run, site: Site, hidden: Tensor, count: int | Tensor) -> Tensor:
+        """Let the method choose before a layer; -> the hidden states that are left."""
+        before = run.track.at(site.layer)
+        slots = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[:2])
+        slots = slots if before is None else before.index
+        valid = None if before is None else before.valid
+        if run.track.entry is not None and run.track.entry.valid is not None:
+            there = run.track.entry.valid.gather(1, slots)
+            valid = there if valid is None else valid & there
+        position = slots if run.track.entry is None else run.track.entry.index.gather(1, slots)
+        view = TokenView(
+            hidden,
+            here(run.prunable, position, valid),
+            depth=len(self.layers),
+            whole=False,
+            position=position,
+            attention=run.attention,
+            seeds=run.seeds,
+            real=here(run.real, position, valid),
+            signals={"final_norm": lambda: self.norm(hidden)},
+        )
+        reduction = self.method.reduce(site, view, count, run.memory)
+        run.attention = None
+        left = reduction.valid
+        if valid is not None:
+            still = valid.gather(1, reduction.index)
+            left = still if left is None else left & still
+        run.track.layers[site.layer] = Kept.of(slots.gather(1, reduction.index), left, run.track.entered)
+        return reduction.apply(hidden)
+
+    def _fit(self, run: Run, module: nn.Module, place: int, kept: Kept, given: Inputs) -> None:
+        """Give a layer the mask, the positions and the rotary embeddings of the tokens it sees."""
+        arrived = run.track.entered - (0 if run.is_prompt else run.length)
+        index = kept.index if run.is_prompt else None
+        ids, rope = given.get("position_ids"), given.get("position_embeddings")
+        if run.is_prompt:
+            ids = given["position_ids"] = None if ids is None else gather_last(ids, index)
+            if isinstance(rope, tuple):
+                given["position_embeddings"] = tuple(gather_rope(part, index) for part in rope)
+            rows = slots = index
+        else:
+            batch = kept.index.shape[0]
+            rows = torch.arange(run.length, device=kept.index.device).expand(batch, -1)
+            slots = rows + arrived
+        if self.positions == "compact" and self.rotary is not None and isinstance(rope, tuple):
+            shift = kept.shift() if run.is_prompt else kept.gone[:, None]
+            given["position_ids"] = ids - shift
+            given["position_embeddings"] = self._rotate(place, given["hidden_states"], ids - shift)
+        cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
+        given["attention_mask"] = self._mask(
+            run, module, place, kept, rows, slots, given.get("attention_mask"), cache
+        )
+
+    def _mask(
+        self,
+        run: Run,
+        module: nn.Module,
+        place: int,
+        kept: Kept,
+        rows: Tensor,
+        slots: Tensor,
+        mask: Tensor | None,
+        cache: Any,
+    ) -> Tensor | None:
+        """The mask of one layer: `mask`, which is for the entering sequence, at what the layer sees of it."""
+        window, keys = None, kept.index.shape[1]
+        if (
+            cache is not None
+            and place < len(cache.layers)
+            and getattr(cache.layers[place], "is_sliding", False)
+        ):
+            held = cache.layers[place]
+            window = held.sliding_window
+            keys = rows.shape[1] + (held.keys.shape[-2] if held.is_initialized and held.keys.numel() else 0)
+        key = (id(kept), id(mask), keys, window)
+        if key in run.masks:
+            return run.masks[key]
+        valid = None if kept.valid is None else kept.valid[:, -keys:]
+        seen = Kept(kept.index[:, -keys:], valid, kept.gone)
+        if mask is not None and mask.dim() == 2:
+            fitted = gather_padding(mask, seen)
+        elif run.is_prompt and mask is not None:
+            fitted = gather_mask(mask, rows, seen, run.track.entered)
+        elif valid is None and (run.is_prompt or (mask is None and window is None)):
+            fitted = None
+        else:
+            # The model sized its mask by a layer that may have lost tokens itself.
+            fitted = visible(slots, seen, window)
+            if run.padding is not None:
+                fitted = fitted & run.padding.bool().gather(1, seen.index)[:, None, None]
+            fitted = self._typed(fitted)
+        run.masks[key] = fitted
+        return fitted
+
+    def _typed(self, seen: Tensor) -> Tensor:
+        """A bool mask as this model's attention takes it."""
+        if self.core.config._attn_implementation != "eager":
+            return seen
+        dtype = next(self.core.parameters()).dtype
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(
+            ~seen, hidden_value(dtype)
+        )
+
+    def _rotate(self, place: int, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotary embeddings at other positions."""
+        if "layer_type" in signature(self.rotary.forward).parameters:
+            return self.rotary(hidden, ids, self.core.config.layer_types[place])
+        return self.rotary(hidden, ids)
+
+
+def attention_of(layer: nn.Module) -> nn.Module:
+    """The attention module of a decoder layer.
+
+    Raises:
+        UserError: there is none (a recurrent or convolutional layer).
+    """
+    for module in layer.modules():
+        if module is not layer and hasattr(module, "config") and type(module).__name__.endswith("Attention"):
+            return module
+    raise UserError(f"{type(layer).__name__} has no attention that can be watched")
+
+
+def check_cache(cache: Any) -> None:
+    """Refuse caches whose layers cannot have lengths of their own."""
+    kinds = {type(layer).__name__ for layer in getattr(cache, "layers", [])}
+    fixed = sorted(kind for kind in kinds if kind.startswith("Static"))
+    if fixed:
+        raise UserError(
+            "tokens cannot leave a static cache: run with a dynamic one (cache_implementation=None)"
+        )
+
+
+def _first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A module's output with its hidden states changed, whatever it wraps them in."""
+    if isinstance(output, Tensor):
+        return change(output)
+    if isinstance(output, tuple):
+        return (change(output[0]), *output[1:])
+    output.last_hidden_state = change(output.last_hidden_state)
+    return output

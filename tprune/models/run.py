@@ -1,0 +1,123 @@
+"""One forward of a model whose tokens leave, and the count of what left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tprune.core.budget import Site, Stage
+from tprune.methods.views import Attention
+from tprune.models.track import Track
+
+Inputs = dict[str, Any]
+
+
+@dataclass(eq=False)
+class Run:
+    """One forward of the model.
+
+    Attributes:
+        inputs: what the model was called with, by name.
+        track: what is left of the sequence.
+        start: how many tokens came before this forward.
+        length: how many tokens this forward brings.
+        prunable, real: bool [B, N]; None unless this is a prompt that is pruned.
+        counts: at each site where tokens leave, how many prunable ones are left: one number, or int64 [B] on the CPU
+            where rows differ.
+        seeds: int64 [B], for methods that draw at random, or None.
+        memory: what the method carries from site to site.
+        attention: of the layer that ran last, where the next one is a site.
+        padding: the decoder's padding mask [B, T] (nonzero: real), for the tokens that entered it, or None.
+        masks: the masks of this forward's layers, by layer of the last site, mask and width.
+    """
+
+    inputs: Inputs
+    track: Track
+    start: int
+    length: int
+    prunable: Tensor | None = None
+    real: Tensor | None = None
+    counts: dict[Site, int | Tensor] = field(default_factory=dict)
+    seeds: Tensor | None = None
+    memory: dict[str, Any] = field(default_factory=dict)
+    attention: Attention | None = None
+    padding: Tensor | None = None
+    masks: dict[Any, Tensor | None] = field(default_factory=dict)
+
+    @property
+    def is_prompt(self) -> bool:
+        """Whether tokens leave in this forward."""
+        return self.prunable is not None
+
+
+@dataclass(eq=False)
+class Tally:
+    """How many prunable tokens entered each decoder layer, over all prompts since the start.
+
+    Attributes:
+        prompts: how many.
+        tokens: prunable tokens in all of them.
+        entering: int64 [depth].
+        owner: of the last batch, int64 [B, N]: a token's place among those that are left at the end, or -1.
+    """
+
+    depth: int
+    prompts: int = 0
+    tokens: int | Tensor = 0
+    entering: Tensor | None = None
+    owner: Tensor | None = None
+
+    def add(self, run: Run) -> None:
+        """Count one prompt's forward."""
+        track, alive = run.track, entered(run.prunable, run.track)
+        per_layer, count = [], alive.sum()
+        for layer in range(self.depth):
+            if layer in track.layers:
+                kept = track.layers[layer]
+                count = here(alive, kept.index, kept.valid).sum()
+            per_layer.append(count)
+        total = torch.stack(per_layer)
+        self.entering = total if self.entering is None else self.entering + total
+        self.prompts += len(run.prunable)
+        self.tokens += run.prunable.sum()
+        index, valid = track.final()
+        slots = torch.arange(index.shape[1], device=index.device).expand_as(index)
+        owner = index.new_full((index.shape[0], run.length + 1), -1)
+        if valid is not None:
+            index = torch.where(valid, index, run.length)
+        self.owner = owner.scatter(1, index, slots)[:, :-1]
+
+
+def planned(stages: Sequence[Sequence[Stage]], tokens: Sequence[int]) -> dict[Site, int | Tensor]:
+    """How many prunable tokens are left after every site, for rows with these stages and numbers of tokens."""
+    counts: dict[Site, int | Tensor] = {}
+    for site in sorted({stage.site for row in stages for stage in row}):
+        left = [
+            min([stage.count for stage in row if stage.site <= site], default=alive)
+            for row, alive in zip(stages, tokens, strict=True)
+        ]
+        counts[site] = left[0] if len(set(left)) == 1 else torch.tensor(left)
+    return counts
+
+
+def real_tokens(inputs: Inputs, prunable: Tensor) -> Tensor:
+    """Which tokens of the prompt are no padding, bool like `prunable` [B, N]."""
+    mask = inputs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return mask[:, -prunable.shape[1] :].bool()
+    return torch.ones_like(prunable)
+
+
+def here(marked: Tensor, slots: Tensor, valid: Tensor | None) -> Tensor:
+    """`marked` [B, N] at `slots` [B, T], False at fillers."""
+    found = marked.gather(1, slots)
+    return found if valid is None else found & valid
+
+
+def entered(marked: Tensor, track: Track) -> Tensor:
+    """`marked` [B, N], of the caller's sequence, for the tokens that entered the decoder."""
+    return marked if track.entry is None else here(marked, track.entry.index, track.entry.valid)

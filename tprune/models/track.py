@@ -1,0 +1,183 @@
+"""Which tokens of a sequence are left, and what that means for masks, positions and rotary embeddings.
+
+A *slot* is a token's place in the sequence as the caller counts it, padding included.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(eq=False)
+class Kept:
+    """The tokens that a stretch of layers sees, and has in its cache.
+
+    Attributes:
+        index: int64 [B, T], their slots, ascending for a pure drop.
+        valid: bool [B, T], False where a row keeps fewer and the place is a filler, or None.
+        gone: int64 [B], how many slots of the prompt are missing.
+    """
+
+    index: Tensor
+    valid: Tensor | None
+    gone: Tensor
+
+    @classmethod
+    def of(cls, index: Tensor, valid: Tensor | None, length: int) -> Kept:
+        """What is left of `length` slots."""
+        batch, count = index.shape
+        left = index.new_full((batch,), count) if valid is None else valid.sum(1)
+        return cls(index, valid, length - left)
+
+    def shift(self) -> Tensor:
+        """How many slots are missing before each token, int64 [B, T]: what `compact` positions subtract."""
+        if self.valid is None:
+            return self.index - torch.arange(self.index.shape[1], device=self.index.device)
+        return (self.index - (self.valid.cumsum(1) - 1)) * self.valid
+
+    def extend(self, start: int, count: int) -> None:
+        """`count` tokens arrived at the slots from `start` on; all of them are kept."""
+        batch = self.index.shape[0]
+        new = torch.arange(start, start + count, device=self.index.device).expand(batch, count)
+        self.index = torch.cat([self.index, new], dim=1)
+        if self.valid is not None:
+            self.valid = torch.cat([self.valid, self.valid.new_ones(batch, count)], dim=1)
+
+
+@dataclass(eq=False)
+class Track:
+    """What became of the tokens of one cache.
+
+    Attributes:
+        length: how many tokens were seen, as the caller counts.
+        entry: the tokens that entered the decoder, as slots of the caller's sequence; None for all.
+        layers: per decoder layer where tokens left, what is left from there on, as slots of the entering sequence.
+    """
+
+    length: int
+    entry: Kept | None = None
+    layers: dict[int, Kept] = field(default_factory=dict)
+
+    @property
+    def entered(self) -> int:
+        """How many tokens (and fillers) the first layer has seen."""
+        return self.length if self.entry is None else self.entry.index.shape[1]
+
+    def extend(self, count: int) -> None:
+        """`count` tokens arrived; from now on none leaves."""
+        entered = self.entered
+        for kept in self.layers.values():
+            kept.extend(entered, count)
+        if self.entry is not None:
+            self.entry.extend(self.length, count)
+        self.length += count
+
+    def at(self, layer: int) -> Kept | None:
+        """What decoder layer `layer` sees of the entering sequence; None for all of it."""
+        before = [place for place in self.layers if place <= layer]
+        return self.layers[max(before)] if before else None
+
+    def final(self) -> tuple[Tensor, Tensor | None] | None:
+        """What is left of a prompt at the end: slots [B, K] of the caller's sequence, valid [B, K] or None.
+
+        None where no token left anywhere.
+        """
+        last, entry = self.at(1 << 30), self.entry
+        if last is None or entry is None:
+            only = last or entry
+            return None if only is None else (only.index, only.valid)
+        index = entry.index.gather(1, last.index)
+        valid = None if entry.valid is None else entry.valid.gather(1, last.index)
+        if last.valid is not None:
+            valid = last.valid if valid is None else valid & last.valid
+        return index, valid
+
+
+def gather_last(x: Tensor, index: Tensor) -> Tensor:
+    """Position ids `x` [..., B or 1, N] at `index` [B, K] -> [..., B, K]."""
+    shape = (*x.shape[:-2], *index.shape)
+    return x.expand(*shape[:-1], x.shape[-1]).gather(-1, index.expand(shape))
+
+
+def gather_rope(x: Tensor, index: Tensor) -> Tensor:
+    """Cosines or sines `x` [..., B or 1, N, d] at `index` [B, K] -> [..., B, K, d]."""
+    shape = (*x.shape[:-3], *index.shape, x.shape[-1])
+    return x.expand(*shape[:-2], *x.shape[-2:]).gather(-2, index.unsqueeze(-1).expand(shape))
+
+
+def gather_padding(mask: Tensor, kept: Kept) -> Tensor:
+    """A padding mask [B, T] (nonzero: real) of the tokens that are left, fillers hidden."""
+    left = mask.gather(1, kept.index)
+    return left if kept.valid is None else left * kept.valid.to(left.dtype)
+
+
+def visible(rows: Tensor, kept: Kept, window: int | None = None) -> Tensor:
+    """Which kept tokens the queries at the slots `rows` [B, q] see: bool [B, 1, q, T].
+
+    Causal, within `window` slots where there is one. A filler sees itself, so that no row of a softmax is empty.
+    """
+    columns = kept.index[:, None]
+    seen = columns <= rows.unsqueeze(-1)
+    if window is not None:
+        seen = seen & (columns > rows.unsqueeze(-1) - window)
+    return _hide_fillers(seen.unsqueeze(1), kept, rows.shape[1])
+
+
+def gather_mask(mask: Tensor, rows: Tensor, kept: Kept, total: int) -> Tensor:
+    """An attention mask [B or 1, H or 1, n, m] at some queries and the kept keys.
+
+    Args:
+        mask: bool (True: visible) or additive; its last column is slot `total` - 1.
+        rows: int64 [B, q], which of its rows.
+        kept: the keys that are left.
+        total: how many slots there are; a mask of a sliding window may be narrower.
+    """
+    batch, queries, keys = rows.shape[0], rows.shape[1], kept.index.shape[1]
+    mask = mask.expand(batch, *mask.shape[1:])
+    heads = mask.shape[1]
+    columns = kept.index - (total - mask.shape[-1])
+    mask = mask.gather(2, rows[:, None, :, None].expand(batch, heads, queries, mask.shape[-1]))
+    mask = mask.gather(3, columns.clamp_min(0)[:, None, None].expand(batch, heads, queries, keys))
+    outside = (columns < 0)[:, None, None]
+    mask = (
+        mask & ~outside if mask.dtype == torch.bool else mask.masked_fill(outside, hidden_value(mask.dtype))
+    )
+    return _hide_fillers(mask, kept, queries)
+
+
+def _hide_fillers(mask: Tensor, kept: Kept, queries: int) -> Tensor:
+    """`mask` [B, H, q, T] with the columns of fillers hidden, but for their own rows."""
+    if kept.valid is None:
+        return mask
+    keys = kept.valid.shape[1]
+    own = torch.eye(keys, dtype=torch.bool, device=mask.device)[-queries:]
+    filler = ~kept.valid[:, None, None]
+    if mask.dtype == torch.bool:
+        return (mask & ~filler) | (own & filler)
+    return mask.masked_fill(filler, hidden_value(mask.dtype)).masked_fill(own & filler, 0)
+
+
+def hidden_value(dtype: torch.dtype) -> float:
+    """What hides a key in an additive mask, as transformers has it."""
+    return torch.finfo(dtype).min
+
+
+def gather_any_mask(mask: Any, rows: Tensor, kept: Kept, total: int) -> Any:
+    """The decoder's mask, whatever its form, for the tokens that are left."""
+    if isinstance(mask, dict):
+        return {name: gather_any_mask(part, rows, kept, total) for name, part in mask.items()}
+    if mask is None:
+        return None if kept.valid is None else kept.valid.long()
+    return gather_padding(mask, kept) if mask.dim() == 2 else gather_mask(mask, rows, kept, total)
+
+
+def restore(hidden: Tensor, index: Tensor, valid: Tensor | None, length: int) -> Tensor:
+    """`hidden` [B, K, D] at its slots `index` [B, K] of `length`, zeros elsewhere -> [B, length, D]."""
+    full = hidden.new_zeros(hidden.shape[0], length + 1, hidden.shape[2])
+    if valid is not None:
+        index = torch.where(valid, index, length)
+    return full.scatter(1, index.unsqueeze(-1).expand_as(hidden), hidden)[:, :length]
