@@ -6,6 +6,8 @@ next token stands, and how many entries it holds, which says how wide a mask is.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
@@ -248,6 +250,18 @@ def take_over(cache: object, config: object, owner: Owner) -> DynamicCache:
                 kind.update(layer.keys, layer.values)
             cache.layers[place] = kind
     return cache
+
+
+def fork(cache: DynamicCache) -> DynamicCache:
+    """A cache that goes on from where `cache` is and leaves it as it is; they share what they hold."""
+    new = copy.copy(cache)
+    new.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in new.layers:
+        if isinstance(layer, PrunedLayer):
+            layer.state = dict(layer.state)
+    if hasattr(cache, "tprune_track"):
+        new.tprune_track = copy.deepcopy(cache.tprune_track)
+    return new
 
 
 def prunable_layers(config: object) -> list[int]:

@@ -104,7 +104,7 @@ class Compression:
         layer: PrunedLayer = self.cache.layers[place]
         if not layer.started:
             output = call.attend(call.query, call.key, call.value, call.mask)
-            self._start(place, layer, call)
+            self.prune_prompt(place, layer, call)
             return output
         queries = call.query.shape[2]
         if queries == 1 or not self.method.evicts_while_decoding:
@@ -132,7 +132,7 @@ class Compression:
             self._step(place, layer, call, query, keys)
         return output
 
-    def _start(self, place: int, layer: PrunedLayer, call: AttentionCall) -> None:
+    def prune_prompt(self, place: int, layer: PrunedLayer, call: AttentionCall) -> None:
         """Prune what the prompt left: all rows at once, or row by row without their padding."""
         batch, _, length = layer.keys.shape[:3]
         if layer.valid is None:

@@ -1,0 +1,285 @@
+"""The driver of `tprune llm-context`: a language model's prompt tokens and its key-value cache."""
+
+from __future__ import annotations
+
+import copy
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from tprune.data import text
+from tprune.errors import UserError
+from tprune.evaluate.context import cache_bytes, context_length, score_continuations
+from tprune.evaluate.cost import interleaved
+from tprune.evaluate.perplexity import perplexity
+from tprune.methods.base import CacheMethod, Shape
+from tprune.models import load as loaders
+from tprune.models.cache import fork
+from tprune.models.compress import Compression
+from tprune.models.decoder import DecoderDriver, Inputs
+from tprune.models.subject import Subject
+from tprune.pipelines.base import Achieved, Handle, Pipeline, Quality, Workload
+from tprune.pipelines.tokens import solve
+
+WINDOW = 2048
+STEPS = 16
+"""Tokens generated in the timed call."""
+PROBED = 8
+"""Tokens after the context whose logits the probe stores."""
+
+
+class CacheHandle(Handle):
+    """A cache method at work on a model."""
+
+    kind = "wrapped"
+
+    def __init__(self, compression: Compression):
+        self.compression = compression
+
+    def remove(self) -> None:
+        """Take all hooks out again; caches that were pruned cannot be used any more."""
+        self.compression.remove()
+
+    def achieved(self) -> Achieved:
+        """The fraction of entries that the latest prompt left, over all layers that can be pruned; asked before any."""
+        kept = self.compression.kept
+        if not kept:
+            return Achieved(self.compression.keep)
+        left, seen = (sum(counts) for counts in zip(*kept.values(), strict=True))
+        untouched = len(self.compression.kinds) - len(kept)
+        return Achieved(left / seen, {"sliding_layers_untouched": untouched} if untouched else {})
+
+    def per_layer(self) -> list[dict[str, Any]]:
+        """Entries per key-value head that the latest prompt left in every layer."""
+        rows = []
+        for layer in range(len(self.compression.kinds)):
+            left, seen = self.compression.kept.get(layer, (None, None))
+            share = None if left is None else left / seen
+            rows.append({"layer": layer, "entries": left, "of": seen, "kept": share})
+        return rows
+
+
+class PrefillHandle(Handle):
+    """A token method at work inside a model's decoder."""
+
+    kind = "wrapped"
+
+    def __init__(self, driver: DecoderDriver, keep: float | None):
+        self.driver, self.keep = driver, keep
+
+    def remove(self) -> None:
+        """Take all hooks out again."""
+        self.driver.remove()
+
+    def achieved(self) -> Achieved:
+        """The mean fraction of prunable prompt tokens that entered a layer."""
+        tally = self.driver.tally
+        if not tally.prompts:
+            return Achieved(self.keep or 1.0)
+        return Achieved((tally.entering.double().mean() / tally.tokens).item())
+
+    def per_layer(self) -> list[dict[str, Any]]:
+        """Prunable tokens entering each layer, mean over prompts."""
+        tally = self.driver.tally
+        if not tally.prompts:
+            return []
+        rows = [count / tally.prompts for count in tally.entering.tolist()]
+        return [{"layer": layer, "tokens": count} for layer, count in enumerate(rows)]
+
+
+class ContextPipeline(Pipeline):
+    """Load, measure and prune what a language model remembers of its context."""
+
+    family = "llm-context"
+    default_model = "smollm2-135m"
+    default_limit = 2
+
+    def load(self) -> Subject:
+        """A causal language model of transformers."""
+        recipe = self.recipe
+        return loaders.load(
+            self.source(), self.family, device=recipe.device, dtype=recipe.dtype, seed=recipe.seed
+        )
+
+    def prepare(self, subject: Subject) -> None:
+        """Read windows of evaluation text."""
+        self.length = window_length(subject.model, self.recipe.length)
+        self.windows, self.protocol = None, {}
+        if subject.processor is None:
+            return
+        read = text.read(self.recipe.data, "evaluation")
+        limit = self.recipe.limit or self.default_limit
+        self.windows = text.windows(read, subject.processor, self.length, limit)
+        self.protocol = read.protocol | {
+            "windows": len(self.windows),
+            "context": context_length(self.length),
+            "scored": self.length - context_length(self.length),
+        }
+
+    def evaluate(self, subject: Subject) -> Quality:
+        """Perplexity of the last quarter of every window, the first three quarters being in the cache only."""
+        if self.windows is None:
+            raise UserError(
+                f"{subject.source.name} comes without a tokenizer; add its files, or measure cost only with --no-eval"
+            )
+        losses, predictions, held = score_continuations(
+            subject.model,
+            self.windows,
+            self.recipe.batch_size,
+            lambda chunks: self.progress.track(chunks, "scoring", len(chunks)),
+        )
+        return Quality({"perplexity": perplexity(losses), "cache_mb": held / 2**20}, predictions)
+
+    def workload(self, subject: Subject) -> Workload:
+        """The prefill of one context and a few generated tokens."""
+        context = context_length(self.length)
+        tokens = noise(subject.model, context, self.recipe.seed) if self.windows is None else self.windows[:1]
+        tokens = tokens[:, :context].to(subject.device)
+
+        def run() -> None:
+            cache = DynamicCache(config=subject.model.config)
+            ids = tokens
+            for _ in range(STEPS + 1):
+                logits = subject.model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits
+                ids = logits[:, -1:].argmax(-1)
+
+        return Workload(run, context + STEPS, "tokens")
+
+    def apply(self, subject: Subject, work: Path | None, state: dict[str, Tensor] | None = None) -> Handle:
+        """Put the method in place."""
+        positions = self.stage.positions or self.method.positions
+        if isinstance(self.method, CacheMethod):
+            if self.stage.keep is None:
+                raise UserError(
+                    f"{self.stage.method} needs --keep R, the fraction of cache entries that stay"
+                )
+            return CacheHandle(
+                Compression(
+                    subject.model, self.method, self.stage.keep, self.recipe.seed, positions == "compact"
+                )
+            )
+        depth = subject.model.config.get_text_config(decoder=True).num_hidden_layers
+        keep = self.stage.keep
+
+        def stages(tokens: int) -> tuple:
+            return solve(self.method, Shape(depth, tokens), keep)
+
+        driver = DecoderDriver(subject.model, self.method, prompt_tokens, stages, positions=positions)
+        return PrefillHandle(driver, keep)
+
+    def probe(self, subject: Subject) -> dict[str, Tensor]:
+        """A context of random tokens, and the logits of some tokens after it."""
+        length = window_length(subject.model, self.recipe.length)
+        context = context_length(length)
+        ids = noise(subject.model, context + min(PROBED, length - context), self.recipe.seed).to(
+            subject.device
+        )
+        cache = DynamicCache(config=subject.model.config)
+        with torch.no_grad():
+            subject.model(input_ids=ids[:, :context], past_key_values=cache, logits_to_keep=1)
+            logits = subject.model(input_ids=ids[:, context:], past_key_values=cache).logits
+        return {"input": ids.cpu(), "output": logits.float().cpu()}
+
+    def describe_data(self) -> dict[str, Any]:
+        """Which text."""
+        return self.protocol
+
+    def bench(self, subject: Subject, rounds: int) -> dict[str, Any]:
+        """Prefill and a decode step after it, dense and pruned in turn, and the time the method itself takes."""
+        length = window_length(subject.model, self.recipe.length)
+        ids = noise(subject.model, length + 1, self.recipe.seed).to(subject.device)
+        models = {"dense": twin(subject.model), "pruned": subject.model}
+        handle = self.apply(subject, None)
+        caches: dict[str, DynamicCache] = {}
+        scoring = Stopwatch(handle.compression) if isinstance(handle, CacheHandle) else None
+
+        def prefill(name: str) -> None:
+            caches[name] = DynamicCache(config=subject.model.config)
+            models[name](input_ids=ids[:, :length], past_key_values=caches[name], logits_to_keep=1)
+
+        def decode(name: str) -> None:
+            models[name](input_ids=ids[:, length:], past_key_values=fork(caches[name]))
+
+        times = interleaved(
+            {f"prefill_{name}": lambda name=name: prefill(name) for name in models}, subject.device, rounds
+        )
+        if scoring is not None:
+            times["scoring"] = scoring.seconds[1:]
+        held = {name: cache_bytes(cache) / 2**20 for name, cache in caches.items()}
+        times |= interleaved(
+            {f"decode_{name}": lambda name=name: decode(name) for name in models},
+            subject.device,
+            8 * rounds,
+            warmup=3,
+        )
+        handle.remove()
+        parts = ("prefill", "decode")
+        return {
+            "times": times,
+            "ratios": {f"{part}_pruned_to_dense": [f"{part}_pruned", f"{part}_dense"] for part in parts},
+            "tokens": length,
+            "cache_mb_dense": held["dense"],
+            "cache_mb_pruned": held["pruned"],
+        }
+
+
+class Stopwatch:
+    """Sums up, per prefill, how long a compression works after each layer's attention."""
+
+    def __init__(self, compression: Compression):
+        self.start, self.first = compression.prune_prompt, compression.places[0]
+        self.seconds: list[float] = []
+        compression.prune_prompt = self
+
+    def __call__(self, place: int, *arguments: Any) -> None:
+        """Prune one layer's prompt."""
+        if place == self.first:
+            self.seconds.append(0.0)
+        begun = time.perf_counter()
+        self.start(place, *arguments)
+        self.seconds[-1] += time.perf_counter() - begun
+
+
+def prompt_tokens(inputs: Inputs) -> Tensor | None:
+    """The tokens of a prompt that may leave, bool [B, N]: all but padding and each row's last."""
+    tokens = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
+    batch, length = tokens.shape[:2]
+    mask = inputs.get("attention_mask")
+    real = tokens.new_ones(batch, length, dtype=torch.bool) if mask is None else mask.bool()
+    last = real.flip(1).cumsum(1).flip(1) == 1
+    return real & ~(last & real)
+
+
+def window_length(model: nn.Module, asked: int | None) -> int:
+    """Tokens per window: as asked, else 2,048 or what the model has positions for.
+
+    Raises:
+        UserError: more than the model has positions for, or too few to split.
+    """
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if asked is None:
+        return min(WINDOW, limit or WINDOW)
+    if limit and asked > limit:
+        raise UserError(f"--length {asked}: this model has {limit} positions; ask for no more")
+    if asked < 8:
+        raise UserError(f"--length {asked}: a window is three quarters context; expected at least 8 tokens")
+    return asked
+
+
+def noise(model: nn.Module, length: int, seed: int) -> Tensor:
+    """One row of token ids drawn from the seed, int64 [1, length]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(model.get_input_embeddings().weight.shape[0], (1, length), generator=generator)
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """A second model with the same tensors, to be run unhooked beside the first."""
+    shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    return copy.deepcopy(model, shared)
+
+
+PIPELINE = ContextPipeline
