@@ -73,7 +73,7 @@ class Stream:
         """
         with Watch(self.decoder, index, kinds, names) as watch:
             for x in self.hidden.split(self.rows):
-                watch.begin(stop=True)
+                watch.begin(len(x), stop=True)
                 with suppress(_LastInput):
                     self._run(index, x)
         return watch.inputs
@@ -90,7 +90,7 @@ class Stream:
         total = torch.zeros((), dtype=torch.float64, device=self.hidden.device)
         with Watch(self.decoder, index, kinds, names) as watch:
             for x in self.hidden.split(self.rows):
-                watch.begin(stop=False)
+                watch.begin(len(x), stop=False)
                 out = self._run(index, x)
                 if "similarity" in kinds:
                     total += token_cosine(x, out).double().sum()
@@ -141,6 +141,7 @@ class Watch:
         self._seen: list[tuple[Tensor, str]] = []
         self._last: str | None = None
         self._stop = False
+        self._sequences = 1
 
     def __enter__(self) -> Watch:
         self._hooks = []
@@ -155,8 +156,9 @@ class Watch:
             hook.remove()
         self._seen.clear()
 
-    def begin(self, stop: bool) -> None:
-        """A new batch; it stops at the last input of the one before, if `stop`."""
+    def begin(self, sequences: int, stop: bool) -> None:
+        """A new batch of so many sequences; it stops at the last input of the one before, if `stop`."""
+        self._sequences = sequences
         self._stop = stop and self._last is not None
         self._seen.clear()
 
@@ -170,7 +172,8 @@ class Watch:
                 leader = self._leader[name]
                 self.inputs[name] = Inputs(self.kinds) if leader == name else self.inputs[leader]
             if self._leader[name] == name:
-                self.inputs[name].add(x)
+                # OPT flattens its tokens before the MLP.
+                self.inputs[name].add(x if x.dim() == 3 else x.unflatten(0, (self._sequences, -1)))
             self._done(name)
 
         return look

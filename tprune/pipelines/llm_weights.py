@@ -222,6 +222,11 @@ class LlmWeights(Pipeline):
         )
         edits, view = pruner.run(journal)
         after = _sizes(decoder)
+        if budget.sparsity > 0 and after == before:
+            least = min(unit.cost for block in view.blocks for unit in block.units.values()) / sum(before)
+            raise UserError(
+                f"--sparsity {budget.sparsity:g} rounds to no unit at all; one unit is {least:.2g} of the weights"
+            )
         left = sum(parameter.numel() for parameter in decoder.model.parameters())
         found = Achieved(1 - sum(after) / sum(before), {"over_all_parameters": 1 - left / everything})
         kind = "wrapped" if hasattr(decoder.config, "tprune") else "plain"
