@@ -65,7 +65,10 @@ def test_the_strip_width_changes_nothing_but_rounding(seed):
 
 def test_the_last_removed_column_of_a_row_is_solved_exactly():
     """With the mask fixed, the sweep gives the least-squares optimum of the columns behind each removed one."""
-    weight, matrix = torch.randn(1, 6, generator=torch.Generator().manual_seed(0)).double(), gram(6, 1).double()
+    weight, matrix = (
+        torch.randn(1, 6, generator=torch.Generator().manual_seed(0)).double(),
+        gram(6, 1).double(),
+    )
     factor = solve.inverse_factor(matrix, 0.0)
     new, _ = solve.obs_prune(weight, factor, lambda s: torch.tensor([[True] + [False] * 5]))
     solved = weight[:, 1:] + weight[:, :1] @ matrix[:1, 1:] @ torch.linalg.inv(matrix[1:, 1:])

@@ -37,7 +37,11 @@ def test_every_weight_of_the_blocks_is_in_exactly_one_matrix_except_norms_biases
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 def test_half_of_every_matrix_goes_and_routers_stay(name, method, text):
     model = decoder(name)
-    routers = {n: p.clone() for n, p in model.named_parameters() if n.endswith(("mlp.gate.weight", "expert_gate.weight"))}
+    routers = {
+        n: p.clone()
+        for n, p in model.named_parameters()
+        if n.endswith(("mlp.gate.weight", "expert_gate.weight"))
+    }
     handle = prune(model, method, text, sparsity=0.5)
     assert handle.achieved().value == 0.5
     assert all(torch.equal(model.get_parameter(n), p) for n, p in routers.items())

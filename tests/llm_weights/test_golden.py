@@ -76,7 +76,9 @@ def test_magnitude_removes_all_ties_at_the_threshold_only_under_the_inclusive_ru
     tensors, _ = golden("llm-weights", "magnitude")
     weight, expected = tensors["W_ties"], tensors["W_ties_s50"]
     assert torch.equal(torch.where(inclusive_mask(weight.abs(), weight.numel() // 2), 0, weight), expected)
-    exact = registry.build("magnitude", "llm-weights").prune(LinearView("w", 0, weight), WeightBudget(0.5), None)
+    exact = registry.build("magnitude", "llm-weights").prune(
+        LinearView("w", 0, weight), WeightBudget(0.5), None
+    )
     assert exact.mask.sum() == weight.numel() // 2
 
 
@@ -138,8 +140,13 @@ def test_flap_keeps_the_authors_heads_and_neurons(case):
     for layer in range(2):
         units = {}
         for kind, name, width, cost in (("heads", "o", 128, 170), ("channels", "down", 1, 1)):
-            x, weight = tensors[f"model.{layer}.{name}_in"], tensors[f"model.{layer}.{name}_weight"].float()
-            units[kind] = UnitView(kind, weight, width, 1, cost, **statistic(Moments, x), **statistic(Norm, x))
+            x, weight = (
+                tensors[f"model.layer{layer}.{name}_in"],
+                tensors[f"model.layer{layer}.{name}_weight"].float(),
+            )
+            units[kind] = UnitView(
+                kind, weight, width, 1, cost, **statistic(Moments, x), **statistic(Norm, x)
+            )
         blocks.append(BlockView(layer, 4 * 170 + 80, units))
     method = registry.build(
         "flap",

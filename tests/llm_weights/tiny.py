@@ -11,7 +11,9 @@ NAMES = sorted(CONFIGS)
 EXPERTS = ("mixtral", "qwen-moe", "qwen3-moe")
 TEXT = "\n\n".join(
     f"{word} {place}: " + " ".join(f"{word[:letter]}{(place * letter) % 7}" for letter in range(40))
-    for place, word in enumerate(("weights", "channels", "blocks and heads", "calibration", "perplexity", "masks") * 3)
+    for place, word in enumerate(
+        ("weights", "channels", "blocks and heads", "calibration", "perplexity", "masks") * 3
+    )
 )
 
 
@@ -23,7 +25,9 @@ def tokenizer():
     letters = [c for c in string.printable if c.isprintable()][: VOCABULARY - 3] + ["\n"]
     vocabulary = {"<unk>": 0, "<s>": 1} | {letter: place + 2 for place, letter in enumerate(letters)}
     made = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
-    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", pad_token="<unk>", bos_token="<s>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, unk_token="<unk>", pad_token="<unk>", bos_token="<s>"
+    )
 
 
 def prune(model, method, text, **options):

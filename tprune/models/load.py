@@ -88,13 +88,13 @@ def _of_own_shapes(kind: Any) -> Any:
 
     The shapes are there before weights are loaded, so transformers' own loader does the rest.
     """
-    from tprune.models import units
+    from tprune.models import shapes
     from tprune.models.blocks import find_decoder
 
     def __init__(self: Any, config: Any, *more: Any, **named: Any) -> None:  # noqa: N807
         kind.__init__(self, config, *more, **named)
         decoder = find_decoder(self)
-        units.resize(decoder, decoder.config.tprune["layers"])
+        shapes.resize(decoder, decoder.config.tprune["layers"])
 
     return type(kind.__name__, (kind,), {"__init__": __init__, "__module__": kind.__module__, "stock": kind})
 

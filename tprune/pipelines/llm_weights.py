@@ -14,62 +14,24 @@ from tprune.errors import UserError
 from tprune.evaluate.perplexity import perplexity, score_windows
 from tprune.methods.base import WeightBudget
 from tprune.models import load as loaders
-from tprune.models import masks, units
+from tprune.models import masks, shapes
 from tprune.models.blocks import Decoder, find_decoder
 from tprune.models.calibrate import Stream
 from tprune.models.subject import Subject
 from tprune.pipelines import stream, structure
 from tprune.pipelines.base import Achieved, Handle, Pipeline, Quality, Workload
 from tprune.pipelines.journal import Journal
+from tprune.pipelines.weights_report import (
+    WeightHandle,
+    mask_row,
+    pattern_share,
+    sizes,
+    structure_rows,
+)
 
 LENGTH = 512
 CALIBRATION = 16
 PROBE = (2, 16)
-
-
-class WeightHandle(Handle):
-    """Weights edited in place.
-
-    Attributes:
-        kind: the artifact it makes.
-        found: the budget as it came out.
-        rows: per block.
-        edits: all edits as tensors, enough to make them again on the dense model.
-        beside: what is stored beside the edited weights.
-    """
-
-    def __init__(
-        self,
-        kind: str,
-        found: Achieved,
-        rows: list[dict[str, Any]],
-        edits: dict[str, Tensor],
-        beside: dict[str, Tensor],
-    ):
-        self.kind, self.found, self.rows, self.edits, self.beside = kind, found, rows, edits, beside
-
-    def remove(self) -> None:
-        """Refused: what is gone is gone.
-
-        Raises:
-            UserError: always.
-        """
-        raise UserError("weights are edited in place and cannot be restored; load the model again")
-
-    def __exit__(self, *exception: object) -> None:
-        """Leaving a `with` block keeps the edit."""
-
-    def achieved(self) -> Achieved:
-        """The fraction of the prunable weights that was removed."""
-        return self.found
-
-    def per_layer(self) -> list[dict[str, Any]]:
-        """What was removed in each block."""
-        return self.rows
-
-    def tensors(self, by_reference: bool) -> dict[str, Tensor]:
-        """The masks beside the weights, or all edits where the weights are only named."""
-        return self.edits if by_reference else self.beside
 
 
 class LlmWeights(Pipeline):
@@ -156,16 +118,14 @@ class LlmWeights(Pipeline):
         window = self.windows[:1].to(subject.device)
         return Workload(lambda: subject.model(input_ids=window, use_cache=False), window.numel(), "tokens")
 
-    def calibration_stream(self, subject: Subject, decoder: Decoder) -> Stream | None:
-        """The calibration sequences before the first block; None where the method reads nothing."""
+    def calibration_tokens(self, subject: Subject, decoder: Decoder) -> Tensor | None:
+        """The calibration sequences, int64 [N, L]; None where the method reads nothing."""
         if not self.method.stats:
             return None
         self.check_length(decoder)
-        recipe = self.recipe
-        source = text.read(recipe.data, "calibration")
-        count = recipe.calibration or CALIBRATION
-        tokens = text.sample(source, self.tokenizer(subject), self.length, count, recipe.seed)
-        return Stream(decoder, tokens, recipe.batch_size)
+        source = text.read(self.recipe.data, "calibration")
+        count = self.recipe.calibration or CALIBRATION
+        return text.sample(source, self.tokenizer(subject), self.length, count, self.recipe.seed)
 
     def apply(self, subject: Subject, work: Path | None, state: dict[str, Tensor] | None = None) -> Handle:
         """Prune in place, or make stored edits again."""
@@ -174,25 +134,26 @@ class LlmWeights(Pipeline):
             return self.reload(decoder, state)
         budget = self.budget()
         stream.check_pattern(decoder, budget.pattern)
-        journal = Journal(work, f"stage-{self.recipe.stages.index(self.stage)}")
-        if self.method.scope == "block":
-            return self._prune_matrices(subject, decoder, budget, journal)
-        return self._prune_structure(subject, decoder, budget, journal)
-
-    def _prune_matrices(
-        self, subject: Subject, decoder: Decoder, budget: WeightBudget, journal: Journal
-    ) -> Handle:
-        if budget.pattern is None:
+        if self.method.scope == "block" and budget.pattern is None:
             self.progress.say("unstructured masks: no speed-up is to be expected from dense kernels")
-        calibration = self.calibration_stream(subject, decoder)
-        pruner = stream.BlockPruner(
-            decoder, self.method, budget, self.recipe.seed, calibration, self.progress
-        )
-        return self._masked(decoder, pruner.run(journal), budget)
+        journal = Journal(work, f"stage-{self.recipe.stages.index(self.stage)}")
+        return self.prune(decoder, budget, self.calibration_tokens(subject, decoder), journal)
+
+    def prune(
+        self, decoder: Decoder, budget: WeightBudget, tokens: Tensor | None, journal: Journal
+    ) -> Handle:
+        """Prune a decoder, calibrated on `tokens` int64 [N, L]."""
+        calibration = None if tokens is None else Stream(decoder, tokens, self.recipe.batch_size)
+        if self.method.scope == "block":
+            pruner = stream.BlockPruner(
+                decoder, self.method, budget, self.recipe.seed, calibration, self.progress
+            )
+            return self._masked(decoder, pruner.run(journal), budget)
+        return self._prune_structure(decoder, budget, calibration, journal)
 
     def _masked(self, decoder: Decoder, edits: dict[str, Tensor], budget: WeightBudget | None) -> Handle:
         """The handle of matrices pruned by masks."""
-        rows = [_mask_row(decoder, index, edits) for index in range(len(decoder.blocks))]
+        rows = [mask_row(decoder, index, edits) for index in range(len(decoder.blocks))]
         weights, gone = (sum(row[name] for row in rows) for name in ("weights", "removed"))
         if budget is not None and budget.sparsity > 0 and gone == 0:
             raise UserError(
@@ -202,26 +163,27 @@ class LlmWeights(Pipeline):
         everything = sum(parameter.numel() for parameter in decoder.model.parameters())
         details: dict[str, Any] = {"over_all_parameters": gone / everything}
         if budget is not None and budget.pattern:
-            details["groups_within_pattern"] = _pattern_share(decoder, budget.pattern)
-        kind = "plain" if self.stage.loadable == "plain" else "masked"
-        beside = {} if kind == "plain" else masks.only_masks(edits)
+            details["groups_within_pattern"] = pattern_share(decoder, budget.pattern)
+        plain = self.stage.loadable == "plain"
+        beside = {} if plain else masks.only_masks(edits)
+        kind = "wrapped" if hasattr(decoder.config, "tprune") else "plain" if plain else "masked"
         return WeightHandle(kind, Achieved(gone / weights, details), rows, edits, beside)
 
     def _prune_structure(
-        self, subject: Subject, decoder: Decoder, budget: WeightBudget, journal: Journal
+        self, decoder: Decoder, budget: WeightBudget, calibration: Stream | None, journal: Journal
     ) -> Handle:
-        before = _sizes(decoder)
+        before = sizes(decoder)
         everything = sum(parameter.numel() for parameter in decoder.model.parameters())
         pruner = structure.StructurePruner(
             decoder,
             self.method,
             budget,
-            self.calibration_stream(subject, decoder),
+            calibration,
             self.stage.loadable == "plain",
             self.progress,
         )
         edits, view = pruner.run(journal)
-        after = _sizes(decoder)
+        after = sizes(decoder)
         if budget.sparsity > 0 and after == before:
             least = min(unit.cost for block in view.blocks for unit in block.units.values()) / sum(before)
             raise UserError(
@@ -230,12 +192,12 @@ class LlmWeights(Pipeline):
         left = sum(parameter.numel() for parameter in decoder.model.parameters())
         found = Achieved(1 - sum(after) / sum(before), {"over_all_parameters": 1 - left / everything})
         kind = "wrapped" if hasattr(decoder.config, "tprune") else "plain"
-        return WeightHandle(kind, found, _structure_rows(edits, view, after), structure.record(edits), {})
+        return WeightHandle(kind, found, structure_rows(edits, view, after), structure.record(edits), {})
 
     def reload(self, decoder: Decoder, state: dict[str, Tensor]) -> Handle:
         """Make stored edits again: on the dense model they all happen, on the pruned one they change nothing."""
         if structure.REMOVED in state:
-            units.apply(decoder, structure.edits_of(state))
+            shapes.apply(decoder, structure.edits_of(state))
             kind = "wrapped" if hasattr(decoder.config, "tprune") else "plain"
             return WeightHandle(kind, Achieved(float("nan")), [], state, {})
         for index in range(len(decoder.blocks)):
@@ -251,6 +213,12 @@ class LlmWeights(Pipeline):
             logits = subject.model(input_ids=tokens.to(subject.device), use_cache=False).logits
         return {"input": tokens, "output": logits[:, -2:].float().cpu()}
 
+    def bench(self, subject: Subject, rounds: int) -> dict[str, Any]:
+        """Seconds of pruning beside those of one plain pass of the calibration tokens, taken in turn."""
+        from tprune.pipelines.bench_weights import bench
+
+        return bench(self, subject, rounds)
+
     def describe_data(self) -> dict[str, Any]:
         """The evaluation text, its windows, and the calibration beside it."""
         calibration = self.recipe.calibration or CALIBRATION
@@ -259,58 +227,6 @@ class LlmWeights(Pipeline):
             "length": self.length,
             "calibration_sequences": calibration if self.method.stats else 0,
         }
-
-
-def _mask_row(decoder: Decoder, index: int, edits: dict[str, Tensor]) -> dict[str, Any]:
-    """The report's row of a block pruned by masks."""
-    matrices = decoder.matrices(index)
-    weights = sum(matrix.shape[0] * matrix.shape[1] for matrix in matrices)
-    gone = sum(masks.removed(edits, matrix) for matrix in matrices)
-    return {
-        "block": index,
-        "matrices": len(matrices),
-        "weights": weights,
-        "removed": gone,
-        "sparsity": gone / weights,
-    }
-
-
-def _pattern_share(decoder: Decoder, pattern: tuple[int, int]) -> float:
-    """The fraction of groups of m weights with at most n left; 1 where the pattern holds."""
-    good = total = 0
-    for index in range(len(decoder.blocks)):
-        for matrix in decoder.matrices(index):
-            left = (matrix.read().unflatten(1, (-1, pattern[1])) != 0).sum(-1)
-            good, total = good + int((left <= pattern[0]).sum()), total + left.numel()
-    return good / total
-
-
-def _sizes(decoder: Decoder) -> list[int]:
-    """Prunable weights of every block."""
-    return [
-        sum(matrix.shape[0] * matrix.shape[1] for matrix in decoder.matrices(index))
-        for index in range(len(decoder.blocks))
-    ]
-
-
-def _structure_rows(edits: list, view: Any, after: list[int]) -> list[dict[str, Any]]:
-    """The report's rows of blocks that lost structure."""
-    by_block = {edit.block: edit for edit in edits}
-    sizes = iter(after)
-    rows = []
-    for block in view.blocks:
-        edit = by_block.get(block.index)
-        removed = edit is not None and edit.removed
-        row: dict[str, Any] = {"block": block.index}
-        if block.similarity is not None and not block.units:
-            row["influence"] = 1 - block.similarity
-        for kind, unit in block.units.items():
-            count = unit.weight.shape[1] // unit.width
-            kept = len(edit.keep[kind]) if edit is not None and kind in edit.keep else count
-            row[kind] = f"{kept} of {count}"
-        left = 0 if removed else next(sizes)
-        rows.append(row | {"weights": block.parameters, "sparsity": 1 - left / block.parameters})
-    return rows
 
 
 PIPELINE = LlmWeights

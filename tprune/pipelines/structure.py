@@ -11,7 +11,7 @@ from tprune.core.weights import StructureEdit
 from tprune.errors import UserError
 from tprune.methods.base import WeightBudget, WeightMethod
 from tprune.methods.views import BlockView, ModelView, UnitView
-from tprune.models import units
+from tprune.models import shapes, units
 from tprune.models.blocks import Decoder
 from tprune.models.calibrate import Stream
 from tprune.pipelines.journal import Journal
@@ -44,7 +44,7 @@ class StructurePruner:
 
     def run(self, journal: Journal) -> tuple[list[StructureEdit], ModelView]:
         """Plan and carry out. Returns the edits and what they were decided by."""
-        kinds = units.plain_kinds(self.decoder) if self.plain else list(units.WIRING)
+        kinds = shapes.plain_kinds(self.decoder) if self.plain else list(units.WIRING)
         kinds = [kind for kind in kinds if kind in self.method.units]
         blocks = []
         for index in self.progress.track(range(len(self.decoder.blocks)), "gathering"):
@@ -59,7 +59,7 @@ class StructurePruner:
         edits = self.method.plan(view, self.budget)
         if self.plain:
             edits = [self._without_bias(edit) for edit in edits]
-        units.apply(self.decoder, edits)
+        shapes.apply(self.decoder, edits)
         return edits, view
 
     def _view(self, index: int, kinds: list[str], journal: Journal) -> BlockView:
@@ -95,7 +95,7 @@ class StructurePruner:
 
     def _without_bias(self, edit: StructureEdit) -> StructureEdit:
         """The edit without the compensation that stock transformers has no place for."""
-        stay = {kind: bias for kind, bias in edit.bias.items() if units.plain_bias(self.decoder, kind)}
+        stay = {kind: bias for kind, bias in edit.bias.items() if shapes.plain_bias(self.decoder, kind)}
         if edit.block == 0 and len(stay) < len(edit.bias):
             self.progress.warn(
                 f"--loadable plain: a {self.decoder.config.model_type} model has no place for the bias compensation of "

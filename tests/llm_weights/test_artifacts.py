@@ -1,0 +1,215 @@
+"""What a run writes: kinds of artifact, loading again, the same bytes again, going on after a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import tprune
+from tests.llm_context.decoders import tokens
+from tests.llm_weights.test_contract import METHODS
+from tests.llm_weights.tiny import logits, save
+from tprune.errors import UserError
+from tprune.pipelines import journal
+from tprune.pipelines.run import execute
+from tprune.progress import Progress
+from tprune.recipe import ModelSource, Recipe, Stage, read
+
+QUIET = Progress(quiet=True)
+
+
+def recipe(folder, text, method, sparsity=0.34, **stage):
+    return Recipe(
+        ModelSource(str(folder)),
+        (Stage("llm-weights", method, sparsity=sparsity, **stage),),
+        data=str(text),
+        limit=2,
+        calibration=4,
+        length=24,
+        batch_size=2,
+    )
+
+
+def weights(folder):
+    return {file.name: file.read_bytes() for file in sorted(folder.glob("*.safetensors"))}
+
+
+def stock(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_artifact_loads_again_and_its_recipe_gives_the_same_bytes(method, folder, text, tmp_path):
+    asked = recipe(folder, text, method)
+    report = execute(asked, QUIET, out=str(tmp_path / "one"))
+    assert {"perplexity", "agreement", "flops"} <= report["dense"].keys() == report["pruned"].keys()
+    assert report["kind"] == {"shortgpt": "plain", "flap": "wrapped"}.get(method, "masked")
+    again = tprune.load(str(tmp_path / "one"))
+    execute(read(tmp_path / "one" / "recipe.yaml"), QUIET, out=str(tmp_path / "two"), evaluate=False)
+    assert weights(tmp_path / "one") == weights(tmp_path / "two")
+    if report["kind"] != "wrapped":
+        ids = tokens(2, 20)
+        assert torch.equal(logits(again, ids), logits(stock(tmp_path / "one"), ids))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_artifact_by_reference_holds_no_weights_and_gives_the_same_model(method, folder, text, tmp_path):
+    asked = recipe(folder, text, method)
+    execute(asked, QUIET, out=str(tmp_path / "whole"), evaluate=False)
+    execute(asked, QUIET, out=str(tmp_path / "small"), evaluate=False, by_reference=True)
+    assert not list((tmp_path / "small").glob("model*.safetensors"))
+    ids = tokens(2, 20)
+    whole, small = (logits(tprune.load(str(tmp_path / name)), ids) for name in ("whole", "small"))
+    assert torch.equal(whole, small)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "gemma3", "qwen2"])
+def test_loadable_plain_is_loaded_by_stock_transformers_with_the_same_outputs(method, name, text, tmp_path):
+    source = save(tmp_path / "model", name)
+    report = execute(
+        recipe(source, text, method, loadable="plain"), QUIET, out=str(tmp_path / "out"), evaluate=False
+    )
+    assert report["kind"] == "plain"
+    assert not (tmp_path / "out" / "tprune.safetensors").exists()
+    ids = tokens(2, 20)
+    expected = logits(tprune.load(str(tmp_path / "out")), ids)
+    assert torch.equal(logits(stock(tmp_path / "out"), ids), expected)
+
+
+@pytest.mark.parametrize("name", ["phi3", "gpt-neox", "opt", "gemma2", "qwen3"])
+def test_wrapped_widths_of_every_layout_are_loaded_again(name, text, tmp_path):
+    source = save(tmp_path / "model", name)
+    report = execute(
+        recipe(source, text, "flap", sparsity=0.3), QUIET, out=str(tmp_path / "out"), evaluate=False
+    )
+    assert report["kind"] == "wrapped"
+    again = tprune.load(str(tmp_path / "out"))
+    assert type(again) is type(stock(source))
+    report = execute(
+        recipe(tmp_path / "out", text, "wanda", sparsity=0.5),
+        QUIET,
+        out=str(tmp_path / "twice"),
+        evaluate=False,
+    )
+    assert report["kind"] == "wrapped"
+    assert 0.49 < report["budget"]["achieved"] <= 0.5  # rows of odd width lose one weight less
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen-moe"])
+@pytest.mark.parametrize("method", ["sparsegpt", "shortgpt"])
+def test_pruned_experts_are_saved_and_loaded(name, method, text, tmp_path):
+    source = save(tmp_path / "model", name)
+    execute(recipe(source, text, method, sparsity=0.34), QUIET, out=str(tmp_path / "out"), evaluate=False)
+    ids = tokens(2, 20)
+    assert torch.equal(logits(tprune.load(str(tmp_path / "out")), ids), logits(stock(tmp_path / "out"), ids))
+
+
+class Killed(BaseException):
+    """As abrupt as a signal: no handler of Exception sees it."""
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "flap", "shortgpt"])
+@pytest.mark.parametrize("block", [0, 1, 2])
+def test_a_run_interrupted_after_any_block_goes_on_there_and_ends_with_the_same_bytes(
+    method, block, folder, text, tmp_path, monkeypatch
+):
+    asked = recipe(folder, text, method)
+    execute(asked, QUIET, out=str(tmp_path / "whole"), evaluate=False)
+    write, written = journal.Journal.write, []
+
+    def interrupted(self, index, tensors):
+        write(self, index, tensors)
+        if index == block:
+            raise Killed
+
+    def counted(self, index, tensors):
+        written.append(index)
+        write(self, index, tensors)
+
+    monkeypatch.setattr(journal.Journal, "write", interrupted)
+    with pytest.raises(Killed):
+        execute(asked, QUIET, out=str(tmp_path / "out"), evaluate=False)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(journal.Journal, "write", counted)
+    execute(asked, QUIET, out=str(tmp_path / "out"), evaluate=False)
+    assert written == list(range(block + 1, 3))
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_a_changed_recipe_does_not_go_on_with_another_s_blocks(folder, text, tmp_path, monkeypatch):
+    asked = recipe(folder, text, "wanda")
+    write = journal.Journal.write
+
+    def interrupted(self, index, tensors):
+        write(self, index, tensors)
+        raise Killed
+
+    monkeypatch.setattr(journal.Journal, "write", interrupted)
+    with pytest.raises(Killed):
+        execute(asked, QUIET, out=str(tmp_path / "out"), evaluate=False)
+    monkeypatch.setattr(journal.Journal, "write", write)
+    other = replace(asked, seed=1)
+    execute(other, QUIET, out=str(tmp_path / "out"), evaluate=False)
+    execute(other, QUIET, out=str(tmp_path / "whole"), evaluate=False)
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+KILL_ITSELF = """
+import os, signal, sys
+from tprune.pipelines import journal
+from tprune.pipelines.run import execute
+from tprune.progress import Progress
+from tprune.recipe import read
+
+write = journal.Journal.write
+
+def write_and_die(self, index, tensors):
+    write(self, index, tensors)
+    if index == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+journal.Journal.write = write_and_die
+execute(read(sys.argv[1]), Progress(), out=sys.argv[2], evaluate=False)
+"""
+
+
+def test_a_killed_process_is_taken_up_by_the_next_and_ends_with_the_same_bytes(folder, text, tmp_path):
+    asked = recipe(folder, text, "sparsegpt")
+    file = tmp_path / "recipe.yaml"
+    file.write_text(asked.to_yaml())
+    out = tmp_path / "out"
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    killed = subprocess.run(
+        [sys.executable, "-c", KILL_ITSELF, file, out], env=environment, capture_output=True
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert not out.exists()
+    execute(asked, QUIET, out=str(out), evaluate=False)
+    execute(asked, QUIET, out=str(tmp_path / "whole"), evaluate=False)
+    assert weights(out) == weights(tmp_path / "whole")
+
+
+def test_the_table_of_shapes_is_in_the_configuration(folder, text, tmp_path):
+    execute(recipe(folder, text, "flap", sparsity=0.3), QUIET, out=str(tmp_path / "out"), evaluate=False)
+    layers = json.loads((tmp_path / "out" / "config.json").read_text())["tprune"]["layers"]
+    assert len(layers) == 3
+    assert len({row["channels"][0] for row in layers}) > 1
+
+
+def test_masks_of_another_model_are_refused(folder, text, tmp_path):
+    asked = recipe(folder, text, "magnitude")
+    execute(asked, QUIET, out=str(tmp_path / "out"), evaluate=False, by_reference=True)
+    other = save(tmp_path / "other", hidden_size=64, intermediate_size=96)
+    file = tmp_path / "out" / "recipe.yaml"
+    named = read(file)
+    file.write_text(replace(named, model=replace(named.model, name=str(other), sha256=None)).to_yaml())
+    with pytest.raises(UserError, match="does not fit this model"):
+        tprune.load(str(tmp_path / "out"))

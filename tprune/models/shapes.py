@@ -1,0 +1,138 @@
+"""The shapes of a pruned decoder in its configuration, and back.
+
+Equal widths in all blocks and fewer blocks are said in the configuration's own words, which stock transformers
+loads. Different widths are listed per block in a `tprune` section, from which `resize` gives a freshly built
+model the same shapes before its weights are loaded.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tprune.core.weights import StructureEdit
+from tprune.models.blocks import Decoder, width
+from tprune.models.units import WIRING, add_bias, put, remove_blocks, shrink, site
+
+
+def apply(decoder: Decoder, edits: list[StructureEdit]) -> None:
+    """Carry out the edits in the model and in its configuration."""
+    before = shapes(decoder)
+    for edit in edits:
+        for kind, keep in edit.keep.items():
+            place = site(decoder, edit.block, kind)
+            shrink(decoder, edit.block, place, keep)
+        for kind, bias in edit.bias.items():
+            add_bias(site(decoder, edit.block, kind).reader, bias)
+    gone = sorted(edit.block for edit in edits if edit.removed)
+    if gone:
+        remove_blocks(decoder, gone)
+    write_config(decoder, [row for index, row in enumerate(before) if index not in gone])
+
+
+def shapes(decoder: Decoder) -> list[dict[str, Any]]:
+    """Per block, how many units of each kind there are, and whether their reader has a bias."""
+    rows = []
+    for index in range(len(decoder.blocks)):
+        places = {kind: site(decoder, index, kind) for kind in WIRING}
+        rows.append(
+            {kind: [place.count, place.reader.bias is not None] for kind, place in places.items() if place}
+        )
+    return rows
+
+
+SWITCHES = {
+    "llama": {"heads": "attention_bias", "channels": "mlp_bias"},
+    "qwen3": {"heads": "attention_bias"},
+    "gemma2": {"heads": "attention_bias"},
+    "gemma3_text": {"heads": "attention_bias"},
+}
+"""Model types whose configuration can switch on a bias at the reader of a kind (and at its feeders)."""
+EXPLICIT_HEADS = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "mixtral",
+    "qwen2_moe",
+)
+"""Model types that take the width of a head from the configuration, so that heads can be fewer."""
+CHANNELS = {"gpt2": "n_inner", "opt": "ffn_dim"}
+"""What the number of channels is called where it is not intermediate_size."""
+
+
+def bias_switch(decoder: Decoder, kind: str) -> str | None:
+    """The configuration's name for a bias at the reader of `kind`, if it has one."""
+    return SWITCHES.get(decoder.config.model_type, {}).get(kind)
+
+
+def plain_kinds(decoder: Decoder) -> list[str]:
+    """The kinds of unit whose number, equal in all blocks, stock transformers can load."""
+    return [kind for kind in WIRING if kind != "heads" or decoder.config.model_type in EXPLICIT_HEADS]
+
+
+def plain_bias(decoder: Decoder, kind: str) -> bool:
+    """Whether stock transformers can load a bias at the reader of `kind`, in all blocks."""
+    return bias_switch(decoder, kind) is not None or site(decoder, 0, kind).reader.bias is not None
+
+
+def write_config(decoder: Decoder, before: list[dict[str, Any]]) -> None:
+    """Make the configuration say what shapes the model has now: plainly where stock transformers understands it."""
+    rows = shapes(decoder)
+    wrapped = hasattr(decoder.config, "tprune")
+    if rows != before and (wrapped or not _plainly(decoder, before, rows)):
+        decoder.config.tprune = {"layers": rows}
+
+
+def _plainly(decoder: Decoder, before: list[dict[str, Any]], rows: list[dict[str, Any]]) -> bool:
+    """Write equal shapes into the configuration; False where they are not equal, or it has no words for them."""
+    if any(row != rows[0] for row in rows):
+        return False
+    changes = []
+    for kind, (count, bias) in rows[0].items():
+        old, had_bias = before[0][kind]
+        if (count != old and kind not in plain_kinds(decoder)) or (
+            bias != had_bias and bias_switch(decoder, kind) is None
+        ):
+            return False
+        changes.append((kind, count, count != old, bias != had_bias))
+    for kind, count, resized, biased in changes:
+        if resized:
+            _write_count(decoder, kind, count)
+        if biased:
+            _write_bias(decoder, kind)
+    return True
+
+
+def _write_count(decoder: Decoder, kind: str, count: int) -> None:
+    config, place = decoder.config, site(decoder, 0, kind)
+    if kind == "channels":
+        setattr(config, CHANNELS.get(config.model_type, "intermediate_size"), count)
+    else:
+        config.head_dim = place.width // place.heads
+        config.num_attention_heads, config.num_key_value_heads = count * place.heads, count
+
+
+def _write_bias(decoder: Decoder, kind: str) -> None:
+    """Switch the biases of a kind on; feeders that had none get zeros."""
+    setattr(decoder.config, bias_switch(decoder, kind), True)
+    for index in range(len(decoder.blocks)):
+        for module in site(decoder, index, kind).feeds.values():
+            if module.bias is None:
+                add_bias(module, torch.zeros(width(module)[0]))
+
+
+def resize(decoder: Decoder, rows: list[dict[str, Any]]) -> None:
+    """Give a freshly built model (its weights do not matter) the shapes of `rows`."""
+    for index, row in enumerate(rows):
+        for kind, (count, bias) in row.items():
+            place = site(decoder, index, kind)
+            if count != place.count:
+                shrink(decoder, index, place, torch.arange(count, device="cpu"))
+            if bias and place.reader.bias is None:
+                empty = torch.empty(width(place.reader)[0], device=place.reader.weight.device)
+                put(place.reader, "bias", empty.to(place.reader.weight.dtype))
