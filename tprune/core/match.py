@@ -42,3 +42,55 @@ def bipartite_merge(metric: Tensor, count: int, prefix: int) -> tuple[Tensor, Te
     first_odd_slot = prefix + stays.shape[1] - evens
     into = first_odd_slot - odds + partner.gather(1, flows)
     return index, 2 * flows, into
+
+
+def farthest_first(features: Tensor, count: int, allowed: Tensor | None = None) -> Tensor:
+    """Max-min diversity by cosine distance, greedily (DivPrune, eq. 2-4): int64 [B, count], in the order chosen.
+
+    The first token is the one farthest from its nearest neighbour; then always the one farthest from all chosen.
+    One matrix product, and a running minimum instead of a look at all chosen rows. Ties go to the lower index; a
+    longer choice begins with the shorter one.
+
+    Args:
+        features: [B, N, D].
+        count: how many, at most the number of allowed tokens of a row.
+        allowed: bool [B, N], what may be chosen; None for all.
+    """
+    unit = cosine_normalise(features)
+    similarity = unit @ unit.transpose(1, 2)  # [B, N, N]
+    similarity.diagonal(dim1=1, dim2=2).fill_(-2)
+    if allowed is not None:
+        similarity.masked_fill_(~allowed.unsqueeze(1), -2)
+    batch, rows = len(features), torch.arange(len(features), device=features.device)
+    # How close each token is to the nearest chosen one; at first, to its nearest neighbour.
+    closeness = similarity.amax(dim=2)
+    taken = torch.zeros_like(closeness) if allowed is None else torch.where(allowed, 0.0, torch.inf)
+    order = torch.empty(batch, count, dtype=torch.int64, device=features.device)
+    for place in range(count):
+        pick = torch.add(closeness, taken).argmin(dim=1)
+        order[:, place] = pick
+        taken[rows, pick] = torch.inf
+        chosen = similarity[rows, pick]
+        closeness = chosen if place == 0 else torch.maximum(closeness, chosen)
+    return order
+
+
+def least_similar(features: Tensor, pivots: Tensor, quota: Tensor, pool: Tensor) -> Tensor:
+    """Every pivot in turn takes the tokens least like it (DART, step 3): bool [B, N], what was taken.
+
+    Args:
+        features: [B, N, D], compared by cosine.
+        pivots: int64 [B, P], the tokens that choose, in their order; they need not be in the pool.
+        quota: int64 [B, P], how many each takes.
+        pool: bool [B, N], what may be taken; nothing is taken twice.
+    """
+    features = features.float()
+    index = pivots.unsqueeze(-1).expand(-1, -1, features.shape[-1])
+    inverse = features.norm(dim=-1).clamp_min(1e-8).reciprocal()  # [B, N]
+    similarity = (features.gather(1, index) @ features.transpose(1, 2)) * inverse.unsqueeze(1)
+    taken = torch.zeros_like(pool)
+    place = torch.arange(pool.shape[1], device=pool.device)
+    for row, wanted in zip(similarity.unbind(1), quota.unbind(1), strict=True):
+        order = row.masked_fill(~pool | taken, torch.inf).argsort(dim=1, stable=True)
+        taken = taken | torch.zeros_like(pool).scatter(1, order, place < wanted.unsqueeze(1)) & pool
+    return taken

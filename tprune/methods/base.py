@@ -171,7 +171,9 @@ class TokenMethod(Method):
 
     needs_cls: ClassVar[bool] = False
     reads: ClassVar[tuple[str, ...]] = ("attention",)
-    """What of the view is read and costs something to provide: "attention", "seeds"."""
+    """What of the view is read and costs something to provide: "attention", "encoder", "seeds"."""
+    unit: ClassVar[str] = "image"
+    """What a view holds at a VLM's projector: a whole "image", or each "crop" of it by itself."""
     native: ClassVar[tuple[str, ...]] = ()
     """The hyperparameters that are themselves a budget; --keep takes their place, so both is a contradiction."""
     positions: ClassVar[str] = "original"
