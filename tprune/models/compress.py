@@ -155,7 +155,8 @@ class Compression:
         else:
             layer.evict(Evict.rows(parts))
         layer.started = True
-        layer.limit = None if kept == lengths else layer.length
+        if self.method.evicts_while_decoding and kept != lengths:
+            layer.limit = layer.length
         layer.state = self._merge(states, columns, layer.length if kept == lengths else None)
         self.kept[place] = (sum(kept), sum(lengths))
         if self.rotation is not None:

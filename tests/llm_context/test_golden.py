@@ -1,0 +1,199 @@
+"""The methods against what the authors' code (lazyllm: a public port) gives on the same inputs."""
+
+import pytest
+import torch
+import transformers
+
+from tests.golden_values import golden
+from tests.llm_context.decoders import decoder
+from tprune.core.budget import Site, Stage
+from tprune.core.cache import Evict
+from tprune.core.score import attention_rows, mean_over_group, pool_neighbours, window_attention
+from tprune.methods import registry
+from tprune.methods.views import Attention, LayerView
+from tprune.models.cache import Owner, PrunedLayer
+from tprune.models.decoder import DecoderDriver
+from tprune.models.rope import Rotation
+from tprune.pipelines.llm_context import prompt_tokens
+
+
+class Played:
+    """A method at work on queries, keys and values that are given, one layer, no model."""
+
+    def __init__(self, method, query, key, value, rotation=None):
+        self.method, self.query, self.key, self.value, self.rotation = method, query, key, value, rotation
+        self.layer = PrunedLayer(Owner())
+        self.scale = query.shape[-1] ** -0.5
+
+    def view(self, attention, state):
+        layer = self.layer
+        return LayerView(
+            0, 1, attention, layer.keys, layer.values, layer.places, layer.fillers(), state, None
+        )
+
+    def evict(self, edit):
+        self.layer.evict(edit)
+        if self.rotation is not None:
+            self.layer.shift_to_compact()
+
+    def start(self, length, count):
+        self.layer.update(self.key[:, :, :length], self.value[:, :, :length])
+        attention = Attention(
+            self.query[:, :, :length], self.layer.keys, self.layer.values, self.scale, causal=True
+        )
+        view = self.view(attention, {})
+        edit = self.method.start(view, count)
+        self.layer.state, self.layer.started, self.layer.limit = view.state, True, count
+        self.evict(edit)
+
+    def step(self, token):
+        """Attention output [H, d] of one more token, and what it pushes out."""
+        one = slice(token, token + 1)
+        self.layer.update(self.key[:, :, one], self.value[:, :, one])
+        keys, layer = self.layer.keys, self.layer
+        if layer.shift is not None:
+            turned = layer.shift.shape[-1]
+            keys = torch.cat(
+                [self.rotation.turn(keys[:, :, :turned], layer.shift, None), keys[:, :, turned:]], 2
+            )
+        attention = Attention(self.query[:, :, one], keys, layer.values, self.scale)
+        rows = attention.rows()
+        heads = rows.shape[1] // layer.values.shape[1]
+        output = rows @ layer.values.repeat_interleave(heads, dim=1)
+        self.evict(self.method.step(self.view(attention, layer.state), layer.limit))
+        return output[0, :, 0]
+
+
+@pytest.mark.parametrize("case", ["drop_h4_r4", "drop_h6_r2", "drop_h2_r8"])
+def test_h2o_keeps_scores_and_answers_as_the_authors_real_drop(case):
+    tensors, facts = golden("llm-context", "h2o")
+    sizes = facts["settings"]["cases"][case]
+    count = sizes["hh_size"] + sizes["recent_size"]
+    method = registry.build("h2o", "llm-context", {"recent": sizes["recent_size"] / count})
+    played = Played(method, tensors["q"], tensors["k"], tensors["v"])
+    played.start(facts["settings"]["prompt"], count)
+    for name in ["prefill", *(f"step{i}" for i in range(facts["settings"]["steps"]))]:
+        if name != "prefill":
+            output = played.step(facts["settings"]["prompt"] + int(name[4:]))
+            assert torch.allclose(output, tensors[f"{case}.{name}.out"], atol=1e-5)
+        assert torch.equal(played.layer.places[0], tensors[f"{case}.{name}.kept"])
+        assert torch.allclose(played.layer.state["received"][0], tensors[f"{case}.{name}.score"], atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["h2o_vatp", "h2o_vatp_sink0"])
+def test_vatp_lets_the_next_query_see_what_the_authors_let_it_see(case):
+    tensors, facts = golden("llm-context", "vatp")
+    sizes = facts["settings"]["cases"][case]
+    count = sizes["heavy_budget"] + sizes["recent_budget"]
+    settings = {"sink": sizes["sink_len"], "recent": (sizes["recent_budget"] + 1e-6) / count}
+    played = Played(registry.build("vatp", "llm-context", settings), tensors["q"], tensors["k"], tensors["v"])
+    played.start(facts["settings"]["prompt"], count)
+    for name in ["prefill", *(f"step{i}" for i in range(facts["settings"]["steps"]))]:
+        if name != "prefill":
+            output = played.step(facts["settings"]["prompt"] + int(name[4:]))
+            assert torch.allclose(output.flatten(), tensors[f"{case}.{name}.out"], atol=1e-5)
+        seen = tensors[f"{case}.{name}.mask_next"][:, :-1].bool()
+        assert torch.equal(played.layer.places[0], torch.stack([row.nonzero()[:, 0] for row in seen]))
+
+
+SNAPKV = golden("llm-context", "snapkv")[1]["settings"]["cases"]
+
+
+@pytest.mark.parametrize("case", [name for name in SNAPKV if name.startswith("w")])
+def test_snapkv_keeps_per_query_head_what_the_authors_keep(case):
+    tensors, _ = golden("llm-context", "snapkv")
+    facts = SNAPKV[case]
+    key = tensors["k"].repeat_interleave(3, dim=1)
+    settings = {
+        "window": facts["window_size"],
+        "kernel": facts["kernel_size"],
+        "pooling": facts["pooling"][:3],
+    }
+    played = Played(registry.build("snapkv", "llm-context", settings), tensors["q"], key, key)
+    played.start(40, facts["kept"])
+    kept, authors = played.layer.places, tensors[f"{case}.index"].sort(-1).values
+    if facts["pooling"] == "maxpool":
+        # Neighbours of a maximum tie exactly, and the authors' topk breaks ties at random: compare what was kept.
+        votes = window_attention(tensors["q"], key, 8**-0.5, facts["window_size"])
+        votes = torch.nn.functional.pad(
+            pool_neighbours(votes, facts["kernel_size"], "max"), (0, facts["window_size"])
+        )
+        kept, authors = (votes.gather(2, index).sort(-1).values for index in (kept, authors))
+    assert torch.equal(kept, authors)
+
+
+@pytest.mark.parametrize("case", [name for name in SNAPKV if name.startswith("kvpress")])
+def test_snapkv_keeps_per_key_value_head_what_kvpress_keeps(case):
+    tensors, _ = golden("llm-context", "snapkv")
+    facts = SNAPKV[case]
+    window, kernel = facts["window_size"], facts["kernel_size"]
+    votes = window_attention(tensors["q"], tensors["k"], 8**-0.5, window) / window
+    votes = mean_over_group(pool_neighbours(votes, kernel, "avg"), 2)
+    assert torch.allclose(votes, tensors[f"{case}.score"], atol=1e-6)
+    method = registry.build("snapkv", "llm-context", {"window": window, "kernel": kernel})
+    played = Played(method, tensors["q"], tensors["k"], tensors["k"])
+    played.start(40, facts["kept"])
+    assert torch.equal(played.layer.places, tensors[f"{case}.kept"])
+
+
+@pytest.mark.parametrize("case", ["call_T20", "call_T12", "call_T13", "call_sink0"])
+def test_streaming_llm_keeps_the_authors_sinks_and_window(case):
+    tensors, facts = golden("llm-context", "streaming-llm")
+    sizes = facts["settings"]["cases"][case]
+    method = registry.build("streaming-llm", "llm-context", {"sink": sizes["start_size"]})
+    any_tensor = torch.zeros(1, 1, sizes["T"], 4)
+    played = Played(method, any_tensor, any_tensor, any_tensor)
+    played.start(sizes["T"], min(sizes["T"], sizes["start_size"] + sizes["recent_size"]))
+    assert torch.equal(played.layer.places[0, 0], tensors[case])
+
+
+def test_streaming_llm_answers_as_with_positions_inside_the_cache():
+    tensors, facts = golden("llm-context", "streaming-llm")
+    sizes = facts["settings"]["cases"]["rolling"]
+    rotation = Rotation(decoder("llama"))
+    count, length = sizes["start_size"] + sizes["recent_size"], tensors["rolling.q"].shape[2]
+
+    def rotated(x):
+        return rotation.turn(x, torch.arange(length).expand(x.shape[:3]), None)
+
+    query, key = rotated(tensors["rolling.q"]), rotated(tensors["rolling.k"])
+    method = registry.build("streaming-llm", "llm-context", {"sink": sizes["start_size"]})
+    played = Played(method, query, key, tensors["rolling.v"], rotation)
+    played.start(count, count)
+    expected = tensors["rolling.out"]
+    rows = attention_rows(query[:, :, :count], key[:, :, :count], 8**-0.5, causal=True)
+    prompt = rows @ tensors["rolling.v"][:, :, :count].repeat_interleave(2, dim=1)
+    assert torch.allclose(prompt[0].transpose(0, 1).flatten(1), expected[:count], atol=1e-5)
+    for token in range(count, length):
+        assert torch.allclose(played.step(token).flatten(), expected[token], atol=1e-5)
+
+
+LAZYLLM = golden("llm-context", "lazyllm")[1]
+
+
+@pytest.mark.parametrize("case", LAZYLLM["settings"]["cases"])
+def test_lazyllm_sends_on_the_tokens_and_makes_the_logits_of_the_port(case):
+    tensors, _ = golden("llm-context", "lazyllm")
+    shape = {name: value for name, value in LAZYLLM["settings"]["config"].items() if name != "attn"}
+    model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**shape)).eval().requires_grad_(False)
+    weights = {
+        name.removeprefix("model."): t.float() for name, t in tensors.items() if name.startswith("model.")
+    }
+    model.load_state_dict(weights)
+    alive = LAZYLLM["settings"]["cases"][case]["alive"]
+    stages = [Stage(Site(layer), alive[layer] - 1) for layer in range(1, len(alive))]
+    driver = DecoderDriver(
+        model, registry.build("lazyllm", "llm-context"), prompt_tokens, lambda count: stages
+    )
+    cache = transformers.DynamicCache(config=model.config)
+    logits = model(tensors["input_ids"], past_key_values=cache).logits[:, -1]
+    for layer in range(1, len(alive)):
+        assert torch.equal(cache.tprune_track.layers[layer].index[0], tensors[f"{case}.alive{layer}"])
+    driver.remove()
+    assert torch.allclose(logits, tensors[f"{case}.logits"], atol=1e-4)
+
+
+def test_an_edit_of_rows_fills_the_shorter_ones_on_the_left():
+    edit = Evict.rows([torch.tensor([[0, 2, 5]]), torch.tensor([[1]])])
+    assert edit.index.tolist() == [[[0, 2, 5]], [[0, 0, 1]]]
+    assert edit.valid.tolist() == [[True, True, True], [False, False, True]]
