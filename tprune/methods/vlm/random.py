@@ -15,7 +15,7 @@ from tprune.methods.base import Paper, TokenMethod, param
 
 @dataclass(frozen=True)
 class Random(TokenMethod):
-    """Keep a random fraction of every crop."""
+    """Keep a random fraction of every image."""
 
     paper = Paper(
         title="Random visual token pruning (baseline)",
@@ -26,7 +26,6 @@ class Random(TokenMethod):
     kind = "baseline"
     reads = ("seeds",)
     native = ("ratio",)
-    unit = "crop"
 
     ratio: float = param(0.25, "fraction of the image tokens that stays", low=0, high=1)
 

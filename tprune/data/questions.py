@@ -1,0 +1,116 @@
+"""Questions about images with short answers: the built-in scenes, or a folder with `questions.jsonl`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from tprune.errors import UserError
+
+FILE = "questions.jsonl"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question about one image (a path, or the image itself); `kind` groups questions in the report."""
+
+    image: Any
+    prompt: str
+    answer: str
+    kind: str | None = None
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Questions in a fixed order.
+
+    Attributes:
+        items: the questions; images are opened one by one.
+        protocol: source, number and sha256, for the report.
+    """
+
+    items: tuple[Item, ...]
+    protocol: dict[str, Any]
+
+    def open(self, place: int) -> Image.Image:
+        """The image of one question as RGB.
+
+        Raises:
+            UserError: a file that is no image.
+        """
+        image = self.items[place].image
+        if isinstance(image, Image.Image):
+            return image.convert("RGB")
+        try:
+            return Image.open(image).convert("RGB")
+        except (UnidentifiedImageError, OSError) as error:
+            raise UserError(
+                f"--data: {image} is not a readable image ({error}); remove its question or replace it"
+            ) from None
+
+    def chance(self) -> float:
+        """The accuracy of always giving the most frequent answer of a question's kind."""
+        kinds: dict[str | None, Counter[str]] = {}
+        for item in self.items:
+            kinds.setdefault(item.kind, Counter())[item.answer] += 1
+        return sum(answers.most_common(1)[0][1] for answers in kinds.values()) / len(self.items)
+
+
+def read(source: str | None, limit: int) -> Questions:
+    """The first `limit` questions of `source`, a folder; None for the built-in scenes.
+
+    Raises:
+        UserError: missing, unreadable, empty, or a line that is no question.
+    """
+    if source is None:
+        return built_in(limit)
+    root = Path(source)
+    if not root.is_dir():
+        raise UserError(f"--data {source}: no such folder; give a folder with images and {FILE}")
+    try:
+        lines = (root / FILE).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        raise UserError(
+            f"--data {source}: cannot read {FILE} ({reason}); expected a line "
+            '{"image": …, "prompt": …, "answer": …} per question'
+        ) from None
+    places = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()][:limit]
+    if not places:
+        raise UserError(f"--data {source}: no questions in {FILE}")
+    items = tuple(_item(root, number, line) for number, line in places)
+    digest = hashlib.sha256("\n".join(line for _, line in places).encode()).hexdigest()
+    return Questions(items, {"source": source, "samples": len(items), "sha256": digest})
+
+
+def _item(root: Path, number: int, line: str) -> Item:
+    """One line of the file."""
+    try:
+        content = json.loads(line)
+        image, prompt, answer = (str(content[name]) for name in ("image", "prompt", "answer"))
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f'--data {root}: line {number} of {FILE} is no {{"image": …, "prompt": …, "answer": …}}'
+        ) from None
+    if not (root / image).is_file():
+        raise UserError(f"--data {root}: line {number} of {FILE} names {image}, and there is no such file")
+    return Item(root / image, prompt, answer, content.get("kind"))
+
+
+def built_in(limit: int) -> Questions:
+    """The fixed evaluation scenes of `digits-llava`."""
+    from tprune.data.scenes import evaluation_scenes
+
+    scenes = evaluation_scenes("digits-llava", min(limit, 2000))
+    digest = hashlib.sha256(
+        b"".join(scene.image.tobytes() + f"{scene.prompt}\0{scene.answer}\0".encode() for scene in scenes)
+    ).hexdigest()
+    items = tuple(Item(scene.image, scene.prompt, scene.answer, scene.kind) for scene in scenes)
+    protocol = {"source": "digits-llava scenes", "split": "test", "samples": len(items), "sha256": digest}
+    return Questions(items, protocol)

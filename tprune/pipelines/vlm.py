@@ -1,0 +1,246 @@
+"""The driver of `tprune vlm`: image tokens of vision-language models, before or inside their decoders."""
+
+from __future__ import annotations
+
+import zlib
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tprune.core.budget import PROJECTOR, Stage, counts_entering
+from tprune.data import questions
+from tprune.errors import UserError
+from tprune.evaluate.cost import flops, interleaved, timed
+from tprune.methods.base import Shape
+from tprune.models import load as loaders
+from tprune.models import vlm as adapter
+from tprune.models.decoder import DecoderDriver
+from tprune.models.projector import Projector
+from tprune.models.prompts import noise_prompts
+from tprune.models.subject import Subject
+from tprune.pipelines.base import Achieved, Handle, Pipeline, Quality, Workload
+from tprune.pipelines.kernels import selection
+from tprune.pipelines.tokens import solve
+
+NOMINAL_TOKENS = 576
+LONGEST_ANSWER = 16
+
+
+class VlmHandle(Handle):
+    """A token method at work before or inside a decoder."""
+
+    kind = "wrapped"
+
+    def __init__(self, driver: DecoderDriver, projector: Projector, stages: Sequence[Stage], tokens: int):
+        self.driver, self.projector, self.stages, self.tokens = driver, projector, stages, tokens
+
+    def remove(self) -> None:
+        """Take all hooks out again."""
+        self.driver.remove()
+        self.projector.remove()
+
+    def entering(self) -> tuple[float, list[float]]:
+        """Image tokens of a prompt, and how many of them entered each layer: means over all prompts so far.
+
+        Before the first prompt, what is planned for one image.
+        """
+        tally = self.driver.tally
+        if not tally.prompts:
+            planned = counts_entering(self.stages, self.tokens, tally.depth)
+            return float(self.tokens), [float(count) for count in planned[::2]]
+        return int(tally.tokens) / tally.prompts, [count / tally.prompts for count in tally.entering.tolist()]
+
+    def achieved(self) -> Achieved:
+        """The fraction of image tokens that entered a layer, averaged over layers and prompts, as it was measured."""
+        tokens, entering = self.entering()
+        mean = sum(entering) / len(entering)
+        details = {
+            "tokens": tokens,
+            "tokens_entering_mean": mean,
+            "tokens_leaving_mean": (sum(entering[1:]) + entering[-1]) / len(entering),
+        }
+        return Achieved(mean / tokens, details)
+
+    def per_layer(self) -> list[dict[str, Any]]:
+        """Image tokens entering every decoder layer, mean over prompts."""
+        return [{"layer": layer, "tokens": count} for layer, count in enumerate(self.entering()[1])]
+
+
+class VlmPipeline(Pipeline):
+    """Load, measure and prune a vision-language model."""
+
+    family = "vlm"
+    default_limit = 500
+
+    def load(self) -> Subject:
+        """A vision-language model of transformers."""
+        recipe = self.recipe
+        subject = loaders.load(
+            self.source(), self.family, device=recipe.device, dtype=recipe.dtype, seed=recipe.seed
+        )
+        if getattr(subject.processor, "tokenizer", None) is not None:
+            # The answer is read behind the prompt: padding goes in front.
+            subject.processor.tokenizer.padding_side = "left"
+        return subject
+
+    def prepare(self, subject: Subject) -> None:
+        """Read the questions; refuse a method that does not fit the model."""
+        self.fit(adapter.anatomy(subject.model))
+        if subject.processor is None:
+            raise UserError(
+                f"{subject.source.name} has no processor; copy processor_config.json and the tokenizer from the "
+                "model's origin"
+            )
+        self.questions = questions.read(self.recipe.data, self.recipe.limit or self.default_limit)
+
+    def fit(self, parts: adapter.Anatomy) -> None:
+        """Raise UserError where the model lacks what the method reads."""
+        self.method.check(self.shape(parts, parts.tokens or NOMINAL_TOKENS))
+
+    def shape(self, parts: adapter.Anatomy, tokens: int) -> Shape:
+        """What the method may know of a prompt, or an image, with so many image tokens."""
+        return Shape(parts.depth, tokens, heads=parts.heads, has_cls=parts.block is not None)
+
+    def evaluate(self, subject: Subject) -> Quality:
+        """The fraction of answers given word for word, over all questions and for each kind."""
+        items, size = self.questions.items, self.recipe.batch_size
+        tokenizer = subject.processor.tokenizer
+        longest = max(len(tokenizer(item.answer, add_special_tokens=False)["input_ids"]) for item in items)
+        said: list[str] = []
+        with torch.no_grad():
+            for start in self.progress.track(range(0, len(items), size), "evaluating"):
+                places = range(start, min(start + size, len(items)))
+                said += self.answers(subject, places, min(longest, LONGEST_ANSWER))
+        right = [plain(given) == plain(item.answer) for given, item in zip(said, items, strict=True)]
+        kinds = defaultdict(list)
+        for item, good in zip(items, right, strict=True):
+            kinds[item.kind].append(good)
+        metrics: dict[str, Any] = {"accuracy": sum(right) / len(right)}
+        if set(kinds) != {None}:
+            metrics["accuracy_by_kind"] = {
+                kind or "other": sum(good) / len(good) for kind, good in sorted(kinds.items(), key=str)
+            }
+        predictions = torch.tensor([zlib.crc32(plain(given).encode()) for given in said])
+        return Quality(metrics, predictions, chance=self.questions.chance())
+
+    def answers(self, subject: Subject, places: range, longest: int) -> list[str]:
+        """What the model says to some of the questions, greedily, at most `longest` tokens."""
+        items, processor = self.questions.items, subject.processor
+        inputs = processor(
+            images=[self.questions.open(place) for place in places],
+            text=[self.prompt(processor, items[place].prompt) for place in places],
+            padding=True,
+            return_tensors="pt",
+        )
+        parameter = next(subject.model.parameters())
+        inputs = {
+            name: value.to(parameter.device, parameter.dtype)
+            if value.is_floating_point()
+            else value.to(parameter.device)
+            for name, value in inputs.items()
+        }
+        if longest == 1:
+            tokens = subject.model(**inputs, logits_to_keep=1).logits[:, -1:].argmax(-1)
+        else:
+            told = subject.model.generate(**inputs, max_new_tokens=longest, do_sample=False)
+            tokens = told[:, inputs["input_ids"].shape[1] :]
+        return processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+
+    def prompt(self, processor: Any, question: str) -> str:
+        """A question behind an image, as the model's own template has it."""
+        if getattr(processor, "chat_template", None):
+            content = [{"type": "image"}, {"type": "text", "text": question}]
+            turn = [{"role": "user", "content": content}]
+            return processor.apply_chat_template(turn, add_generation_prompt=True)
+        return f"{processor.image_token}\n{question}"
+
+    def workload(self, subject: Subject) -> Workload:
+        """The prefill of one batch of prompts with a noise image each."""
+        batch = self.recipe.batch_size
+        return Workload(partial(self.prefill, subject, self.noise(subject, batch)), batch, "prompts")
+
+    def noise(self, subject: Subject, count: int) -> dict[str, Any]:
+        """Prompts drawn from the seed."""
+        return noise_prompts(subject.model, count, self.recipe.seed)
+
+    def prefill(self, subject: Subject, inputs: dict[str, Any]) -> Tensor:
+        """Logits of the token behind each prompt [B, V]; the caches are filled as for generation."""
+        return subject.model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1]
+
+    def apply(self, subject: Subject, work: Path | None, state: dict[str, Tensor] | None = None) -> VlmHandle:
+        """Put the method in place."""
+        parts = adapter.anatomy(subject.model)
+        self.fit(parts)
+        tokens = parts.tokens or NOMINAL_TOKENS
+        stages_of = partial(self.stages, parts)
+        stages = stages_of(tokens)
+        projector = Projector(subject.model, parts, self.method, stages_of, self.recipe.seed)
+        driver = DecoderDriver(
+            subject.model,
+            self.method,
+            partial(adapter.image_tokens, subject.model),
+            stages_of,
+            positions=self.positions(parts),
+            entrance=projector if any(stage.site == PROJECTOR for stage in stages) else None,
+            outer=parts.outer,
+        )
+        return VlmHandle(driver, projector, stages, tokens)
+
+    def stages(self, parts: adapter.Anatomy, tokens: int) -> tuple[Stage, ...]:
+        """Where tokens leave a prompt, or an image, with so many image tokens."""
+        return solve(self.method, self.shape(parts, tokens), self.stage.keep)
+
+    def positions(self, parts: adapter.Anatomy) -> str:
+        """As asked; else the paper's own, but never renumbered where positions are rows and columns of an image."""
+        if self.stage.positions is not None:
+            return self.stage.positions
+        rotary = getattr(parts.core, "rotary_emb", None)
+        return "original" if hasattr(rotary, "mrope_section") else self.method.positions
+
+    def probe(self, subject: Subject) -> dict[str, Tensor]:
+        """Two prompts with a noise image each, and the logits behind them."""
+        inputs = self.noise(subject, 2)
+        with torch.no_grad():
+            output = self.prefill(subject, inputs).float().cpu()
+        return {"input": inputs["input_ids"].cpu(), "pixels": inputs["pixel_values"].cpu(), "output": output}
+
+    def describe_data(self) -> dict[str, Any]:
+        """Which questions."""
+        return self.questions.protocol
+
+    def bench(self, subject: Subject, rounds: int) -> dict[str, Any]:
+        """Dense and pruned prefill in turn, and the method's selection of 64 among 576 tokens of width 4,096."""
+        inputs = self.noise(subject, self.recipe.batch_size)
+        handle: VlmHandle | None = None
+
+        def dense() -> Tensor:
+            if handle is not None:
+                handle.remove()
+            return self.prefill(subject, inputs)
+
+        def pruned() -> Tensor:
+            nonlocal handle
+            handle = self.apply(subject, None)
+            return self.prefill(subject, inputs)
+
+        counted = {"dense": flops(dense), "pruned": flops(pruned)}
+        times = interleaved({"dense": dense, "pruned": pruned}, subject.device, rounds)
+        dense()
+        select = selection(self.method, subject.device)
+        with torch.no_grad():
+            select()
+            times["select 64 of 576"] = [timed(select, subject.device) for _ in range(max(rounds, 15))]
+        return {"times": times, "flops": counted, "items": self.recipe.batch_size, "unit": "prompts"}
+
+
+def plain(text: str) -> str:
+    """An answer without case, surrounding space and the full stop."""
+    return text.strip().strip(".").strip().lower()
+
+
+PIPELINE = VlmPipeline
