@@ -18,6 +18,7 @@ def prune(
     sparsity: float | None = None,
     pattern: str | None = None,
     positions: str | None = None,
+    loadable: str = "any",
     data: str | None = None,
     tokenizer: Any = None,
     seed: int = 0,
@@ -34,6 +35,7 @@ def prune(
         keep: fraction of tokens or cache entries kept.
         sparsity: fraction of weights removed; or `pattern`, "n:m".
         positions: "original" or "compact" position ids; the paper's by default.
+        loadable: "plain" for widths that stock transformers can load, "any" otherwise.
         data: calibration text, as `--data`; the built-in by default.
         tokenizer: of a language model, for calibration; its processor for a vision-language model.
         seed: of everything random.
@@ -53,7 +55,7 @@ def prune(
     from tprune.pipelines.run import pipeline
 
     fact = registry.find(method)
-    stage = Stage(fact.family, fact.id, keep, sparsity, pattern, settings, positions)
+    stage = Stage(fact.family, fact.id, keep, sparsity, pattern, settings, positions, loadable)
     check_budget(stage)
     parameter = next(model.parameters())
     library = "transformers" if hasattr(model, "config") else "timm"

@@ -9,12 +9,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
 import tprune
 from tests.llm_context.decoders import tokens
 from tests.llm_weights.test_contract import METHODS
 from tests.llm_weights.tiny import logits, save
+from tprune.cli import command
 from tprune.errors import UserError
 from tprune.pipelines import journal
 from tprune.pipelines.run import execute
@@ -195,6 +197,44 @@ def test_a_killed_process_is_taken_up_by_the_next_and_ends_with_the_same_bytes(f
     execute(asked, QUIET, out=str(out), evaluate=False)
     execute(asked, QUIET, out=str(tmp_path / "whole"), evaluate=False)
     assert weights(out) == weights(tmp_path / "whole")
+
+
+LOAD_ALL = """
+import sys, torch, tprune
+from safetensors.torch import load_file
+
+for folder in sys.argv[1:]:
+    probe = load_file(folder + "/probe.safetensors")
+    with torch.no_grad():
+        found = tprune.load(folder)(input_ids=probe["input"]).logits[:, -2:]
+    assert torch.allclose(found, probe["output"], rtol=1e-4, atol=1e-5), folder
+"""
+
+
+def test_a_fresh_process_loads_every_kind_of_artifact(folder, text, tmp_path):
+    kinds = {"plain": "shortgpt", "masked": "sparsegpt", "wrapped": "flap"}
+    for kind, method in kinds.items():
+        report = execute(recipe(folder, text, method), QUIET, out=str(tmp_path / kind), evaluate=False)
+        assert report["kind"] == kind
+    execute(
+        recipe(folder, text, "flap"),
+        QUIET,
+        out=str(tmp_path / "reference"),
+        evaluate=False,
+        by_reference=True,
+    )
+    folders = [str(tmp_path / name) for name in (*kinds, "reference")]
+    fresh = subprocess.run([sys.executable, "-c", LOAD_ALL, *folders], capture_output=True)
+    assert fresh.returncode == 0, fresh.stderr.decode()
+
+
+@pytest.mark.parametrize("method", ["wanda", "flap"])
+def test_measuring_an_artifact_again_finds_what_was_recorded(method, folder, text, tmp_path):
+    report = execute(recipe(folder, text, method), QUIET, out=str(tmp_path / "out"))
+    result = CliRunner().invoke(command, ["eval", str(tmp_path / "out"), "--json"], catch_exceptions=False)
+    measured = json.loads(result.stdout)["measured"]
+    assert measured["perplexity"] == pytest.approx(report["pruned"]["perplexity"], rel=1e-6)
+    assert measured["flops"] == report["pruned"]["flops"]
 
 
 def test_the_table_of_shapes_is_in_the_configuration(folder, text, tmp_path):

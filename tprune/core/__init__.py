@@ -7,5 +7,6 @@ Pure tensor functions that know nothing of models, files or families:
 - `select`: exact, stable choices under a count, per row, per layer or n:m;
 - `reduction`: what happens to the tokens, as a value that can be applied, undone and drawn;
 - `budget`: from "keep this fraction" to a method's own stage sizes, and back;
+- `statistics`: norms, Gram matrices and moments of a layer's inputs, gathered batch by batch;
 - `solve`: weight reconstruction.
 """

@@ -100,6 +100,9 @@ class Pipeline(ABC):
         """Where the model comes from."""
         return resolve(self.recipe.model, self.family)
 
+    def check(self) -> None:  # noqa: B027  (most families have nothing to add)
+        """Refuse, before anything is loaded, a budget that the method cannot take."""
+
     @abstractmethod
     def load(self) -> Subject:
         """The dense model."""

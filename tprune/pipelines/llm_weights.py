@@ -46,6 +46,10 @@ class LlmWeights(Pipeline):
         """Tokens per sequence, of calibration and evaluation."""
         return self.recipe.length or LENGTH
 
+    def check(self) -> None:
+        """Refuse a missing budget, or a pattern from a method that has none."""
+        self.budget()
+
     def load(self) -> Subject:
         """The dense model and its tokenizer."""
         recipe = self.recipe

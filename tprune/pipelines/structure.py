@@ -89,8 +89,13 @@ class StructurePruner:
             view.similarity = known["similarity"].item()
             view.entering, view.leaving = known["entering"], known["leaving"]
         for kind, place in places.items():
-            own = {name: known.get(f"{kind}.{name}") for name in ("norm", "mean", "variance", "fluctuation")}
-            view.units[kind] = UnitView(kind, _weight(place), place.width, place.heads, place.cost, **own)
+            weight = _weight(place)
+            own = {
+                name: known[f"{kind}.{name}"].to(weight.device)
+                for name in ("norm", "mean", "variance", "fluctuation")
+                if f"{kind}.{name}" in known
+            }
+            view.units[kind] = UnitView(kind, weight, place.width, place.heads, place.cost, **own)
         return view
 
     def _without_bias(self, edit: StructureEdit) -> StructureEdit:

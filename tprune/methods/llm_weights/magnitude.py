@@ -31,6 +31,8 @@ class Magnitude(WeightMethod):
         "all ties, is rule=inclusive.",
     )
 
+    kind = "baseline"
+
     group: str = param("layer", "What is compared: the whole layer, or every row", choices=("layer", "row"))
     rule: str = param(
         "exact",

@@ -20,7 +20,11 @@ from tprune.methods.views import LinearView
 class Random(WeightMethod):
     """Uniform noise as the score."""
 
-    paper = Paper(title="Random pruning (baseline)", venue="-", year=1989, checked="paper")
+    paper = Paper(
+        title="Random pruning (baseline)", venue="the control of nearly every paper of this family", year=2023
+    )
+
+    kind = "baseline"
 
     group: str = param(
         "row", "What loses the same fraction: every row, or the whole layer", choices=("row", "layer")
