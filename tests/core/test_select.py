@@ -66,3 +66,36 @@ def test_protected_tokens_stay_and_every_row_loses_its_own_count(seed):
 def test_prefix_survives_whatever_the_scores():
     index = select.keep_prefix_and_top(torch.tensor([[0.1, 0.9, 0.5]]), 1, prefix=2)
     assert index.tolist() == [[0, 1, 3]]
+
+
+@given(st.integers(0, 999), st.sampled_from([(2, 4), (4, 8), (1, 3), (5, 6)]))
+def test_nm_takes_the_smallest_of_every_group_with_ties_to_the_left(seed, pattern):
+    keep, group = pattern
+    score = torch.randint(0, 3, (4, 4 * group), generator=torch.Generator().manual_seed(seed)).float()
+    order = score.unflatten(-1, (-1, group)).argsort(dim=-1, stable=True)[..., : group - keep]
+    expected = torch.zeros(4, 4, group, dtype=torch.bool).scatter_(-1, order, True).flatten(-2)
+    assert torch.equal(select.nm_mask(score, keep, group), expected)
+
+
+@given(
+    st.integers(0, 999), st.integers(0, 40), st.sampled_from([torch.float32, torch.float64, torch.bfloat16])
+)
+def test_a_layer_loses_exactly_its_count_in_any_precision_with_ties_to_the_left(seed, count, dtype):
+    score = torch.randint(0, 4, (5, 8), generator=torch.Generator().manual_seed(seed)).to(dtype)
+    order = score.flatten().argsort(stable=True)[:count]
+    expected = torch.zeros(40, dtype=torch.bool).index_fill_(0, order, True).view(5, 8)
+    assert torch.equal(select.layer_mask(score, count), expected)
+
+
+def test_counts_round_down_but_not_because_of_binary_fractions():
+    assert select.floor_count(100, 0.29) == 29
+    assert select.floor_count(24, 0.3) == 7
+
+
+@given(st.integers(0, 99), st.floats(0.1, 0.7))
+def test_the_cumulative_mask_comes_near_its_fraction_and_spares_rows_with_one_giant(seed, fraction):
+    score = torch.rand(40, 60, generator=torch.Generator().manual_seed(seed))
+    assert abs(select.cumulative_mask(score, fraction).double().mean().item() - fraction) < 0.02
+    one_giant = torch.cat([torch.full((1, 60), 1e-3), score])
+    one_giant[0, 0] = 1e6
+    assert not select.cumulative_mask(one_giant, fraction)[0, 0]

@@ -129,6 +129,16 @@ def _driver(method):
     return pipeline(Recipe(ModelSource("tiny"), (stage,)), stage, Progress())
 
 
+def test_a_model_in_training_is_calibrated_without_dropout_and_stays_in_training(text):
+    model, other = decoder("gpt2").train(), decoder("gpt2")
+    model.requires_grad_(True)
+    prune(model, "flap", text, sparsity=0.3)
+    prune(other, "flap", text, sparsity=0.3)
+    assert model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert same(state(model), state(other))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_without_a_budget_says_what_to_give(method, text):
     with pytest.raises(UserError, match="--sparsity"):

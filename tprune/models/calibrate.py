@@ -116,13 +116,18 @@ def _noting(
 
         return forward
 
+    own = [
+        vars(block).get("forward") for block in decoder.blocks
+    ]  # accelerate leaves one on a dispatched block
     try:
         for index, block in enumerate(decoder.blocks):
             block.forward = stand_in(index)
         yield
     finally:
-        for block in decoder.blocks:
-            vars(block).pop("forward", None)
+        for block, forward in zip(decoder.blocks, own, strict=True):
+            del block.forward
+            if forward is not None:
+                block.forward = forward
 
 
 class Watch:

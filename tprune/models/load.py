@@ -34,10 +34,9 @@ def load(source: Source, family: str, *, device: str, dtype: str, seed: int) -> 
         UserError: it cannot be had, is damaged, or is of no kind that the family prunes.
     """
     precision = getattr(torch, dtype)
-    if source.library == "timm":
-        subject = _timm(source, seed)
-    else:
-        subject = _transformers(source, family, precision, seed)
+    subject = (
+        _timm(source, seed) if source.library == "timm" else _transformers(source, family, precision, seed)
+    )
     subject.model.requires_grad_(False).eval().to(device=device, dtype=precision)
     return subject
 

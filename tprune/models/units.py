@@ -155,7 +155,8 @@ def _keep_inputs(module: nn.Module, columns: Tensor) -> None:
 
 def put(module: nn.Module, name: str, value: Tensor) -> None:
     """Make `value` the module's parameter `name`."""
-    setattr(module, name, nn.Parameter(value.contiguous(), requires_grad=False))
+    trained = module.weight.requires_grad
+    setattr(module, name, nn.Parameter(value.contiguous(), requires_grad=trained))
 
 
 def _set_width(module: nn.Module) -> None:

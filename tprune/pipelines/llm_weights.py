@@ -147,13 +147,18 @@ class LlmWeights(Pipeline):
         self, decoder: Decoder, budget: WeightBudget, tokens: Tensor | None, journal: Journal
     ) -> Handle:
         """Prune a decoder, calibrated on `tokens` int64 [N, L]."""
-        calibration = None if tokens is None else Stream(decoder, tokens, self.recipe.batch_size)
-        if self.method.scope == "block":
+        training = decoder.model.training
+        decoder.model.eval()
+        try:
+            calibration = None if tokens is None else Stream(decoder, tokens, self.recipe.batch_size)
+            if self.method.scope == "model":
+                return self._prune_structure(decoder, budget, calibration, journal)
             pruner = stream.BlockPruner(
                 decoder, self.method, budget, self.recipe.seed, calibration, self.progress
             )
             return self._masked(decoder, pruner.run(journal), budget)
-        return self._prune_structure(decoder, budget, calibration, journal)
+        finally:
+            decoder.model.train(training)
 
     def _masked(self, decoder: Decoder, edits: dict[str, Tensor], budget: WeightBudget | None) -> Handle:
         """The handle of matrices pruned by masks."""
