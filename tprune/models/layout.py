@@ -177,7 +177,8 @@ def _unpack(tokens: Tensor, crops: int, patches: int) -> Packed:
 def unit_seeds(inputs: Inputs, chosen: list[Unit], seed: int) -> Tensor:
     """A seed per unit from its image's own pixels, int64 [units] on the CPU: the same draws the same in any batch."""
     pixels, grid = inputs.get("pixel_values"), inputs.get("image_grid_thw")
-    first = {}
+    # Prompts that were repeated for beams carry on the count of images.
+    first: dict[int, int] = {}
     for unit in chosen:
         first[unit.image] = min(first.get(unit.image, unit.crop), unit.crop)
     crops = torch.tensor([unit.crop - first[unit.image] for unit in chosen])
@@ -186,8 +187,9 @@ def unit_seeds(inputs: Inputs, chosen: list[Unit], seed: int) -> Tensor:
         return images + crops + 7919 * seed
     if grid is not None:
         parts = pixels.split(grid.prod(-1).tolist())
-        return torch.cat([content_seeds(part.flatten()[None], seed) for part in parts])[images]
+        seeds = torch.cat([content_seeds(part.flatten()[None], seed) for part in parts])
+        return seeds[images % len(seeds)]
     seeds = content_seeds(pixels, seed)
     if pixels.dim() == 4:
         return seeds[torch.tensor([unit.crop for unit in chosen])]
-    return seeds[images] + crops
+    return seeds[images % len(seeds)] + crops

@@ -1,0 +1,161 @@
+"""One tiny random model of every kind that `tprune vlm` prunes, built by hand."""
+
+from functools import cache
+
+import torch
+import transformers
+from transformers import (
+    CLIPVisionConfig,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Config,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    SiglipVisionConfig,
+)
+
+TEXT = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+TOWER = {
+    "hidden_size": 24,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "image_size": 32,
+    "patch_size": 8,
+}
+PINPOINTS = [[32, 64], [64, 32], [64, 64]]
+IMAGE = 90
+
+
+def _llava():
+    return LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=CLIPVisionConfig(**TOWER),
+            text_config=LlamaConfig(**TEXT),
+            image_token_id=IMAGE,
+            image_seq_length=16,
+        )
+    )
+
+
+def _siglip():
+    return LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=SiglipVisionConfig(**TOWER, vision_use_head=False),
+            text_config=LlamaConfig(**TEXT),
+            image_token_id=IMAGE,
+            vision_feature_select_strategy="full",
+        )
+    )
+
+
+def _next():
+    return LlavaNextForConditionalGeneration(
+        LlavaNextConfig(
+            vision_config=CLIPVisionConfig(**TOWER),
+            text_config=LlamaConfig(**TEXT),
+            image_token_id=IMAGE,
+            image_grid_pinpoints=PINPOINTS,
+        )
+    )
+
+
+def _onevision():
+    return LlavaOnevisionForConditionalGeneration(
+        LlavaOnevisionConfig(
+            vision_config=SiglipVisionConfig(**TOWER, vision_use_head=False),
+            text_config=Qwen2Config(**TEXT),
+            image_token_id=IMAGE,
+            video_token_id=IMAGE + 1,
+            image_grid_pinpoints=PINPOINTS,
+        )
+    )
+
+
+QWEN = {
+    "image_token_id": IMAGE,
+    "video_token_id": IMAGE + 1,
+    "vision_start_token_id": IMAGE + 2,
+    "vision_end_token_id": IMAGE + 3,
+}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+
+
+def _qwen2():
+    vision = {"depth": 3, "embed_dim": 24, "hidden_size": 32, "num_heads": 3, "patch_size": 4, "mlp_ratio": 2}
+    return Qwen2VLForConditionalGeneration(
+        Qwen2VLConfig(text_config=TEXT | {"rope_parameters": ROPE}, vision_config=vision, **QWEN)
+    )
+
+
+def _qwen25():
+    vision = {
+        "depth": 3,
+        "hidden_size": 24,
+        "out_hidden_size": 32,
+        "intermediate_size": 32,
+        "num_heads": 3,
+        "patch_size": 4,
+        "window_size": 16,
+        "fullatt_block_indexes": [1],
+    }
+    return Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(text_config=TEXT | {"rope_parameters": ROPE}, vision_config=vision, **QWEN)
+    )
+
+
+def _internvl():
+    vision = TOWER | {"image_size": [32, 32], "patch_size": [4, 4]}
+    return InternVLForConditionalGeneration(
+        InternVLConfig(
+            vision_config=InternVLVisionConfig(**vision),
+            text_config=Qwen2Config(**TEXT),
+            image_token_id=IMAGE,
+            downsample_ratio=0.5,
+        )
+    )
+
+
+KINDS = {
+    "llava": _llava,
+    "llava-siglip": _siglip,
+    "llava-next": _next,
+    "llava-onevision": _onevision,
+    "qwen2-vl": _qwen2,
+    "qwen2.5-vl": _qwen25,
+    "internvl": _internvl,
+}
+
+
+@cache
+def tiny(kind):
+    """The model of a kind, with weights drawn from a fixed seed, large enough that attention is not flat."""
+    transformers.utils.logging.set_verbosity_error()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = KINDS[kind]().eval().requires_grad_(False)
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.25)
+    return model
