@@ -30,8 +30,12 @@ from tprune.pipelines.weights_report import (
 )
 
 LENGTH = 512
+"""Tokens per sequence, of calibration and evaluation."""
 CALIBRATION = 16
+"""Calibration sequences: enough for the built-in model. The papers' 128 of 2,048 tokens, for models of billions of
+weights, are `--calibration 128 --length 2048`."""
 PROBE = (2, 16)
+"""Rows and tokens of the probe stored in an artifact."""
 
 
 class LlmWeights(Pipeline):
