@@ -41,6 +41,7 @@ def replay(matrices: Iterable[Matrix], tensors: dict[str, Tensor]) -> None:
     Raises:
         UserError: the record is of another model.
     """
+    written: set[str] = set()
     for matrix in matrices:
         weight, mask = tensors.get(WEIGHT + matrix.parameter_name), tensors.get(MASK + matrix.name)
         if mask is None and weight is None:
@@ -50,8 +51,9 @@ def replay(matrices: Iterable[Matrix], tensors: dict[str, Tensor]) -> None:
             weight is not None and weight.shape != matrix.parameter.shape
         ):
             raise UserError(f"the stored edit of {matrix.name} does not fit this model; it is of another one")
-        if weight is not None:
+        if weight is not None and matrix.parameter_name not in written:
             matrix.parameter.data.copy_(weight)
+            written.add(matrix.parameter_name)
         if mask is not None:
             matrix.remove(unpack_bits(mask.to(matrix.parameter.device), matrix.shape))
 
