@@ -23,6 +23,7 @@ from tprune.errors import UserError
 from tprune.methods.base import TokenMethod
 from tprune.methods.views import TokenView
 from tprune.models.blocks import find_decoder
+from tprune.models.layer_inputs import LayerInputs
 from tprune.models.run import Inputs, Run, Tally, here, planned, real_tokens
 from tprune.models.taps import AttentionCall, Tap
 from tprune.models.track import (
@@ -30,18 +31,12 @@ from tprune.models.track import (
     Track,
     gather_any_mask,
     gather_last,
-    gather_mask,
-    gather_padding,
-    gather_rope,
-    hidden_value,
     restore,
-    visible,
 )
 
 Entrance = Callable[[Run, Tensor], tuple[Tensor, Tensor, Tensor | None]]
 """What happens at `PROJECTOR`: (run, embeddings [B, N, D]) -> embeddings [B, K, D], slots [B, K], valid [B, K]."""
 
-CACHES = ("past_key_values", "layer_past", "past_key_value")
 NORMS = ("norm", "final_layer_norm", "ln_f", "final_layernorm")
 
 
@@ -76,12 +71,8 @@ class DecoderDriver:
         decoder = find_decoder(model)
         self.core, self.layers = decoder.core, decoder.blocks
         self.outer = self.core if outer is None else outer
-        self.rotary = getattr(self.core, "rotary_emb", None)
+        self.inputs = LayerInputs(self.core, positions)
         self.norm = next((getattr(self.core, name) for name in NORMS if hasattr(self.core, name)), None)
-        if positions == "compact" and hasattr(self.rotary, "mrope_section"):
-            raise UserError(
-                "--positions compact: this model's positions are rows and columns of the image; use original"
-            )
         self.tally = Tally(len(self.layers))
         self.run: Run | None = None
         self.handles = [
@@ -157,8 +148,7 @@ class DecoderDriver:
         if run is None:
             return None
         given = dict(zip(self.names[module], args, strict=False)) | kwargs
-        shortens = run.is_prompt and PROJECTOR in run.counts
-        if shortens:
+        if run.is_prompt and PROJECTOR in run.counts:
             self._shorten(run, given)
         elif run.track.entry is not None:
             self._continue(run, given)
@@ -236,7 +226,7 @@ class DecoderDriver:
             kept = run.track.at(place)
             if kept is None:
                 return None
-            self._fit(run, module, place, kept, given)
+            self.inputs.fit(run, place, kept, given)
             return tuple(given.pop(name) for name in names), given
 
         return hook
@@ -270,85 +260,6 @@ class DecoderDriver:
             left = still if left is None else left & still
         run.track.layers[site.layer] = Kept.of(slots.gather(1, reduction.index), left, run.track.entered)
         return reduction.apply(hidden)
-
-    def _fit(self, run: Run, module: nn.Module, place: int, kept: Kept, given: Inputs) -> None:
-        """Give a layer the mask, the positions and the rotary embeddings of the tokens it sees."""
-        arrived = run.track.entered - (0 if run.is_prompt else run.length)
-        index = kept.index if run.is_prompt else None
-        ids, rope = given.get("position_ids"), given.get("position_embeddings")
-        if run.is_prompt:
-            ids = given["position_ids"] = None if ids is None else gather_last(ids, index)
-            if isinstance(rope, tuple):
-                given["position_embeddings"] = tuple(gather_rope(part, index) for part in rope)
-            rows = slots = index
-        else:
-            batch = kept.index.shape[0]
-            rows = torch.arange(run.length, device=kept.index.device).expand(batch, -1)
-            slots = rows + arrived
-        if self.positions == "compact" and self.rotary is not None and isinstance(rope, tuple):
-            shift = kept.shift() if run.is_prompt else kept.gone[:, None]
-            given["position_ids"] = ids - shift
-            given["position_embeddings"] = self._rotate(place, given["hidden_states"], ids - shift)
-        cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
-        given["attention_mask"] = self._mask(
-            run, module, place, kept, rows, slots, given.get("attention_mask"), cache
-        )
-
-    def _mask(
-        self,
-        run: Run,
-        module: nn.Module,
-        place: int,
-        kept: Kept,
-        rows: Tensor,
-        slots: Tensor,
-        mask: Tensor | None,
-        cache: Any,
-    ) -> Tensor | None:
-        """The mask of one layer: `mask`, which is for the entering sequence, at what the layer sees of it."""
-        window, keys = None, kept.index.shape[1]
-        if (
-            cache is not None
-            and place < len(cache.layers)
-            and getattr(cache.layers[place], "is_sliding", False)
-        ):
-            held = cache.layers[place]
-            window = held.sliding_window
-            keys = rows.shape[1] + (held.keys.shape[-2] if held.is_initialized and held.keys.numel() else 0)
-        key = (id(kept), id(mask), keys, window)
-        if key in run.masks:
-            return run.masks[key]
-        valid = None if kept.valid is None else kept.valid[:, -keys:]
-        seen = Kept(kept.index[:, -keys:], valid, kept.gone)
-        if mask is not None and mask.dim() == 2:
-            fitted = gather_padding(mask, seen)
-        elif run.is_prompt and mask is not None:
-            fitted = gather_mask(mask, rows, seen, run.track.entered)
-        elif valid is None and (run.is_prompt or (mask is None and window is None)):
-            fitted = None
-        else:
-            # The model sized its mask by a layer that may have lost tokens itself.
-            fitted = visible(slots, seen, window)
-            if run.padding is not None:
-                fitted = fitted & run.padding.bool().gather(1, seen.index)[:, None, None]
-            fitted = self._typed(fitted)
-        run.masks[key] = fitted
-        return fitted
-
-    def _typed(self, seen: Tensor) -> Tensor:
-        """A bool mask as this model's attention takes it."""
-        if self.core.config._attn_implementation != "eager":
-            return seen
-        dtype = next(self.core.parameters()).dtype
-        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(
-            ~seen, hidden_value(dtype)
-        )
-
-    def _rotate(self, place: int, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotary embeddings at other positions."""
-        if "layer_type" in signature(self.rotary.forward).parameters:
-            return self.rotary(hidden, ids, self.core.config.layer_types[place])
-        return self.rotary(hidden, ids)
 
 
 def attention_of(layer: nn.Module) -> nn.Module:

@@ -1,0 +1,106 @@
+"""What a decoder layer is given besides hidden states: mask, positions and rotary embeddings of what is left."""
+
+from __future__ import annotations
+
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tprune.errors import UserError
+from tprune.models.run import Inputs, Run
+from tprune.models.track import (
+    Kept,
+    gather_last,
+    gather_mask,
+    gather_padding,
+    gather_rope,
+    hidden_value,
+    visible,
+)
+
+CACHES = ("past_key_values", "layer_past", "past_key_value")
+
+
+class LayerInputs:
+    """Fits a decoder's inputs to layers that see fewer tokens than entered.
+
+    Args:
+        core: the decoder.
+        positions: "original" keeps the position ids of the tokens that are left, "compact" renumbers them.
+    """
+
+    def __init__(self, core: nn.Module, positions: str):
+        self.core, self.positions = core, positions
+        self.rotary = getattr(core, "rotary_emb", None)
+        if positions == "compact" and hasattr(self.rotary, "mrope_section"):
+            raise UserError(
+                "--positions compact: this model's positions are rows and columns of the image; use original"
+            )
+
+    def fit(self, run: Run, place: int, kept: Kept, given: Inputs) -> None:
+        """Change `given`, by name, which the decoder made for all tokens that entered it."""
+        ids, rope = given.get("position_ids"), given.get("position_embeddings")
+        if run.is_prompt:
+            rows = slots = kept.index
+            ids = given["position_ids"] = None if ids is None else gather_last(ids, rows)
+            if isinstance(rope, tuple):
+                given["position_embeddings"] = tuple(gather_rope(part, rows) for part in rope)
+        else:
+            rows = torch.arange(run.length, device=kept.index.device).expand(kept.index.shape[0], -1)
+            slots = rows + run.track.entered - run.length
+        if self.positions == "compact" and self.rotary is not None and isinstance(rope, tuple):
+            ids = ids - (kept.shift() if run.is_prompt else kept.gone[:, None])
+            given["position_ids"] = ids
+            given["position_embeddings"] = self._rotate(place, given["hidden_states"], ids)
+        cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
+        mask, (window, held) = given.get("attention_mask"), _sliding(cache, place)
+        keys = kept.index.shape[1] if window is None else rows.shape[1] + held
+        key = (id(kept), id(mask), keys, window)
+        if key not in run.masks:
+            valid = None if kept.valid is None else kept.valid[:, -keys:]
+            seen = Kept(kept.index[:, -keys:], valid, kept.gone)
+            run.masks[key] = self._mask(run, mask, seen, rows, slots, window)
+        given["attention_mask"] = run.masks[key]
+
+    def _mask(
+        self, run: Run, mask: Tensor | None, seen: Kept, rows: Tensor, slots: Tensor, window: int | None
+    ) -> Tensor | None:
+        """The mask of one layer: `mask`, which is for the entering sequence, at what the layer sees of it."""
+        if mask is not None and mask.dim() == 2:
+            return gather_padding(mask, seen)
+        if run.is_prompt and mask is not None:
+            return gather_mask(mask, rows, seen, run.track.entered)
+        if seen.valid is None and mask is None and (run.is_prompt or window is None):
+            return None
+        padding = None if run.padding is None else run.padding.bool().gather(1, seen.index)
+        implementation = self.core.config._attn_implementation or "eager"
+        if "flash" in implementation:
+            return padding if seen.valid is None else seen.valid if padding is None else seen.valid & padding
+        # The model sized its own mask by a layer that may have lost tokens itself.
+        shown = visible(slots, seen, window)
+        if padding is not None:
+            shown = shown & padding[:, None, None]
+        if implementation != "eager":
+            return shown
+        dtype = next(self.core.parameters()).dtype
+        return torch.zeros(shown.shape, dtype=dtype, device=shown.device).masked_fill(
+            ~shown, hidden_value(dtype)
+        )
+
+    def _rotate(self, place: int, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotary embeddings at other positions."""
+        if "layer_type" in signature(self.rotary.forward).parameters:
+            return self.rotary(hidden, ids, self.core.config.layer_types[place])
+        return self.rotary(hidden, ids)
+
+
+def _sliding(cache: Any, place: int) -> tuple[int | None, int]:
+    """The window of a layer's cache, None where it holds everything; and how many entries it holds."""
+    if cache is None or place >= len(cache.layers):
+        return None, 0
+    layer = cache.layers[place]
+    if not getattr(layer, "is_sliding", False):
+        return None, 0
+    return layer.sliding_window, layer.keys.shape[-2] if layer.is_initialized and layer.keys.numel() else 0
