@@ -38,9 +38,20 @@ class Evict:
 
     def apply(self, entries: Tensor) -> Tensor:
         """The surviving rows of keys, values [B, G, T, d] or of one number per entry [B, G, T]."""
-        if entries.dim() == 3:
-            return entries.gather(2, self.index)
-        return entries.gather(2, self.index.unsqueeze(-1).expand(*self.index.shape, entries.shape[-1]))
+        batch, groups, length = entries.shape[:3]
+        rows = entries.reshape(batch * groups * length, *entries.shape[3:])
+        return rows.index_select(0, self._rows(length)).view(*self.index.shape, *entries.shape[3:])
+
+    def _rows(self, length: int) -> Tensor:
+        """The index into all heads' entries at once, int64 [B·G·K]: whole rows are copied faster than gathered."""
+        known = self.__dict__.get("_known")
+        if known is None or known[0] != length:
+            batch, groups, kept = self.index.shape
+            first = torch.arange(0, batch * groups * length, length, device=self.index.device)
+            flat = (self.index.reshape(-1, kept) + first.unsqueeze(1)).flatten()
+            object.__setattr__(self, "_known", (length, flat))
+            return flat
+        return known[1]
 
 
 CacheEdit = Evict

@@ -90,24 +90,33 @@ def keep_ends_and_top(score: Tensor, count: int, first: int, last: int) -> Tenso
     return torch.cat([ends[:first].expand(shape), between, ends[length - last :].expand(shape)], dim=-1)
 
 
-def drop_worst_between(score: Tensor, drop: int, first: Tensor, last: Tensor) -> Tensor:
+def drop_worst_between(score: Tensor, drop: int, first: int | Tensor, last: int | Tensor) -> Tensor:
     """Indices [B, G, N - drop] without the `drop` worst entries between the ends, ascending; ties drop the later.
 
     Args:
         score: [B, G, N].
         drop: how many leave; at least as many lie between the ends.
-        first, last: int64 [B], the entries at each end of a row that stay whatever they score (fillers included).
+        first, last: the entries at each end of a row that stay whatever they score (fillers included); int64 [B]
+            where rows differ.
     """
-    place = torch.arange(score.shape[-1], device=score.device)
+    length = score.shape[-1]
+    place = torch.arange(length, device=score.device)
     if drop == 0:
         return place.expand(score.shape)
-    safe = (place < first[:, None]) | (place >= score.shape[-1] - last[:, None])
-    guarded = score.masked_fill(safe.unsqueeze(1), torch.inf)
+    if isinstance(first, int) and isinstance(last, int):
+        begin, guarded = first, score[..., first : length - last]
+    else:
+        ends = [torch.as_tensor(end, device=score.device).reshape(-1, 1) for end in (first, last)]
+        safe = (place < ends[0]) | (place >= length - ends[1])
+        begin, guarded = 0, score.masked_fill(safe.unsqueeze(1), torch.inf)
     if drop == 1:
-        worst = score.shape[-1] - 1 - guarded.flip(-1).argmin(dim=-1, keepdim=True)
-        kept = place[:-1].expand(*score.shape[:-1], -1)
+        worst = begin + guarded.shape[-1] - 1 - guarded.flip(-1).argmin(dim=-1, keepdim=True)
+        kept = place[:-1]
         return kept + (kept >= worst)
-    return top(guarded, score.shape[-1] - drop)
+    worst = guarded.flip(-1).argsort(dim=-1, stable=True)[..., :drop]
+    gone = torch.zeros_like(score, dtype=torch.bool)
+    gone.scatter_(-1, begin + guarded.shape[-1] - 1 - worst, True)
+    return place.expand_as(score)[~gone].view(*score.shape[:-1], length - drop)
 
 
 def floor_count(total: int, fraction: float) -> int:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tprune.core import score
@@ -122,10 +121,11 @@ class LayerView:
         attention: of the queries that just ran (all of the prompt's, or one) over the entries of the cache.
         key, value: [B, G, T, d], the cache; keys as cached (rotated).
         position: int64 [B, G, T], the place of every entry in its sequence, counted without padding.
-        fillers: int64 [B], how many leading entries of a row are fillers, to be kept and never read.
-        state: tensors that the method carries from call to call for this layer; empty after the prompt. One of
-            shape [B, G, T] holds a number per entry and follows evictions, new entries start at zero; one
-            of shape [B] holds a number per row.
+        fillers: how many leading entries of a row are fillers, to be kept and never read; int64 [B] where rows
+            differ.
+        state: what the method carries from call to call for this layer; empty after the prompt. A tensor [B, G, T]
+            holds a number per entry and follows evictions, new entries start at zero; an int is for all rows,
+            and becomes int64 [B] where the rows of a padded batch differ.
         seeds: int64 [B], for methods that draw at random.
     """
 
@@ -135,8 +135,8 @@ class LayerView:
     key: Tensor
     value: Tensor
     position: Tensor
-    fillers: Tensor
-    state: dict[str, Tensor]
+    fillers: int | Tensor
+    state: dict[str, int | Tensor]
     seeds: Tensor | None = None
 
     @property
@@ -148,10 +148,6 @@ class LayerView:
     def length(self) -> int:
         """T, how many entries."""
         return self.key.shape[2]
-
-    def number(self, value: int) -> Tensor:
-        """`value` for every row, int64 [B]."""
-        return torch.full_like(self.fillers, value)
 
 
 @dataclass(eq=False)

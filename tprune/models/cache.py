@@ -7,6 +7,7 @@ next token stands, and how many entries it holds, which says how wide a mask is.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ class PrunedLayer(DynamicLayer):
         self.seen = 0
         self.valid: Tensor | None = None
         self.arriving: Tensor | None = None
-        self.state: dict[str, Tensor] = {}
+        self.state: dict[str, int | Tensor] = {}
         self.limit: int | None = None
         self.started = self.evicted = False
         self.shift: Tensor | None = None
@@ -91,7 +92,9 @@ class PrunedLayer(DynamicLayer):
             steps = torch.arange(1, later + 1, device=known.device).expand(batch, 1, later)
         else:
             steps = self.valid[:, None, -later:].cumsum(-1)
-        return torch.cat([known, self._last.unsqueeze(-1) + steps], dim=-1)
+        self._places = torch.cat([known, self._last.unsqueeze(-1) + steps], dim=-1)
+        self._last = self._places[..., -1]
+        return self._places
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Append; `arriving` bool [B, q], set before, says which of the new tokens are real (None: all)."""
@@ -110,9 +113,7 @@ class PrunedLayer(DynamicLayer):
             old = self.valid if self.valid is not None else keys.new_ones(batch, held, dtype=torch.bool)
             real = real if real is not None else keys.new_ones(batch, new, dtype=torch.bool)
             self.valid = torch.cat([old, real], dim=1)
-        for name, value in self.state.items():
-            if value.dim() == 3:
-                self.state[name] = torch.nn.functional.pad(value, (0, new))
+        self._each_number(lambda value: torch.nn.functional.pad(value, (0, new)))
 
     def take_back(self, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Undo the last `append`, of `count` entries, and give them back."""
@@ -123,9 +124,12 @@ class PrunedLayer(DynamicLayer):
         return keys, values, real
 
     def _narrow(self, held: int) -> None:
+        if self._places is not None and self._places.shape[-1] > held:
+            self._places = self._places[..., :held]
+            self._last = self._places[..., -1]
         self.keys, self.values = self.keys[:, :, :held], self.values[:, :, :held]
         self.valid = None if self.valid is None else self.valid[:, :held]
-        self.state = {n: v[..., :held] if v.dim() == 3 else v for n, v in self.state.items()}
+        self._each_number(lambda value: value[..., :held])
 
     def evict(self, edit: Evict) -> None:
         """Apply an edit: keys, values, places, validity and the numbers per entry follow it."""
@@ -140,7 +144,7 @@ class PrunedLayer(DynamicLayer):
             self.valid = valid if edit.valid is None else valid & edit.valid
         self.evicted |= edit.index.shape[-1] < self.length
         self.keys, self.values = edit.apply(self.keys), edit.apply(self.values)
-        self.state = {name: edit.apply(v) if v.dim() == 3 else v for name, v in self.state.items()}
+        self._each_number(edit.apply)
 
     def shift_to_compact(self) -> None:
         """Work out by how far each key is turned so that entries stand one behind the other, up to the last."""
@@ -150,10 +154,14 @@ class PrunedLayer(DynamicLayer):
         shift = (self._last.unsqueeze(-1) - behind - places).clamp_min(0)
         self.shift = shift[..., : int((shift > 0).sum(-1).max())]
 
-    def fillers(self) -> Tensor:
-        """int64 [B], how many entries at the start of each row are not real."""
+    def _each_number(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply `change` to what the method carries per entry."""
+        self.state = {name: change(v) if per_entry(v) else v for name, v in self.state.items()}
+
+    def fillers(self) -> int | Tensor:
+        """How many entries at the start of each row are not real, int64 [B]; 0 where all are."""
         if self.valid is None:
-            return torch.zeros(self.keys.shape[0], dtype=torch.int64, device=self.keys.device)
+            return 0
         return self.valid.int().argmax(dim=1)
 
     def visible(self, queries: int) -> Tensor | None:
@@ -193,7 +201,7 @@ class PrunedLayer(DynamicLayer):
         self._narrow(self.length - count)
         self.seen -= count
 
-    def _each_row(self, change) -> None:
+    def _each_row(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply `change` to every tensor with a row per sample."""
         if self.length == 0:
             return
@@ -201,7 +209,7 @@ class PrunedLayer(DynamicLayer):
             value = getattr(self, name)
             if value is not None:
                 setattr(self, name, change(value))
-        self.state = {name: change(value) for name, value in self.state.items()}
+        self.state = {name: change(v) if isinstance(v, Tensor) else v for name, v in self.state.items()}
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows in a new order, for beam search."""
@@ -271,7 +279,14 @@ def prunable_layers(config: object) -> list[int]:
     ]
 
 
-def merge_rows(values: list[Tensor]) -> Tensor:
-    """State of single rows as one: [1, G, K_b] filled on the left and stacked, or [1]."""
-    widest = max(value.shape[-1] for value in values)
-    return torch.cat([fill_left(value, widest) if value.dim() == 3 else value for value in values])
+def per_entry(value: int | Tensor) -> bool:
+    """Whether a state holds a number per entry, [B, G, T]."""
+    return isinstance(value, Tensor) and value.dim() == 3
+
+
+def merge_rows(values: list[int | Tensor]) -> int | Tensor:
+    """State of single rows as one: [1, G, K_b] filled on the left and stacked; an int where all rows agree."""
+    if per_entry(values[0]):
+        widest = max(value.shape[-1] for value in values)
+        return torch.cat([fill_left(value, widest) for value in values])
+    return values[0] if len(set(values)) == 1 else torch.tensor(values)

@@ -19,7 +19,7 @@ from tprune.core.cache import Evict
 from tprune.errors import UserError
 from tprune.methods.base import CacheMethod
 from tprune.methods.views import Attention, LayerView
-from tprune.models.cache import Owner, PrunedLayer, merge_rows, prunable_layers, take_over
+from tprune.models.cache import Owner, PrunedLayer, merge_rows, per_entry, prunable_layers, take_over
 from tprune.models.rope import Rotation
 from tprune.models.taps import AttentionCall, Output, Tap
 
@@ -146,7 +146,7 @@ class Compression:
             view = self._prompt_view(place, layer, call, row, column)
             edit = self.method.start(view, self.count(place, lengths[row]))
             parts.append(edit.index if column is None else column[edit.index[0]])
-            states.append({name: edit.apply(v) if v.dim() == 3 else v for name, v in view.state.items()})
+            states.append({name: edit.apply(v) if per_entry(v) else v for name, v in view.state.items()})
         kept = [part.shape[-1] for part in parts] if layer.valid is not None else [parts[0].shape[-1]] * batch
         if layer.valid is None:
             layer.evict(Evict(parts[0]))
@@ -163,15 +163,15 @@ class Compression:
             layer.shift_to_compact()
 
     def _merge(
-        self, states: list[dict[str, Tensor]], columns: list[Tensor | None], width: int | None
-    ) -> dict[str, Tensor]:
+        self, states: list[dict[str, Any]], columns: list[Tensor | None], width: int | None
+    ) -> dict[str, Any]:
         """The rows' states as the batch's; with `width` nothing left, and numbers go back to their columns."""
         if columns[0] is None:
             return states[0]
         if width is not None:
             states = [
                 {
-                    name: v.new_zeros(*v.shape[:2], width).index_copy(2, column, v) if v.dim() == 3 else v
+                    name: v.new_zeros(*v.shape[:2], width).index_copy(2, column, v) if per_entry(v) else v
                     for name, v in state.items()
                 }
                 for state, column in zip(states, columns, strict=True)
@@ -190,8 +190,7 @@ class Compression:
             keys, values = keys[one, :, column], values[one, :, column]
         attention = Attention(query, keys, values, call.scale, causal=True, softcap=call.softcap)
         position = torch.arange(keys.shape[2], device=keys.device).expand(keys.shape[:3])
-        fillers = torch.zeros(keys.shape[0], dtype=torch.int64, device=keys.device)
-        return LayerView(place, len(self.kinds), attention, keys, values, position, fillers, {}, seeds)
+        return LayerView(place, len(self.kinds), attention, keys, values, position, 0, {}, seeds)
 
     def _step(self, place: int, layer: PrunedLayer, call: AttentionCall, query: Tensor, keys: Tensor) -> None:
         """One token came: let the method choose what leaves for it. Padding changes nothing."""
@@ -216,9 +215,8 @@ class Compression:
             first = torch.arange(count, device=keys.device)
             edit = Evict(torch.where(real, edit.index, first))
             for name, value in before.items():
-                layer.state[name] = torch.where(
-                    real if value.dim() == 3 else real[:, 0, 0], layer.state[name], value
-                )
+                if per_entry(value):
+                    layer.state[name] = torch.where(real, layer.state[name], value)
         layer.evict(edit)
         if self.rotation is not None:
             layer.shift_to_compact()

@@ -38,7 +38,7 @@ class H2O(CacheMethod):
         """The latest entries, and the rest by the attention they received from the whole prompt."""
         received = sum_over_group(layer.attention.column_sums(), layer.groups)  # [B, G, T]
         recent = int(self.recent * count)
-        layer.state["received"], layer.state["recent"] = received, layer.number(recent)
+        layer.state["received"], layer.state["recent"] = received, recent
         return Evict(keep_ends_and_top(received, count, 0, recent))
 
     def step(self, layer: LayerView, count: int) -> CacheEdit:

@@ -28,8 +28,8 @@ class LazyLLM(TokenMethod):
         arxiv="2407.14057",
         checked="port",
         notes="Prefill only: tokens that left are not revived while decoding, so decoding is static progressive "
-        "pruning, not the paper's dynamic one. The paper tunes layers and rates per task; these are a third party's for "
-        "32 layers, and --keep raises all rates to one power.",
+        "pruning, not the paper's dynamic one. The paper tunes layers and rates per task; these are a third party's "
+        "for 32 layers, and --keep raises all rates to one power.",
     )
     native = ("layers", "rates")
 

@@ -44,7 +44,7 @@ class StreamingLLM(CacheMethod):
     def start(self, layer: LayerView, count: int) -> CacheEdit:
         """The sinks and the latest entries."""
         sink = min(self.sink, count)
-        layer.state["first"] = layer.number(sink)
+        layer.state["first"] = sink
         return self._roll(layer, count)
 
     def step(self, layer: LayerView, count: int) -> CacheEdit:
@@ -54,6 +54,6 @@ class StreamingLLM(CacheMethod):
     def _roll(self, layer: LayerView, count: int) -> CacheEdit:
         """All but the entries just behind the sinks."""
         place = torch.arange(count, device=layer.key.device)
-        behind = place >= (layer.fillers + layer.state["first"]).unsqueeze(1)  # [B, count]
-        index = place + (layer.length - count) * behind
-        return Evict(index.unsqueeze(1).expand(-1, layer.groups, -1))
+        first = torch.as_tensor(layer.fillers + layer.state["first"], device=place.device)
+        index = place + (layer.length - count) * (place >= first.reshape(-1, 1, 1))  # [B or 1, 1, count]
+        return Evict(index.expand(*layer.key.shape[:2], count))

@@ -50,7 +50,7 @@ class VATP(CacheMethod):
         received = sum_over_group(layer.attention.column_sums(), layer.groups)  # [B, G, T]
         recent = int(self.recent * count)
         layer.state["received"] = received
-        layer.state["recent"], layer.state["first"] = layer.number(recent), layer.number(self.sink)
+        layer.state["recent"], layer.state["first"] = recent, self.sink
         return Evict(keep_ends_and_top(received * _norm(layer.value), count, self.sink, recent))
 
     def step(self, layer: LayerView, count: int) -> CacheEdit:
