@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, cat
 
 from tprune.core.cache import CacheEdit, Evict
 from tprune.core.score import sum_over_group
@@ -49,15 +49,16 @@ class VATP(CacheMethod):
         """Sinks, the latest entries, and the rest by attention received times value norm."""
         received = sum_over_group(layer.attention.column_sums(), layer.groups)  # [B, G, T]
         recent = int(self.recent * count)
-        layer.state["received"] = received
+        layer.state["received"], layer.state["norm"] = received, _norm(layer.value)
         layer.state["recent"], layer.state["first"] = recent, self.sink
-        return Evict(keep_ends_and_top(received * _norm(layer.value), count, self.sink, recent))
+        return Evict(keep_ends_and_top(received * layer.state["norm"], count, self.sink, recent))
 
     def step(self, layer: LayerView, count: int) -> CacheEdit:
         """Add the new query's attention; the entry of least worth between sinks and recent ones goes."""
         paid = sum_over_group(layer.attention.rows(), layer.groups).squeeze(2)  # [B, G, T]
         layer.state["received"] = layer.state["received"] + paid
-        worth = layer.state["received"] * _norm(layer.value)
+        layer.state["norm"] = cat([layer.state["norm"][..., :-1], _norm(layer.value[:, :, -1:])], dim=-1)
+        worth = layer.state["received"] * layer.state["norm"]
         first = layer.fillers + layer.state["first"]
         return Evict(drop_worst_between(worth, layer.length - count, first, layer.state["recent"]))
 
