@@ -1,14 +1,15 @@
 """`digits-llava`: a stock `LlavaForConditionalGeneration` that answers questions about scenes of several digits.
 
 A five-layer CLIP tower with a CLS token (features from the last layer but one, as in LLaVA), the usual two-layer
-projector, and a thin Llama decoder of twelve layers with two query heads to each KV head. Training goes in three
+projector, and a thin Llama decoder of twelve layers with two query heads to each KV head. Training goes in four
 legs:
 
 1. the tower learns to name: each projected visual token should point at the embeddings of the digit it belongs to
    (or `nothing`) and of its place, the token at a digit's centre also at `digits`; CLS says which digits are there;
 2. a third of the decoder joins while the tower rests, the other layers being exact identities (their output
    projections start at zero);
-3. all twelve layers and the tower.
+3. two more layers join;
+4. all twelve layers, and the tower again.
 
 The decoder sees several questions behind each image at once. A block mask lets a question see the image and itself
 only, and positions start again behind the image, so every question is answered exactly as if it stood alone.
@@ -44,7 +45,11 @@ PATCH = 8
 SIDE = scenes.SIZE // PATCH
 WIDTH = 96
 LAYERS = 12
-FIRST_LAYERS = (2, 5, 8, 11)
+DECODER_LAYERS = {
+    "four layers": (2, 5, 8, 11),
+    "six layers": (1, 2, 4, 5, 8, 11),
+    "twelve layers": range(LAYERS),
+}
 MEAN, STD = 0.25, 0.2
 FEATURE_LAYER = -2
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>", "<image>")
@@ -72,7 +77,8 @@ class DigitsLlava(Learner):
     stages = (
         Stage("tower", 1200, 16, 1.5e-3),
         Stage("four layers", 1500, 8, 1.5e-3),
-        Stage("twelve layers", 1200, 16, 1e-3),
+        Stage("six layers", 700, 8, 1e-3),
+        Stage("twelve layers", 350, 8, 4e-4),
     )
 
     def __init__(self):
@@ -87,6 +93,7 @@ class DigitsLlava(Learner):
             for layer in inner.vision_tower.encoder.layers:
                 look_near(layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight)
             for layer in inner.language_model.layers:
+                look_alike(layer.self_attn)
                 layer.self_attn.o_proj.weight.zero_()
                 layer.mlp.down_proj.weight.zero_()
 
@@ -96,14 +103,14 @@ class DigitsLlava(Learner):
         pixels, digit, place, centre, present, tokens, targets = (
             torch.from_numpy(np.stack(column)) for column in zip(*examples, strict=True)
         )
-        with torch.set_grad_enabled(stage != "four layers"):
+        with torch.set_grad_enabled(stage in ("tower", "twelve layers")):
             features, cls = self.tower_features(normalised(pixels))
         visual = self.model.model.multi_modal_projector(features)  # [B, 144, D]
         presence = F.binary_cross_entropy_with_logits(self.presence_head(cls), present)
         naming = presence + self._naming_loss(visual, digit, place, centre)
         if stage == "tower":
             return naming
-        chosen = FIRST_LAYERS if stage == "four layers" else range(LAYERS)
+        chosen = DECODER_LAYERS[stage]
         with only_blocks(self.model.model.language_model, "layers", chosen):
             hidden = self.packed_hidden(visual, tokens)
         asked = targets != IGNORED
@@ -165,6 +172,18 @@ class DigitsLlava(Learner):
         """Write model and processor as `from_pretrained` reads them."""
         self.model.save_pretrained(folder)
         _processor().save_pretrained(folder)
+
+
+def look_alike(attention: nn.Module) -> None:
+    """Start a decoder layer's queries and keys as one random projection: a word looks at tokens that point to it.
+
+    Only the slower half of the rotary frequencies takes part, as the faster half would blur likeness with distance.
+    """
+    width, heads = attention.head_dim, attention.k_proj.out_features // attention.head_dim
+    key = torch.randn(heads, 2, width // 2, WIDTH) * 1.7 * WIDTH**-0.5
+    key[:, :, : width // 4] *= 0.2
+    attention.k_proj.weight.copy_(key.reshape(-1, WIDTH))
+    attention.q_proj.weight.copy_(key.repeat_interleave(attention.num_key_value_groups, 0).reshape(-1, WIDTH))
 
 
 def normalised(pixels: Tensor) -> Tensor:
@@ -266,11 +285,11 @@ def _example(index: int, seed: int) -> tuple[np.ndarray, ...]:
     tokens = np.full((QUESTIONS, SLOT), ID["<pad>"])
     targets = np.full((QUESTIONS, SLOT), IGNORED)
     asked = scenes.questions_about(layout, np.random.default_rng((seed, 3, index)))
-    chosen = asked["count"] + asked["where"][:3] + asked["what"]
+    chosen = asked["count"] + asked["where"][:5] + asked["what"]
     for slot, (prompt, answer) in enumerate(chosen[:QUESTIONS]):
         words = [ID[word] for word in prompt.split()] + [ID[answer]]
         tokens[slot, : len(words)] = words
-        targets[slot, len(words) - 2 : len(words)] = ID[answer], ID["<eos>"]
+        targets[slot, len(words) - 3 : len(words)] = ID[answer], ID[answer], ID["<eos>"]
     return (
         layout.pixels,
         digit.flatten(),

@@ -47,7 +47,8 @@ class DigitsVit(Learner):
     stages = (
         Stage("mosaics", 900, 16, 1.5e-3),
         Stage("four blocks", 600, 16, 1e-3),
-        Stage("twelve blocks", 2500, 16, 1e-3),
+        Stage("twelve blocks", 2500, 16, 5e-4),
+        Stage("twelve blocks again", 1300, 16, 3e-4),
     )
 
     def __init__(self):
@@ -66,7 +67,7 @@ class DigitsVit(Learner):
         """Cross-entropy of every patch's name and, after the first leg, of the scene's class."""
         make = _mosaic if stage == "mosaics" else _example
         pixels, labels, names = zip(*(make(i, seed) for i in indices), strict=True)
-        chosen = range(MODEL_ARGS["depth"]) if stage == "twelve blocks" else FIRST_BLOCKS
+        chosen = range(MODEL_ARGS["depth"]) if stage.startswith("twelve") else FIRST_BLOCKS
         with only_blocks(self.model, "blocks", chosen):
             tokens = self.model.forward_features(normalised(np.stack(pixels)))  # [B, 1 + 144, D]
         patch_logits = self.patch_head(tokens[:, 1:]).flatten(0, 1)

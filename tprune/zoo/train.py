@@ -116,6 +116,7 @@ def ship(name: str, learner: Learner, out: Path, seed: int, evaluate_on: int) ->
     learner.save(beside)
     (beside / "zoo.json").write_text(json.dumps(facts, indent=2) + "\n")
     beside.chmod(0o755)
+    (beside / "model.safetensors").chmod(0o644)
     if out.exists():
         shutil.rmtree(out)
     os.rename(beside, out)
