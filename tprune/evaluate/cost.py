@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,9 @@ class PeakMemory:
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
         else:
-            try:
-                # Linux: 5 resets the high-water mark of the resident set.
+            # Linux: 5 resets the high-water mark of the resident set.
+            with suppress(OSError):
                 Path("/proc/self/clear_refs").write_text("5")
-            except OSError:
-                pass
         return self
 
     def __exit__(self, *exception: object) -> None:

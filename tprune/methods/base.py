@@ -8,6 +8,7 @@ reaches into a model. This module imports no torch, so that methods can be liste
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -96,21 +97,24 @@ class Method:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
+BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
 def _typed(name: str, value: Any, hint: Any, limits: typing.Mapping[str, Any]) -> Any:
     """`value` as the type of the annotation `hint`, within `limits`, or a UserError that says what it may be."""
     try:
         value = _convert(value, hint)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, KeyError):
         shown = getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint)
         raise UserError(f"--set {name}={value}: expected {shown}") from None
     choices, low, high = limits.get("choices"), limits.get("low"), limits.get("high")
     if choices is not None and value not in choices:
         raise UserError(f"--set {name}={value}: expected one of {', '.join(map(str, choices))}")
+    low, high = (-math.inf if low is None else low), (math.inf if high is None else high)
     for number in value if isinstance(value, tuple) else (value,):
-        if isinstance(number, int | float) and not isinstance(number, bool):
-            if number != number or (low is not None and number < low) or (high is not None and number > high):
-                bounds = f"{'-inf' if low is None else low} to {'inf' if high is None else high}"
-                raise UserError(f"--set {name}={value}: expected {bounds}")
+        is_number = isinstance(number, int | float) and not isinstance(number, bool)
+        if is_number and not low <= number <= high:
+            raise UserError(f"--set {name}={value}: expected {low} to {high}")
     return value
 
 
@@ -131,14 +135,7 @@ def _convert(value: Any, hint: Any) -> Any:
         )
         return tuple(_convert(item, arguments[0]) for item in items)
     if hint is bool:
-        words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-        return (
-            value
-            if isinstance(value, bool)
-            else words[str(value).lower()]
-            if str(value).lower() in words
-            else int("x")
-        )
+        return value if isinstance(value, bool) else BOOLEANS[str(value).lower()]
     if hint is int and (isinstance(value, bool) or (isinstance(value, float) and value != int(value))):
         raise ValueError
     return hint(value)

@@ -90,7 +90,6 @@ class Pipeline(ABC):
     """The driver of one family, for one stage of a recipe."""
 
     family: ClassVar[str]
-    default_model: ClassVar[str]
     default_limit: ClassVar[int]
 
     def __init__(self, recipe: Recipe, stage: Stage, method: Method, progress: Progress):

@@ -95,7 +95,6 @@ class ContextPipeline(Pipeline):
     """Load, measure and prune what a language model remembers of its context."""
 
     family = "llm-context"
-    default_model = "smollm2-135m"
     default_limit = 2
 
     def load(self) -> Subject:

@@ -42,7 +42,6 @@ class LlmWeights(Pipeline):
     """Load, calibrate, prune and measure a decoder."""
 
     family = "llm-weights"
-    default_model = "smollm2-135m"
     default_limit = 16
 
     @property

@@ -34,6 +34,7 @@ class Flap(WeightMethod):
         "threshold stays (rule=strict drops it, as the code does). Under grouped queries a unit is a whole key-value "
         "group. Every block keeps at least one unit of each kind; biases are added, not replaced.",
     )
+    kind = "calibrated"
     scope = "model"
     stats = ("moments", "norm")
     units = ("heads", "channels")

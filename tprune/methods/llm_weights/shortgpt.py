@@ -31,6 +31,7 @@ class ShortGPT(WeightMethod):
         notes="No official code; checked against github.com/sramshetty/ShortGPT. metric=angular is the contiguous "
         "run of Gromov et al. (arXiv 2403.17887).",
     )
+    kind = "calibrated"
     scope = "model"
     stats = ("similarity",)
     propagate = "dense"

@@ -33,6 +33,7 @@ class SparseGPT(WeightMethod):
         notes="Counts are exact and weights on inputs that were always zero go first; rule=inclusive removes one "
         "weight more per block and all of those, as the authors' code does. A failed Cholesky raises the damping.",
     )
+    kind = "calibrated"
     stats = ("gram",)
 
     block: int = param(128, "Columns whose weights are chosen together", low=1)

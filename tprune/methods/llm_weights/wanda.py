@@ -28,6 +28,7 @@ class Wanda(WeightMethod):
         code="github.com/locuslab/wanda",
         checked="code",
     )
+    kind = "calibrated"
     stats = ("norm",)
 
     group: str = param(
