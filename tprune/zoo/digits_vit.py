@@ -48,7 +48,7 @@ class DigitsVit(Learner):
         Stage("mosaics", 900, 16, 1.5e-3),
         Stage("four blocks", 600, 16, 1e-3),
         Stage("twelve blocks", 2500, 16, 5e-4),
-        Stage("twelve blocks again", 1300, 16, 3e-4),
+        Stage("twelve blocks again", 1000, 16, 3e-4),
     )
 
     def __init__(self):
