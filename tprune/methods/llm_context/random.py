@@ -27,6 +27,8 @@ class Random(CacheMethod):
         checked="paper",
         notes="Draws in float32 on the CPU, so that every device and precision keeps the same entries.",
     )
+    kind = "baseline"
+
     sink: int = param(0, "first tokens that always stay", low=0)
     recent: int = param(0, "latest tokens of the prompt that always stay", low=0)
     share_heads: bool = param(False, "keep the same tokens in all heads and layers")

@@ -30,9 +30,9 @@ class VATP(CacheMethod):
         arxiv="2406.12335",
         code="guozhiyu/vatp",
         checked="code",
-        notes="The variant over H2O. Entries are really evicted, where the authors' simulation masks them and hides "
-        "each token for one step as it leaves the recent window. Under grouped-query attention a group's "
-        "attention is added up before it meets the value's norm.",
+        notes="The variant over H2O. Entries are really evicted, where the authors' simulation masks them; the budget "
+        "is one number split by `recent`. Under grouped-query attention a group's attention is added up before it "
+        "meets the value's norm.",
     )
     sink: int = param(20, "first tokens that always stay, within the budget", low=0)
     recent: float = param(0.5, "part of the budget for the latest entries", low=0, high=1)
