@@ -80,7 +80,7 @@ def classification_scene(split: str, index: int, seed: int = 0) -> tuple[np.ndar
     rng = np.random.default_rng((seed, SPLITS.index(_checked(split)), 0, index))
     images, labels = digit_images(split)
     canvas = np.zeros((SIZE, SIZE), np.float32)
-    side = rng.uniform(34, 48)
+    side = rng.uniform(38, 50)
     centre = rng.uniform(side * 0.42, SIZE - side * 0.42, 2)
     for _ in range(rng.integers(8, 15)):
         _draw_fragment(canvas, images, rng)

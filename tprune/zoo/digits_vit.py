@@ -1,12 +1,13 @@
 """`digits-vit`: a stock timm `VisionTransformer` that reads the one large digit in a cluttered 96x96 scene.
 
 Every patch is asked which digit it belongs to, or none: this teaches the patches what a stroke is part of, long
-before CLS could. Training goes in three legs:
+before CLS could. Training goes in four legs:
 
 1. a third of the blocks, the others being exact identities (their output projections start at zero), learns to name
    the patches of mosaics of four digits;
 2. the same blocks learn the scenes themselves, CLS the class and the patches their names;
-3. all twelve blocks.
+3. all twelve blocks;
+4. again, from a lower learning rate.
 """
 
 import json
@@ -48,7 +49,7 @@ class DigitsVit(Learner):
         Stage("mosaics", 900, 16, 1.5e-3),
         Stage("four blocks", 600, 16, 1e-3),
         Stage("twelve blocks", 2500, 16, 5e-4),
-        Stage("twelve blocks again", 1000, 16, 3e-4),
+        Stage("twelve blocks again", 1100, 16, 3e-4),
     )
 
     def __init__(self):
