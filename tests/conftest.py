@@ -76,3 +76,23 @@ def vit_folder(tmp_path_factory):
         )
     save.model(Subject(model, None, Source("tiny-vit", "folder", str(folder), "timm")), folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """A text for a tiny tokenizer."""
+    import json
+
+    from tests.llm_weights import tiny
+
+    file = tmp_path_factory.mktemp("text") / "text.json"
+    file.write_text(json.dumps(tiny.TEXT.split("\n\n")))
+    return file
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A tiny Llama with its tokenizer on disk."""
+    from tests.llm_weights import tiny
+
+    return tiny.save(tmp_path_factory.mktemp("models") / "llama")
