@@ -160,14 +160,6 @@ def cosine_normalise(x: Tensor, eps: float = 1e-6) -> Tensor:
     return x / x.norm(dim=-1, keepdim=True).clamp_min(eps)
 
 
-def absolute_sums(x: Tensor) -> Tensor:
-    """The L1 norm of every token over all heads together, float32 [B, N], of `x` [B, G, N, d].
-
-    Head by head, so that what lies between stays in the processor's cache.
-    """
-    return sum(head.abs().sum(-1, dtype=torch.float32) for head in x.unbind(1))
-
-
 def page_rank(attention: Tensor, start: Tensor, steps: int, present: Tensor | None = None) -> Tensor:
     """Weighted page rank: `steps` times, every token hands its worth to the tokens it attends to.
 

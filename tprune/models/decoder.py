@@ -250,7 +250,7 @@ class DecoderDriver:
             attention=run.attention,
             seeds=run.seeds,
             real=here(run.real, position, valid),
-            signals={"final_norm": lambda: in_pieces(self.norm, hidden)},
+            signals={"final_norm": lambda: self.norm(hidden)},
         )
         reduction = self.method.reduce(site, view, count, run.memory)
         run.attention = None
@@ -272,11 +272,6 @@ def attention_of(layer: nn.Module) -> nn.Module:
         if module is not layer and hasattr(module, "config") and type(module).__name__.endswith("Attention"):
             return module
     raise UserError(f"{type(layer).__name__} has no attention that can be watched")
-
-
-def in_pieces(norm: nn.Module, hidden: Tensor) -> Tensor:
-    """A norm over `hidden` [B, N, D], a few tokens at a time, so that what lies between stays in the cache."""
-    return torch.cat([norm(piece) for piece in hidden.split(64, dim=1)], dim=1)
 
 
 def check_cache(cache: Any) -> None:

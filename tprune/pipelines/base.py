@@ -136,3 +136,24 @@ class Pipeline(ABC):
     @abstractmethod
     def describe_data(self) -> dict[str, Any]:
         """The protocol of the evaluation: data, split, samples, hash."""
+
+    def beside_dense(self, subject: Subject, call: Callable[[], Any], rounds: int) -> dict[str, Any]:
+        """FLOPs of `call` on the dense and on the pruned model, and seconds of both, taken in turn."""
+        from tprune.evaluate.cost import flops, interleaved
+
+        handle: Handle | None = None
+
+        def dense() -> Any:
+            if handle is not None:
+                handle.remove()
+            return call()
+
+        def pruned() -> Any:
+            nonlocal handle
+            handle = self.apply(subject, None)
+            return call()
+
+        counted = {"dense": flops(dense), "pruned": flops(pruned)}
+        times = interleaved({"dense": dense, "pruned": pruned}, subject.device, rounds)
+        handle.remove()
+        return {"times": times, "flops": counted}

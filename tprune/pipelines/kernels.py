@@ -11,7 +11,6 @@ from tprune.core.budget import PROJECTOR
 from tprune.core.reduction import Reduction
 from tprune.methods.base import Shape, TokenMethod
 from tprune.methods.views import Attention, TokenView
-from tprune.models.decoder import in_pieces
 
 IMAGE, WIDTH, HEADS, BEFORE, BEHIND, KEPT = 576, 4096, 32, 35, 41, 64
 PATCH_WIDTH, PATCH_HEADS = 1024, 16
@@ -58,5 +57,5 @@ def _prompt(device: torch.device | str) -> TokenView:
         real=torch.ones_like(prunable),
         attention=Attention(heads, heads, heads, heads.shape[-1] ** -0.5, causal=True),
         seeds=torch.zeros(1, dtype=torch.int64),
-        signals={"final_norm": lambda: in_pieces(norm, hidden)},
+        signals={"final_norm": lambda: norm(hidden)},
     )

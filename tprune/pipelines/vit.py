@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from tprune.core.budget import mean_leaving
 from tprune.data import images
 from tprune.errors import UserError
-from tprune.evaluate.cost import flops, interleaved
 from tprune.models import load as loaders
 from tprune.models import vit as adapter
 from tprune.models.subject import Subject
@@ -149,22 +148,8 @@ class VitPipeline(Pipeline):
     def bench(self, subject: Subject, rounds: int) -> dict[str, Any]:
         """Dense and pruned batches in turn: speed-up measured, by FLOPs, and their ratio."""
         batch = self.noise(subject, self.recipe.batch_size)
-        handle: VitHandle | None = None
-
-        def dense() -> Tensor:
-            if handle is not None:
-                handle.driver.remove()
-            return self.outputs(subject, batch)
-
-        def pruned() -> Tensor:
-            nonlocal handle
-            handle = self.apply(subject, None)
-            return self.outputs(subject, batch)
-
-        counted = {"dense": flops(dense), "pruned": flops(pruned)}
-        times = interleaved({"dense": dense, "pruned": pruned}, subject.device, rounds)
-        dense()
-        return {"times": times, "flops": counted, "items": len(batch), "unit": "images"}
+        found = self.beside_dense(subject, lambda: self.outputs(subject, batch), rounds)
+        return found | {"items": len(batch), "unit": "images"}
 
 
 def classes(model: nn.Module) -> int:

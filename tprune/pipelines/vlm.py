@@ -15,7 +15,7 @@ from torch import Tensor
 from tprune.core.budget import PROJECTOR, Stage, counts_entering
 from tprune.data import questions
 from tprune.errors import UserError
-from tprune.evaluate.cost import flops, interleaved, timed
+from tprune.evaluate.cost import timed
 from tprune.methods.base import Shape
 from tprune.models import load as loaders
 from tprune.models import vlm as adapter
@@ -216,26 +216,14 @@ class VlmPipeline(Pipeline):
     def bench(self, subject: Subject, rounds: int) -> dict[str, Any]:
         """Dense and pruned prefill in turn, and the method's selection of 64 among 576 tokens of width 4,096."""
         inputs = self.noise(subject, self.recipe.batch_size)
-        handle: VlmHandle | None = None
-
-        def dense() -> Tensor:
-            if handle is not None:
-                handle.remove()
-            return self.prefill(subject, inputs)
-
-        def pruned() -> Tensor:
-            nonlocal handle
-            handle = self.apply(subject, None)
-            return self.prefill(subject, inputs)
-
-        counted = {"dense": flops(dense), "pruned": flops(pruned)}
-        times = interleaved({"dense": dense, "pruned": pruned}, subject.device, rounds)
-        dense()
+        found = self.beside_dense(subject, lambda: self.prefill(subject, inputs), rounds)
         select = selection(self.method, subject.device)
         with torch.no_grad():
             select()
-            times["select 64 of 576"] = [timed(select, subject.device) for _ in range(max(rounds, 15))]
-        return {"times": times, "flops": counted, "items": self.recipe.batch_size, "unit": "prompts"}
+            found["times"]["select 64 of 576"] = [
+                timed(select, subject.device) for _ in range(max(rounds, 15))
+            ]
+        return found | {"items": self.recipe.batch_size, "unit": "prompts"}
 
 
 def plain(text: str) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tprune.core import match, score, select
+from tprune.core import match, select
 from tprune.core.budget import Site, Stage, scale_layer
 from tprune.core.reduction import Reduction
 from tprune.methods.base import Paper, TokenMethod, param
@@ -51,7 +51,7 @@ class DART(TokenMethod):
 
     def reduce(self, site, view, count, memory):
         """Pivots by the L1 norm of their keys; each takes its share of the tokens least similar to it."""
-        norm = score.absolute_sums(view.attention.key)  # [B, N]
+        norm = view.attention.key.abs().sum((1, 3), dtype=torch.float32)  # [B, N]
         pivots, weight = self.pivots(norm, view, count)
         image = torch.zeros_like(view.prunable).scatter(1, pivots, weight > 0) & view.prunable
         total = torch.as_tensor(count, device=norm.device).expand(len(norm))
