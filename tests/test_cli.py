@@ -275,7 +275,7 @@ def test_an_unreachable_hub_is_said_in_one_line():
 
 
 def test_bench_prints_the_ratio_of_measured_to_theoretical_speedup(vit_folder, monkeypatch):
-    from tprune.commands.bench import THREADING
+    from tprune.cli import THREADING
 
     for name, value in THREADING.items():
         monkeypatch.setenv(name, value)

@@ -75,3 +75,11 @@ def test_a_method_of_another_package_joins_by_its_entry_point(tmp_path, monkeypa
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [entry])
     assert registry.find("theirs").module == "their_method"
     assert registry.build("theirs", settings={"r": 3}).id == "theirs"
+
+
+def test_the_changelog_tells_what_every_method_is_checked_against():
+    from pathlib import Path
+
+    text = (Path(__file__).parents[1] / "CHANGELOG.md").read_text()
+    for fact in FACTS:
+        assert f"| `{fact.family}/{fact.id}` |" in text

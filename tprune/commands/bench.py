@@ -3,16 +3,13 @@
 import json
 import os
 import statistics
-import sys
 from typing import Any
 
 import click
 
+from tprune.cli import THREADING
 from tprune.commands.common import FAMILY_DEFAULTS, model_options, parse_settings
 from tprune.recipe import ModelSource, Recipe, Stage
-
-THREADING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
-"""On small busy machines OpenMP threads that spin against each other lose more than half their speed."""
 
 
 @click.command("bench")
@@ -39,10 +36,6 @@ def command(
     **options: Any,
 ) -> None:
     """Time FAMILY's methods on MODEL beside the dense model, and print medians and ratios."""
-    if any(os.environ.get(name) != value for name, value in THREADING.items()):
-        # OpenMP reads these when it is loaded, so they must be there before torch is.
-        os.environ |= THREADING
-        os.execv(sys.executable, [sys.executable, "-m", "tprune.cli", *sys.argv[1:]])
     source = ModelSource(
         model or FAMILY_DEFAULTS[family],
         options.pop("revision"),
@@ -83,7 +76,7 @@ def measure(recipe: Recipe, rounds: int) -> dict[str, Any]:
         "batch_size": recipe.batch_size,
         "dtype": recipe.dtype,
         "device": recipe.device if recipe.device == "cpu" else torch.cuda.get_device_name(recipe.device),
-        "threading": THREADING,
+        "threading": {name: os.environ.get(name) for name in THREADING},
         "software": versions(),
     }
 

@@ -57,7 +57,9 @@ def ratio(name: str, dense: Any, pruned: Any) -> str:
     """How much faster or smaller, where that means something."""
     if name not in FORMATS or name in ("accuracy", "agreement") or not dense or not pruned:
         return ""
-    return f"{dense / pruned:.2f}x less" if name in LOWER_IS_FASTER else f"x {pruned / dense:.2f}"
+    if name not in LOWER_IS_FASTER:
+        return f"x {pruned / dense:.2f}"
+    return f"{dense / pruned:.2f}x less" if dense >= pruned else f"{pruned / dense:.2f}x more"
 
 
 def new_table(console: Console, title: str | None, *columns: str) -> Table:
@@ -87,12 +89,12 @@ def print_report(report: dict[str, Any]) -> None:
     table = new_table(console, None, "", "dense", "pruned", "")
     dense, pruned = flat(report["dense"]), flat(report["pruned"])
     for name, value in dense.items():
-        label = FORMATS[name][0] if name in FORMATS else name
+        label = FORMATS[name][0] if name in FORMATS else name.replace("_", " ")
         other = pruned.get(name)
         table.add_row(
             label,
-            FORMATS["accuracy"][1](value) if name.startswith("accuracy /") else shown(name, value),
-            FORMATS["accuracy"][1](other) if name.startswith("accuracy /") else shown(name, other),
+            FORMATS["accuracy"][1](value) if name.startswith("accuracy_by_kind /") else shown(name, value),
+            FORMATS["accuracy"][1](other) if name.startswith("accuracy_by_kind /") else shown(name, other),
             ratio(name, value, other),
         )
     console.print(table)

@@ -63,8 +63,10 @@ class VitPipeline(Pipeline):
         )
 
     def prepare(self, subject: Subject) -> None:
-        """Read the images; labels count only where the model has as many classes."""
-        self.method.check(adapter.anatomy(subject.model).shape)
+        """Read the images; refuse a method or a budget that does not fit before anything is measured."""
+        shape = adapter.anatomy(subject.model).shape
+        self.method.check(shape)
+        solve(self.method, shape, self.stage.keep)
         self.images = images.read(self.recipe.data, self.recipe.limit or self.default_limit)
         self.classes = classes(subject.model)
         labels = self.images.labels

@@ -99,8 +99,10 @@ class VlmPipeline(Pipeline):
         self.questions = questions.read(self.recipe.data, self.recipe.limit or self.default_limit)
 
     def fit(self, parts: adapter.Anatomy) -> None:
-        """Raise UserError where the model lacks what the method reads."""
-        self.method.check(self.shape(parts, parts.tokens or NOMINAL_TOKENS))
+        """Raise UserError where the model lacks what the method reads, or the budget is out of reach."""
+        tokens = parts.tokens or NOMINAL_TOKENS
+        self.method.check(self.shape(parts, tokens))
+        self.stages(parts, tokens)
 
     def shape(self, parts: adapter.Anatomy, tokens: int) -> Shape:
         """What the method may know of a prompt, or an image, with so many image tokens."""
