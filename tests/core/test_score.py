@@ -11,7 +11,7 @@ def drawn(seed, *shape):
 
 def full_attention(query, key, scale, causal, bias=None):
     """Softmaxed attention the plain way."""
-    logits = query @ score.repeat_groups(key, query.shape[1]).transpose(-1, -2) * scale
+    logits = query @ key.repeat_interleave(query.shape[1] // key.shape[1], dim=1).transpose(-1, -2) * scale
     if bias is not None:
         logits = logits + bias
     if causal:

@@ -7,14 +7,6 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def repeat_groups(x: Tensor, heads: int) -> Tensor:
-    """Grouped keys or values [B, G, N, d] for every query head [B, heads, N, d] (a view where G = heads)."""
-    groups = x.shape[1]
-    if groups == heads:
-        return x
-    return x.unsqueeze(2).expand(-1, -1, heads // groups, -1, -1).flatten(1, 2)
-
-
 def mean_over_group(x: Tensor, groups: int) -> Tensor:
     """Scores per query head [B, H, ...] averaged over the H/groups heads that share a key-value head."""
     return x if x.shape[1] == groups else x.unflatten(1, (groups, -1)).mean(2)

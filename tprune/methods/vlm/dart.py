@@ -26,9 +26,10 @@ class DART(TokenMethod):
         arxiv="2502.11494",
         code="ZichenWen1/DART",
         checked="code",
-        notes="Pivots choose in the order of their norm, image before text; the authors iterate a set, in an order "
-        "that means nothing. --keep is met exactly: what the pivots' equal shares leave over goes to the first "
-        "of them. K is a layer of 32 and scales with the depth.",
+        notes="Pivots choose in the order of their norm, image before text. The authors iterate a set, in hash order: "
+        "the golden values are of their function with that order replaced, and 6 of 8 cases differ with it. "
+        "--keep is met exactly: what the pivots' equal shares leave over goes to the first of them. K is a layer "
+        "of 32 and scales with the depth.",
     )
     native = ("reduction",)
 
