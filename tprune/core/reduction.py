@@ -37,6 +37,7 @@ class Reduction:
         own: [B, K], the weight of a slot's own token (None: 1).
         dense: [B, K, N], the matrix of a mix.
         valid: bool [B, K], False where a row keeps fewer tokens than K and the slot is padding (None: all real).
+        resized: float [B, K], the sizes of the slots afterwards, where a method counts its own way (None: sums).
     """
 
     index: Tensor
@@ -47,6 +48,7 @@ class Reduction:
     own: Tensor | None = None
     dense: Tensor | None = None
     valid: Tensor | None = None
+    resized: Tensor | None = None
 
     @classmethod
     def keep(cls, index: Tensor, length: int, valid: Tensor | None = None) -> Reduction:
@@ -126,6 +128,8 @@ class Reduction:
         A token that flows counts whole, whatever its weight. None means all ones, and stays None where
         nothing merges.
         """
+        if self.resized is not None:
+            return self.resized
         if self.drops_only:
             return None if size is None else size.gather(1, self.index)
         if size is None:
