@@ -22,7 +22,7 @@ def test_the_facts_read_from_source_are_those_of_the_class(fact):
         assert fields[parameter.name].metadata["help"] == parameter.help
         assert getattr(kind(), parameter.name) == parameter.default
     assert fact.summary
-    assert fact.paper.checked in ("code", "port", "paper")
+    assert fact.paper.checked in ("code", "port", "paper", "abstract")
 
 
 @pytest.mark.parametrize("fact", FACTS, ids=lambda fact: f"{fact.family}/{fact.id}")
@@ -44,7 +44,7 @@ def test_an_id_of_several_families_must_say_which():
 
 
 def test_an_unknown_method_or_family_names_the_known():
-    with pytest.raises(UserError, match="there are: evit, random, tome, zero-tprune"):
+    with pytest.raises(UserError, match="there are: .*evit, .*random, .*tome, .*zero-tprune"):
         registry.find("nonsense", "vit")
     with pytest.raises(UserError, match="no family 'cnn'"):
         registry.facts("cnn")

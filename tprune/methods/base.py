@@ -35,8 +35,8 @@ class Paper:
         title, venue, year: of the paper; a baseline without one says what it is.
         arxiv: identifier without prefix, or None.
         code: the authors' repository, or None where none is public.
-        checked: "code" (golden values from the authors' code), "port" (from a public re-implementation)
-            or "paper" (from the formulas alone).
+        checked: "code" (golden values from the authors' code), "port" (from a public re-implementation),
+            "paper" (from the formulas alone) or "abstract" (a reconstruction of what the abstract commits to).
         notes: where this implementation differs, in one or two sentences.
     """
 
