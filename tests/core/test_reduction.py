@@ -21,7 +21,11 @@ def reductions(draw):
         return Reduction.keep(index, length), seed
     into = torch.randint(kept, rest.shape, generator=generator)
     if draw(st.booleans()):
-        return Reduction.average(index, length, rest, into), seed
+        weight = torch.rand(batch, kept, length - kept, generator=generator)
+        return Reduction.spread(index, length, rest, weight * (weight > 0.5)), seed
+    if draw(st.booleans()):
+        nowhere = torch.rand(rest.shape, generator=generator) < 0.3
+        return Reduction.average(index, length, rest, into.masked_fill(nowhere, -1)), seed
     return Reduction.merge(index, length, rest, into, torch.rand(rest.shape, generator=generator)), seed
 
 
@@ -45,8 +49,11 @@ def test_owner_says_where_every_token_went(case):
 @given(reductions())
 def test_sizes_count_every_token_that_is_not_dropped(case):
     reduction, _ = case
-    size = reduction.size(torch.ones(reduction.index.shape[0], reduction.length))
-    assert torch.equal(size.sum(1), (reduction.owner() >= 0).sum(1).float())
+    ones = torch.ones(reduction.index.shape[0], reduction.length)
+    if reduction.resized is not None:
+        assert torch.allclose(reduction.size(ones), reduction.matrix().sum(2), atol=1e-5)
+        return
+    assert torch.equal(reduction.size(ones).sum(1), (reduction.owner() >= 0).sum(1).float())
 
 
 @given(reductions(), st.integers(0, 99))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,19 +23,22 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
 class Reduction:
     """A linear map over tokens, `out[b, j] = Σ_i M[b, j, i] · x[b, i]`.
 
-    Slot j of the output is token `index[b, j]`, plus whatever flows into it. Three forms, cheapest first:
+    Slot j of the output is token `index[b, j]`, plus whatever flows into it. Four forms, cheapest first:
 
     - `keep`: a pure drop; nothing flows, `source` is None;
     - `merge`: the tokens `source[b, r]` flow into the slots `into[b, r]`, and slot j becomes
       `own[b, j] · x[index[b, j]] + Σ_r weight[b, r] · x[source[b, r]]`;
+    - `spread`: every token of `source` flows into many slots, and slot j becomes
+      `x[index[b, j]] + Σ_r dense[b, j, r] · x[source[b, r]]`;
     - `mix`: any matrix; `index` then names the token that stands for each slot (its position, its picture).
 
     Attributes:
         index: int64 [B, K], the original token of each slot, in the order the method wants the sequence in.
         length: N, how many tokens go in.
-        source, into, weight: [B, R], the tokens that flow, the slots they flow to, and with which weight.
+        source, into, weight: [B, R], the tokens that flow, the slots they flow to (-1: nowhere, the token is
+            dropped, its weight is 0), and with which weight.
         own: [B, K], the weight of a slot's own token (None: 1).
-        dense: [B, K, N], the matrix of a mix.
+        dense: [B, K, N], the matrix of a mix; [B, K, R] of a spread.
         valid: bool [B, K], False where a row keeps fewer tokens than K and the slot is padding (None: all real).
         resized: float [B, K], the sizes of the slots afterwards, where a method counts its own way (None: sums).
     """
@@ -72,7 +75,7 @@ class Reduction:
     ) -> Reduction:
         """Keep `index` [B, K] and let the tokens `source` [B, R] flow into the slots `into` [B, R].
 
-        Without weights the flow is a sum: weight = own = 1.
+        Without weights the flow is a sum: weight = own = 1, and every token flows somewhere.
         """
         return cls(index=index, length=length, source=source, into=into, weight=weight, own=own)
 
@@ -80,12 +83,28 @@ class Reduction:
     def average(
         cls, index: Tensor, length: int, source: Tensor, into: Tensor, size: Tensor | None = None
     ) -> Reduction:
-        """Merge by the mean weighted with `size` [B, N], how many original tokens each stands for (None: 1)."""
+        """Merge by the mean weighted with `size` [B, N], how many original tokens each stands for (None: 1).
+
+        Tokens that flow to slot -1 are dropped and count nowhere.
+        """
         if size is None:
             size = torch.ones(index.shape[0], length, device=index.device)
-        own, flow = size.gather(1, index), size.gather(1, source)
-        total = own.scatter_add(1, into, flow)
-        return cls.merge(index, length, source, into, weight=flow / total.gather(1, into), own=own / total)
+        own, flow, slot = size.gather(1, index), size.gather(1, source) * (into >= 0), into.clamp_min(0)
+        total = own.scatter_add(1, slot, flow)
+        return cls.merge(index, length, source, into, weight=flow / total.gather(1, slot), own=own / total)
+
+    @classmethod
+    def spread(
+        cls, index: Tensor, length: int, source: Tensor, weight: Tensor, size: Tensor | None = None
+    ) -> Reduction:
+        """Keep `index` [B, K] and add `weight` [B, K, R] times the tokens `source` [B, R] to them.
+
+        The sizes `size` [B, N] (None: 1) follow the same map, fractions of a token included.
+        """
+        if size is None:
+            size = torch.ones(index.shape[0], length, device=index.device)
+        gained = (weight.to(size.dtype) @ size.gather(1, source).unsqueeze(-1)).squeeze(-1)
+        return cls(index, length, source=source, dense=weight, resized=size.gather(1, index) + gained)
 
     @classmethod
     def mix(cls, matrix: Tensor, index: Tensor | None = None) -> Reduction:
@@ -106,17 +125,19 @@ class Reduction:
 
     def apply(self, x: Tensor) -> Tensor:
         """Reduce `x` [B, N, D] -> [B, K, D], in the dtype of `x`."""
-        if self.dense is not None:
+        if self.dense is not None and self.source is None:
             return self.dense.to(x.dtype) @ x
         out = gather_tokens(x, self.index)
         if self.source is None:
             return out
         flow = gather_tokens(x, self.source)
+        if self.dense is not None:
+            return torch.baddbmm(out, self.dense.to(x.dtype), flow)
         if self.weight is not None:
             flow = flow * self.weight.unsqueeze(-1).to(x.dtype)
         if self.own is not None:
             out = out * self.own.unsqueeze(-1).to(x.dtype)
-        return out.scatter_add_(1, self.into.unsqueeze(-1).expand_as(flow), flow)
+        return out.scatter_add_(1, self.into.clamp_min(0).unsqueeze(-1).expand_as(flow), flow)
 
     def gather(self, x: Tensor) -> Tensor:
         """What belongs to each slot's own token: `x` [B, N, ...] -> [B, K, ...] (positions, masks, RoPE)."""
@@ -138,13 +159,17 @@ class Reduction:
             slots = torch.zeros(self.index.shape, device=size.device, dtype=size.dtype)
             owner = self.owner()
             return slots.scatter_add(1, owner.clamp_min(0), size * (owner >= 0))
-        return size.gather(1, self.index).scatter_add(1, self.into, size.gather(1, self.source))
+        flow = size.gather(1, self.source) * (self.into >= 0)
+        return size.gather(1, self.index).scatter_add(1, self.into.clamp_min(0), flow)
 
     def owner(self) -> Tensor:
-        """The slot every input token went to, int64 [B, N]; -1 where it was dropped."""
+        """The slot every input token went to, for the most part, int64 [B, N]; -1 where it was dropped."""
+        into = self.into
         if self.dense is not None:
             weight, slot = self.dense.abs().max(dim=1)
-            return torch.where(weight > 0, slot, -1)
+            into = torch.where(weight > 0, slot, -1)
+            if self.source is None:
+                return into
         slots = torch.arange(self.count, device=self.index.device).expand_as(self.index)
         owner = torch.full((self.index.shape[0], self.length), -1, device=self.index.device)
         if self.valid is not None:
@@ -154,11 +179,11 @@ class Reduction:
             owner = torch.cat([owner, extra], 1).scatter(1, padded, slots)[:, : self.length]
         else:
             owner = owner.scatter(1, self.index, slots)
-        return owner if self.source is None else owner.scatter(1, self.source, self.into)
+        return owner if self.source is None else owner.scatter(1, self.source, into)
 
     def matrix(self) -> Tensor:
         """The map itself, float32 [B, K, N]; for tests and pictures, not for the hot path."""
-        if self.dense is not None:
+        if self.dense is not None and self.source is None:
             return self.dense
         eye = torch.eye(self.length, device=self.index.device)
         return self.apply(eye.expand(self.index.shape[0], -1, -1))
@@ -167,7 +192,8 @@ class Reduction:
         """This reduction followed by `after`, as one."""
         if self.drops_only and after.drops_only:
             return Reduction.keep(self.index.gather(1, after.index), self.length, after.valid)
-        return Reduction.mix(after.matrix() @ self.matrix(), self.index.gather(1, after.index))
+        both = Reduction.mix(after.matrix() @ self.matrix(), self.index.gather(1, after.index))
+        return replace(both, resized=after.resized if self.resized is None else after.size(self.resized))
 
     def restore(self, y: Tensor, fill: Tensor | None = None) -> Tensor:
         """Full length again: every token gets its slot's value, `y` [B, K, D] -> [B, N, D].
