@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -181,6 +182,14 @@ class Reduction:
             owner = owner.scatter(1, self.index, slots)
         return owner if self.source is None else owner.scatter(1, self.source, into)
 
+    def heirs(self, place: Tensor) -> Tensor:
+        """The place of the token that stands for every input token afterwards, int64 [B, N]; -1 where it was dropped.
+
+        `place` [B, N] is any name for the input tokens, such as their place in the original sequence.
+        """
+        owner = self.owner()
+        return torch.where(owner < 0, -1, self.gather(place).gather(1, owner.clamp_min(0)))
+
     def matrix(self) -> Tensor:
         """The map itself, float32 [B, K, N]; for tests and pictures, not for the hot path."""
         if self.dense is not None and self.source is None:
@@ -200,7 +209,42 @@ class Reduction:
 
         Dropped tokens get theirs from `fill` [B, N, D] (their last known value), or zeros.
         """
-        owner = self.owner()
-        full = gather_tokens(y, owner.clamp_min(0))
-        lost = (owner < 0).unsqueeze(-1)
-        return torch.where(lost, torch.zeros_like(full) if fill is None else fill, full)
+        return restore(y, self.owner(), fill)
+
+
+def restore(y: Tensor, owner: Tensor, fill: Tensor | None = None) -> Tensor:
+    """Full length again: `y` [B, K, D] at the places `owner` [B, N] says, [B, N, D]; `fill`, or 0, where it is -1."""
+    full = gather_tokens(y, owner.clamp_min(0))
+    return torch.where((owner < 0).unsqueeze(-1), torch.zeros_like(full) if fill is None else fill, full)
+
+
+def follow(stands: Tensor, place: Tensor, heirs: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Where the original tokens are after one more reduction.
+
+    Args:
+        stands: int64 [B, M], per original token the place of the one that stands for it so far; -1 where it is gone.
+        place: int64 [B, N], the original places of the tokens that go into the reduction.
+        heirs: int64 [B, N], what `Reduction.heirs(place)` says of them.
+        valid: bool [B, N], False for fillers, whose place is none (None: all real).
+
+    Returns:
+        int64 [B, M]; tokens of one group have the same value.
+    """
+    batch, length = stands.shape
+    place = place if valid is None else torch.where(valid, place, length)
+    step = stands.new_full((batch, length + 1), -1).scatter(1, place, heirs)
+    return torch.where(stands < 0, -1, step.gather(1, stands.clamp_min(0)))
+
+
+def follow_all(reductions: Sequence[Reduction]) -> list[Tensor]:
+    """`follow` through reductions that come one after the other: after each of them, int64 [B, N]."""
+    if not reductions:
+        return []
+    first = reductions[0]
+    place = torch.arange(first.length, device=first.index.device).expand(first.index.shape[0], -1)
+    stands, valid, found = place, None, []
+    for reduction in reductions:
+        stands = follow(stands, place, reduction.heirs(place), valid)
+        found.append(stands)
+        place, valid = reduction.gather(place), reduction.valid
+    return found

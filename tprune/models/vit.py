@@ -21,8 +21,10 @@ from tprune.core.reduction import Reduction
 from tprune.errors import UserError
 from tprune.methods.base import Shape, TokenMethod
 from tprune.methods.views import Attention, TokenView
+from tprune.models.dense import Canvas
 
 TIMM_KINDS = ("VisionTransformer", "VisionTransformerDistilled", "Eva")
+DENSE_HEADS = ("Segmentation", "DepthEstimation", "Detection", "Backbone")
 WINDOWED = ("Swin", "MaxVit", "Hiera", "MViT", "Twins", "CoAtNet", "MaxxVit", "PyramidVision")
 
 
@@ -35,12 +37,16 @@ class Anatomy:
         blocks: in order.
         attentions: the attention module of each block.
         shape: depth, tokens, prefix, heads.
+        model: the whole; its `forward_intermediates`, where it has one, gives full-length features.
+        dense: whether a head reads every patch, so that blocks must always give full-length outputs.
     """
 
     entrance: nn.Module
     blocks: Sequence[nn.Module]
     attentions: Sequence[nn.Module]
     shape: Shape
+    model: nn.Module
+    dense: bool = False
 
 
 def anatomy(model: nn.Module) -> Anatomy:
@@ -74,7 +80,7 @@ def anatomy(model: nn.Module) -> Anatomy:
         has_cls=getattr(model, "cls_token", None) is not None,
         grid=(rows, columns),
     )
-    return Anatomy(model.patch_embed, model.blocks, [block.attn for block in model.blocks], shape)
+    return Anatomy(model.patch_embed, model.blocks, [block.attn for block in model.blocks], shape, model)
 
 
 def _transformers(model: nn.Module) -> Anatomy:
@@ -103,7 +109,8 @@ def _transformers(model: nn.Module) -> Anatomy:
         grid=grid,
     )
     entrance = next(module for name, module in model.named_modules() if name.endswith("embeddings"))
-    return Anatomy(entrance, blocks, [_attention_of(block) for block in blocks], shape)
+    dense = type(model).__name__.endswith(DENSE_HEADS)
+    return Anatomy(entrance, blocks, [_attention_of(block) for block in blocks], shape, model, dense)
 
 
 def _attention_of(block: nn.Module) -> nn.Module | None:
@@ -129,7 +136,7 @@ def halves(block: nn.Module) -> tuple[Callable[..., Tensor], Callable[[Tensor], 
         part("norm1", "layernorm_before", "layer_norm1"),
         part("norm2", "layernorm_after", "layer_norm2"),
     )
-    attention, mlp = _attention_of(block), part("mlp")
+    attention, mlp = _attention_of(block), part("mlp") or _mlp_of(block)
     if None in (norm1, norm2, attention, mlp) or type(block).__name__.startswith(
         ("ResPost", "EvaBlockPost", "Parallel")
     ):
@@ -154,12 +161,23 @@ def halves(block: nn.Module) -> tuple[Callable[..., Tensor], Callable[[Tensor], 
     return attend, feed
 
 
-class Watch(TorchFunctionMode):
-    """Sees the queries and keys of the one fused attention call that happens while it is active."""
+def _mlp_of(block: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """The MLP of a block that keeps its two layers apart and adds the residual in the second (DPT, YOLOS)."""
+    inner, outer = getattr(block, "intermediate", None), getattr(block, "output", None)
+    if inner is None or not hasattr(outer, "dense"):
+        return None
+    return lambda x: outer.dropout(outer.dense(inner(x)))
 
-    def __init__(self) -> None:
+
+class Watch(TorchFunctionMode):
+    """Sees the queries and keys of the one fused attention call that happens while it is active.
+
+    `bias`, [B, 1, 1, N] or None, is added to its logits, for blocks that take no mask of their own.
+    """
+
+    def __init__(self, bias: Tensor | None = None) -> None:
         super().__init__()
-        self.seen: Attention | None = None
+        self.bias, self.seen = bias, None
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         """Note what fused attention is given, and let it run."""
@@ -167,6 +185,9 @@ class Watch(TorchFunctionMode):
         if function is nn.functional.scaled_dot_product_attention:
             names = ("query", "key", "value", "attn_mask")
             given = dict(zip(names, args, strict=False)) | kwargs
+            if self.bias is not None:
+                given["attn_mask"] = self.bias
+                args, kwargs = (), given
             scale = given.get("scale") or given["query"].shape[-1] ** -0.5
             self.seen = Attention(given["query"], given["key"], given["value"], scale, given.get("attn_mask"))
         return function(*args, **kwargs)
@@ -198,11 +219,9 @@ class TokenDriver:
         self.seed, self.record = seed, record
         self.counts = {stage.site: stage.count for stage in stages}
         self.trace = Trace()
-        self.mask_name = (
-            "attn_mask"
-            if "attn_mask" in signature(type(parts.blocks[0]).forward).parameters
-            else "attention_mask"
-        )
+        self.dense, self.canvas = parts.dense, None
+        known = signature(type(parts.blocks[0]).forward).parameters
+        self.mask_name = next((name for name in ("attn_mask", "attention_mask") if name in known), None)
         self.entering = counts_entering(self.stages, parts.shape.tokens, parts.shape.depth)
         self.undo = ExitStack()
         self._attach()
@@ -216,9 +235,12 @@ class TokenDriver:
         watched = set()
         if "attention" in self.method.reads:
             watched = {site.layer if site.between else site.layer - 1 for site in self.counts}
+        if self.mask_name is None and self.method.weighs_by_size():
+            watched = set(range(parts.shape.depth))
         self._hook(parts.entrance.register_forward_pre_hook(self._begin, with_kwargs=True))
         for layer, block in enumerate(parts.blocks):
             self._hook(block.register_forward_pre_hook(self._before(layer), with_kwargs=True))
+            self._hook(block.register_forward_hook(self._after, prepend=True))
             if Site(layer, between=True) in self.counts:
                 block.forward = self._stopping_between(layer, *halves(block))
                 self.undo.callback(block.__dict__.pop, "forward", None)
@@ -227,20 +249,35 @@ class TokenDriver:
                 self._hook(attention.register_forward_pre_hook(self._watch))
                 self._hook(attention.register_forward_hook(self._unwatch, always_call=True))
 
+        if hasattr(parts.model, "forward_intermediates") and not parts.dense:
+            parts.model.forward_intermediates = self._densely(parts.model.forward_intermediates)
+            self.undo.callback(parts.model.__dict__.pop, "forward_intermediates", None)
+
+    def _densely(self, forward: Callable) -> Callable:
+        def forward_intermediates(*args: Any, **kwargs: Any) -> Any:
+            self.dense = True
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self.dense = False
+
+        return forward_intermediates
+
     def _hook(self, handle: Any) -> None:
         self.undo.callback(handle.remove)
 
     def _begin(self, entrance: nn.Module, args: tuple, kwargs: dict) -> None:
         """A new forward: nothing has happened yet."""
         pixels = args[0] if args else kwargs["pixel_values"]
-        self.position = self.size = self.attention = self.seeds = None
+        self.position = self.size = self.attention = self.bias = self.seeds = None
         self.memory: dict[str, Any] = {}
         self.trace = Trace()
+        self.canvas = Canvas() if self.dense else None
         if "seeds" in self.method.reads:
             self.seeds = content_seeds(pixels, self.seed)
 
     def _watch(self, attention: nn.Module, args: tuple) -> None:
-        self.watch = Watch()
+        self.watch = Watch(self.bias if self.mask_name is None else None)
         self.watch.__enter__()
 
     def _unwatch(self, attention: nn.Module, args: tuple, output: Any) -> None:
@@ -256,12 +293,22 @@ class TokenDriver:
         def before(block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             named = kwargs | dict(zip(("hidden_states", "attention_mask"), args, strict=False))
             x = named.pop("hidden_states")
+            if self.canvas is not None:
+                x = self.canvas.enter(x, self.position)
             if Site(layer) in self.counts:
                 x = self._reduce(Site(layer), x)
             self.trace.entering.append(x.shape[1] - self.parts.shape.prefix)
             return (x,), self._fitted(named)
 
         return before
+
+    def _after(self, block: nn.Module, args: tuple, output: Any) -> Any:
+        """Full length again, where every block's output is read."""
+        if self.canvas is None:
+            return None
+        if isinstance(output, tuple):
+            return self.canvas.leave(output[0]), *output[1:]
+        return self.canvas.leave(output)
 
     def _stopping_between(self, layer: int, attend: Callable, feed: Callable) -> Callable:
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -276,7 +323,9 @@ class TokenDriver:
         if self.position is not None and kwargs.get("rope") is not None:
             kwargs = kwargs | {"rope": self._rope(kwargs["rope"])}
         if self.size is not None and self.method.weighs_by_size():
-            kwargs = kwargs | {self.mask_name: self.size.log()[:, None, None, :]}
+            self.bias = self.size.log()[:, None, None, :]
+            if self.mask_name is not None:
+                kwargs = kwargs | {self.mask_name: self.bias}
         return kwargs
 
     def _rope(self, table: Tensor) -> Tensor:
@@ -306,6 +355,8 @@ class TokenDriver:
         reduction = self.method.reduce(site, view, self.counts[site], self.memory)
         if self.position is None:
             self.position = torch.arange(length, device=x.device).expand(x.shape[:2])
+        if self.canvas is not None:
+            self.canvas.follow(reduction, x)
         self.position = reduction.gather(self.position)
         self.size = reduction.size(self.size)
         if self.record:
