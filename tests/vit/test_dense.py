@@ -31,7 +31,11 @@ def tiny_dpt():
             backbone_featmap_shape=None,
             use_auxiliary_head=False,
         )
-        return DPTForSemanticSegmentation(config).eval().requires_grad_(False)
+        model = DPTForSemanticSegmentation(config).eval().requires_grad_(False)
+        for parameter in model.dpt.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.2)
+        return model
 
 
 @every_method
