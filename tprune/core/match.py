@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tprune.core.reduction import gather_tokens
 from tprune.core.score import cosine_normalise
 
 
@@ -26,6 +27,9 @@ def bipartite_merge(metric: Tensor, count: int, prefix: int) -> tuple[Tensor, Te
         into [B, count]: the slots of `index` they flow to.
     """
     batch, length = metric.shape[:2]
+    if length < 2:
+        place = torch.arange(length, device=metric.device).expand(batch, -1)
+        return place, place[:, :0], place[:, :0]
     metric = cosine_normalise(metric)
     similarity = metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)
     evens, odds = (prefix + 1) // 2, prefix // 2
@@ -94,3 +98,139 @@ def least_similar(features: Tensor, pivots: Tensor, quota: Tensor, pool: Tensor)
         order = row.masked_fill(~pool | taken, torch.inf).argsort(dim=1, stable=True)
         taken = taken | torch.zeros_like(pool).scatter(1, order, place < wanted.unsqueeze(1)) & pool
     return taken
+
+
+def nearest(features: Tensor, source: Tensor, target: Tensor, barred: int = 0) -> tuple[Tensor, Tensor]:
+    """The target most similar to every source, by cosine.
+
+    Args:
+        features: [B, N, D].
+        source, target: int64 [B, R] and [B, K], tokens of `features`.
+        barred: how many leading targets (prefix tokens) nothing goes to; fewer than K.
+
+    Returns:
+        similarity [B, R], float32, and the place of the target in `target`, int64 [B, R].
+    """
+    unit = cosine_normalise(features)
+    similarity = gather_tokens(unit, source) @ gather_tokens(unit, target[:, barred:]).transpose(1, 2)
+    best, place = similarity.max(dim=2)
+    return best, place + barred
+
+
+def density_peaks(features: Tensor, count: int, neighbours: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Clusters around density peaks (DPC-kNN): `count` centres, everything else to the nearest of them.
+
+    With squared distances divided by the width D, a token's density is exp(-mean over its `neighbours` nearest,
+    itself apart), its separation the distance to the nearest denser token (the largest of its distances for the densest
+    of all), and the centres are the tokens with the largest product of both. Of equally dense tokens the lower
+    index counts as denser.
+
+    Args:
+        features: [B, N, D].
+        count: how many centres, 1 to N.
+        neighbours: k, cut to N - 1.
+
+    Returns:
+        centre [B, count] and other [B, N - count], both ascending, and the place of each other token's centre in
+        `centre`, int64 [B, N - count].
+    """
+    batch, length, width = features.shape
+    distance = torch.cdist(features.float(), features.float()) / width**0.5  # [B, N, N]
+    place = torch.arange(length, device=features.device)
+    apart = distance.masked_fill(place == place.unsqueeze(1), torch.inf)
+    near = apart.topk(max(1, min(neighbours, length - 1)), dim=2, largest=False).values
+    density = near.square().mean(2).neg().exp() if length > 1 else torch.ones_like(near[..., 0])
+    denser = (density.unsqueeze(1) > density.unsqueeze(2)) | (
+        (density.unsqueeze(1) == density.unsqueeze(2)) & (place < place.unsqueeze(1))
+    )
+    separation = torch.where(denser, distance, torch.inf).amin(2)
+    separation = torch.where(separation.isinf(), distance.amax(2), separation)
+    order = (density * separation).argsort(dim=1, descending=True, stable=True)
+    centre, other = order[:, :count].sort(dim=1).values, order[:, count:].sort(dim=1).values
+    to_centre = gather_tokens(distance, other).gather(2, centre.unsqueeze(1).expand(-1, length - count, -1))
+    nearest_centre = to_centre.argmin(2) if length > count else other
+    return centre, other, nearest_centre
+
+
+LINKAGES = ("single", "complete", "average")
+
+
+def agglomerate(distance: Tensor, count: int, linkage: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Hierarchical clustering from the bottom up, cut where exactly `count` clusters are left (ATC, section 3).
+
+    Two clusters are as far apart as their nearest members ("single"), their farthest ("complete"), or all pairs of
+    members on average ("average"). Of these linkages none brings a merged cluster nearer to a third one, so all
+    clusters that are each other's nearest may merge at once: the tree is the same as merging one pair at a time, in a few
+    rounds of shrinking matrices. Of equal distances the lower index merges first. Every round asks the device
+    whether it was the last.
+
+    Args:
+        distance: [B, N, N], symmetric; the diagonal is not read.
+        count: how many clusters, 1 to N.
+        linkage: one of `LINKAGES`.
+
+    Returns:
+        index [B, count]: the first token of every cluster, ascending.
+        source [B, N - count]: all other tokens, ascending.
+        into [B, N - count]: the places in `index` of their clusters.
+    """
+    batch, length = distance.shape[:2]
+    parent, height = _absorb(distance.float(), length - count, linkage)
+    own = torch.arange(length, device=distance.device).expand(batch, -1)
+    merges = height.argsort(dim=1, stable=True)[:, : length - count]
+    root = own.scatter(1, merges, parent.gather(1, merges))
+    for _ in range(length.bit_length()):
+        root = root.gather(1, root)
+    first = root == own
+    order = first.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+    source = order[:, count:]
+    return order[:, :count], source, (first.cumsum(1) - 1).gather(1, root.gather(1, source))
+
+
+def _absorb(near: Tensor, merges: int, linkage: str) -> tuple[Tensor, Tensor]:
+    """The tree of `agglomerate` from the bottom, up to at least `merges` merges that are final.
+
+    Every cluster is known by its first token. Returns, for every token, the first token of the cluster that its own
+    was absorbed by, int64 [B, N], and at which distance, [B, N]; infinity where that has not happened.
+    """
+    batch, length = near.shape[:2]
+    row = torch.arange(batch, device=near.device).unsqueeze(1)
+    slot = torch.arange(length, device=near.device).expand(batch, -1)
+    first, members = slot, torch.ones(batch, length, device=near.device)
+    # One more column takes what is written for slots that are not absorbed.
+    parent = torch.arange(length + 1, device=near.device).repeat(batch, 1)
+    height = near.new_full((batch, length + 1), torch.inf)
+    near = near.masked_fill(torch.eye(length, dtype=torch.bool, device=near.device), torch.inf)
+    while True:
+        mate = near.argmin(dim=2)
+        best = near.gather(2, mate.unsqueeze(2)).squeeze(2)
+        final = (height[:, :length] <= best.amin(1, keepdim=True)).sum(1)
+        if bool((final >= merges).all()):
+            return parent[:, :length], height[:, :length]
+        joined = (mate.gather(1, mate) == slot) & best.isfinite()
+        mate = torch.where(joined, mate, slot)
+        absorbed = torch.where(mate < slot, first, length)
+        parent.scatter_(1, absorbed, first.gather(1, mate))
+        height.scatter_(1, absorbed, best)
+        alive = (mate >= slot) & (members > 0)
+        left = int(alive.sum(1).max())
+        kept = alive.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :left]
+        other, real = mate.gather(1, kept), alive.gather(1, kept)
+        share = members.gather(1, other) / (members.gather(1, kept) + members.gather(1, other)).clamp_min(1)
+        for _ in range(2):
+            near = _link(near[row, kept], near[row, other], share.unsqueeze(2), linkage).transpose(1, 2)
+        near = torch.minimum(near, near.transpose(1, 2))
+        slot = slot[:, :left]
+        first, gained = first.gather(1, kept), torch.where(other != kept, members.gather(1, other), 0)
+        members = (members.gather(1, kept) + gained) * real
+        hidden = ~real.unsqueeze(1) | ~real.unsqueeze(2) | (slot.unsqueeze(1) == slot.unsqueeze(2))
+        near = near.masked_fill(hidden, torch.inf)
+
+
+def _link(near: Tensor, other: Tensor, share: Tensor, linkage: str) -> Tensor:
+    """Distances [B, K, N] of clusters from those of their two parts; the second has `share` [B, K, 1] of the members."""
+    if linkage == "single":
+        return torch.minimum(near, other)
+    if linkage == "complete":
+        return torch.maximum(near, other)
+    return near + (other - near) * share

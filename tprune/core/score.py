@@ -152,6 +152,12 @@ def cosine_normalise(x: Tensor, eps: float = 1e-6) -> Tensor:
     return x / x.norm(dim=-1, keepdim=True).clamp_min(eps)
 
 
+def min_max(x: Tensor) -> Tensor:
+    """`x` [..., N] scaled linearly so that each row runs from 0 to 1; a constant row becomes 0."""
+    low, high = x.aminmax(dim=-1, keepdim=True)
+    return (x - low) / (high - low).clamp_min(torch.finfo(x.dtype).tiny)
+
+
 def page_rank(attention: Tensor, start: Tensor, steps: int, present: Tensor | None = None) -> Tensor:
     """Weighted page rank: `steps` times, every token hands its worth to the tokens it attends to.
 

@@ -24,6 +24,12 @@ def top_ranked(score: Tensor, count: int) -> Tensor:
     return score.argsort(dim=-1, descending=True, stable=True)[..., :count]
 
 
+def complement(index: Tensor, length: int) -> Tensor:
+    """What `index` [B, K] leaves out of 0 .. length - 1, ascending: int64 [B, length - K]."""
+    taken = torch.zeros(index.shape[0], length, dtype=torch.int8, device=index.device).scatter(1, index, 1)
+    return taken.argsort(dim=1, stable=True)[:, : length - index.shape[1]]
+
+
 def keep_prefix_and_top(score: Tensor, count: int, prefix: int) -> Tensor:
     """Indices [B, prefix + count]: the first `prefix` tokens, and the `count` best of the rest, ascending.
 
@@ -90,33 +96,25 @@ def keep_ends_and_top(score: Tensor, count: int, first: int, last: int) -> Tenso
     return torch.cat([ends[:first].expand(shape), between, ends[length - last :].expand(shape)], dim=-1)
 
 
-def drop_worst_between(score: Tensor, drop: int, first: int | Tensor, last: int | Tensor) -> Tensor:
-    """Indices [B, G, N - drop] without the `drop` worst entries between the ends, ascending; ties drop the later.
+def worst_between(score: Tensor, position: Tensor, first: int | Tensor, last: int | Tensor) -> Tensor:
+    """The slot of the worst entry that neither end protects, int64 [B, G]; of equals the latest.
 
     Args:
-        score: [B, G, N].
-        drop: how many leave; at least as many lie between the ends.
-        first, last: the entries at each end of a row that stay whatever they score (fillers included); int64 [B]
-            where rows differ.
+        score: [B, G, N], the latest entry in the last slot, the others in any order behind the first slots.
+        position: int64 [B, G, N], when each entry came; the last slot's is the largest.
+        first: how many leading slots stay whatever they score (fillers included).
+        last: how many of the latest entries stay whatever they score; all of them are there.
+            Both are one number, or int64 [B] where rows differ.
     """
-    length = score.shape[-1]
-    place = torch.arange(length, device=score.device)
-    if drop == 0:
-        return place.expand(score.shape)
-    if isinstance(first, int) and isinstance(last, int):
-        begin, guarded = first, score[..., first : length - last]
+    begin, last = 0, last if isinstance(last, int) else last[:, None, None]
+    safe = position > position[..., -1:] - last
+    if isinstance(first, int):
+        begin, score, position, safe = first, score[..., first:], position[..., first:], safe[..., first:]
     else:
-        ends = [torch.as_tensor(end, device=score.device).reshape(-1, 1) for end in (first, last)]
-        safe = (place < ends[0]) | (place >= length - ends[1])
-        begin, guarded = 0, score.masked_fill(safe.unsqueeze(1), torch.inf)
-    if drop == 1:
-        worst = begin + guarded.shape[-1] - 1 - guarded.flip(-1).argmin(dim=-1, keepdim=True)
-        kept = place[:-1]
-        return kept + (kept >= worst)
-    worst = guarded.flip(-1).argsort(dim=-1, stable=True)[..., :drop]
-    gone = torch.zeros_like(score, dtype=torch.bool)
-    gone.scatter_(-1, begin + guarded.shape[-1] - 1 - worst, True)
-    return place.expand_as(score)[~gone].view(*score.shape[:-1], length - drop)
+        safe = safe | (torch.arange(score.shape[-1], device=score.device) < first[:, None, None])
+    score = score.masked_fill(safe, torch.inf)
+    worst = score == score.amin(dim=-1, keepdim=True)
+    return begin + position.masked_fill(~worst, -1).argmax(dim=-1)
 
 
 def floor_count(total: int, fraction: float) -> int:
