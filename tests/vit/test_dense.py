@@ -95,7 +95,7 @@ def test_a_segmentation_model_of_transformers_sees_all_patches(method, images):
     with tprune.prune(model, f"vit/{method}", keep=0.6) as handle:
         pruned = model(images).logits
         assert min(handle.driver.trace.entering) < 16
-        assert torch.allclose(model(images[:1]).logits, pruned[:1], atol=1e-5)
+        assert torch.allclose(model(images[:1]).logits, pruned[:1], rtol=1e-3, atol=1e-12)
     assert pruned.shape == dense.shape
     assert not torch.equal(pruned, dense)
     assert torch.equal(model(images).logits, dense)
@@ -106,4 +106,4 @@ def test_sizes_weigh_in_attention_also_where_blocks_take_no_mask(images):
     with tprune.prune(model, "tome", keep=0.6):
         weighed = model(images).logits
     with tprune.prune(model, "tome", keep=0.6, prop_attn=False):
-        assert not torch.allclose(model(images).logits, weighed, atol=1e-6)
+        assert not torch.allclose(model(images).logits, weighed, rtol=1e-4, atol=0)
