@@ -35,14 +35,20 @@ class Images:
             UserError: a file that is no image.
         """
         item = self.items[place]
-        if isinstance(item, Image.Image):
-            return item.convert("RGB")
-        try:
-            return Image.open(item).convert("RGB")
-        except (UnidentifiedImageError, OSError) as error:
-            raise UserError(
-                f"--data: {item} is not a readable image ({error}); remove or replace it"
-            ) from None
+        return item.convert("RGB") if isinstance(item, Image.Image) else open_file(item, "--data:")
+
+
+def open_file(file: str | Path, option: str) -> Image.Image:
+    """An image file as RGB; `option` begins the error.
+
+    Raises:
+        UserError: no image.
+    """
+    try:
+        return Image.open(file).convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{option} {file} is not a readable image ({reason}); remove or replace it") from None
 
 
 def read(source: str | None, limit: int) -> Images:

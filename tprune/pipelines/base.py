@@ -6,15 +6,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
+from tprune.errors import UserError
 from tprune.methods.base import Method
 from tprune.models.source import Source, resolve
 from tprune.models.subject import Subject
 from tprune.progress import Progress
 from tprune.recipe import Recipe, Stage
+
+if TYPE_CHECKING:
+    from tprune.evaluate.pictures import Picture
 
 
 @dataclass(eq=False)
@@ -52,6 +56,28 @@ class Achieved:
 
     value: float
     details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a picture shows a method at work on.
+
+    Attributes:
+        place: of the evaluation data, counted from 0.
+        image: a file instead.
+        prompt: text instead, or the question about `image`.
+    """
+
+    place: int = 0
+    image: str | None = None
+    prompt: str | None = None
+
+    @property
+    def name(self) -> str:
+        """For titles and files."""
+        if self.image is not None:
+            return Path(self.image).stem
+        return f"sample-{self.place}" if self.prompt is None else "prompt"
 
 
 class Handle(ABC):
@@ -136,6 +162,19 @@ class Pipeline(ABC):
     @abstractmethod
     def describe_data(self) -> dict[str, Any]:
         """The protocol of the evaluation: data, split, samples, hash."""
+
+    def pictures(self, subject: Subject, handle: Handle, sample: Sample) -> list[Picture]:
+        """Draw what the method does to one sample; the figures that `handle` reports stay as they are.
+
+        Args:
+            subject: with the method in place.
+            handle: of the method.
+            sample: what to show it; weights have none.
+
+        Raises:
+            UserError: the family is not drawn, there is no such sample, or it is of the wrong kind.
+        """
+        raise UserError(f"there are no pictures of {self.family} yet")
 
     def beside_dense(self, subject: Subject, call: Callable[[], Any], rounds: int) -> dict[str, Any]:
         """FLOPs of `call` on the dense and on the pruned model, and seconds of both, taken in turn."""

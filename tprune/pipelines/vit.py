@@ -14,7 +14,7 @@ from tprune.errors import UserError
 from tprune.models import load as loaders
 from tprune.models import vit as adapter
 from tprune.models.subject import Subject
-from tprune.pipelines.base import Achieved, Handle, Pipeline, Quality, Workload
+from tprune.pipelines.base import Achieved, Handle, Pipeline, Quality, Sample, Workload
 from tprune.pipelines.tokens import solve
 
 
@@ -146,6 +146,12 @@ class VitPipeline(Pipeline):
     def describe_data(self) -> dict[str, Any]:
         """Which images."""
         return self.images.protocol
+
+    def pictures(self, subject: Subject, handle: Handle, sample: Sample) -> list[Any]:
+        """The image with what is left of its patches after every site."""
+        from tprune.pipelines.pictures import of_vit
+
+        return of_vit(self, subject, handle, sample)
 
     def bench(self, subject: Subject, rounds: int) -> dict[str, Any]:
         """Dense and pruned batches in turn: speed-up measured, by FLOPs, and their ratio."""

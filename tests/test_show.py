@@ -1,0 +1,157 @@
+"""`tprune show`: pictures of what methods did."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.test_cli import call, prune
+from tprune.core.reduction import Reduction, follow_all
+from tprune.errors import UserError
+from tprune.evaluate.pictures import Panel, draw_patches, patches
+
+GRID = (3, 4)
+
+
+def gray(rows=24, columns=32):
+    """An image whose every pixel is a shade of its own row and column."""
+    across = np.add.outer(np.arange(rows), np.arange(columns))[..., None]
+    return (40 + across).repeat(3, axis=2).astype(np.uint8)
+
+
+def dimmed(image, drawn):
+    """Which patches of 8 by 8 pixels were blended towards gray."""
+    expected = np.round(0.75 * 128 + 0.25 * image.astype(float)).astype(np.uint8)
+    return {
+        (row, column)
+        for row in range(GRID[0])
+        for column in range(GRID[1])
+        if (drawn == expected)[8 * row : 8 * row + 8, 8 * column : 8 * column + 8].all()
+    }
+
+
+def test_a_known_reduction_dims_exactly_the_patches_that_left():
+    image, prefix = gray(), 1
+    kept = [place for place in range(12) if place not in (1, 6, 11)]
+    index = torch.tensor([[0, *(prefix + place for place in kept)]])
+    stands = follow_all([Reduction.keep(index, 13)])[0][0]
+    from tprune.pipelines.pictures import on_grid
+
+    drawn = draw_patches(image, on_grid(stands, prefix + torch.arange(12)), GRID)
+    gone = {(0, 1), (1, 2), (2, 3)}
+    assert dimmed(image, drawn) == gone
+    for row in range(GRID[0]):
+        for column in range(GRID[1]):
+            if (row, column) not in gone:
+                patch = np.s_[8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
+                assert (drawn[patch] == image[patch]).all()
+
+
+def test_tokens_stay_followed_when_a_method_changes_their_order():
+    first = Reduction.keep(torch.tensor([[4, 2, 0, 1]]), 5)
+    second = Reduction.keep(torch.tensor([[1, 3]]), 4)
+    after_first, after_second = follow_all([first, second])
+    assert after_first.tolist() == [[0, 1, 2, -1, 4]]
+    assert after_second.tolist() == [[-1, 1, 2, -1, -1]]
+
+
+def test_merges_are_followed_through_further_merges_and_drops():
+    first = Reduction.merge(torch.tensor([[0, 2, 3, 4]]), 5, torch.tensor([[1]]), torch.tensor([[1]]))
+    second = Reduction.merge(torch.tensor([[0, 3]]), 4, torch.tensor([[1]]), torch.tensor([[1]]))
+    third = Reduction.keep(torch.tensor([[0]]), 2)
+    stands = [one.tolist() for one in follow_all([first, second, third])]
+    assert stands == [[[0, 2, 2, 3, 4]], [[0, 4, 4, -1, 4]], [[0, -1, -1, -1, -1]]]
+
+
+def test_merged_patches_have_a_border_of_one_colour_and_nothing_between_them():
+    image, stands = gray(), np.arange(12)
+    stands[[0, 1]], stands[[10, 11]] = 0, 11
+    drawn = draw_patches(image, stands, GRID)
+    corner, far = drawn[0, 0], drawn[23, 31]
+    assert (drawn[0, :16] == corner).all()
+    assert (drawn[7, :16] == corner).all()
+    assert (drawn[:8, 0] == corner).all()
+    assert (drawn[23, 16:] == far).all()
+    assert (corner != far).any()
+    assert (drawn[2:6, 6:10] != corner).any(axis=2).all()
+    assert (drawn[8:16] == image[8:16]).all()
+
+
+def test_a_panel_counts_groups_and_not_patches():
+    panel = Panel("before block 1", np.array([0, 0, 2, -1, 4, -2]))
+    assert panel.left == 3
+    assert panel.numbers()["dropped"] == 1
+
+
+def test_pictures_are_equal_bytes_when_drawn_twice():
+    draw = [patches("x", "t", gray(), GRID, [Panel("a", np.arange(12))]).content for _ in range(2)]
+    assert draw[0] == draw[1]
+    assert Image.open(io.BytesIO(draw[0])).format == "PNG"
+
+
+@pytest.fixture(scope="module")
+def pruned_vit(vit_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("show") / "tome"
+    prune(vit_folder, "--out", out, "--quiet", "--no-eval")
+    return out
+
+
+def test_show_draws_a_sample_of_a_token_method(pruned_vit, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shown = json.loads(call("show", pruned_vit, "--sample", 2, "--json").stdout)["pictures"]
+    assert [picture["path"] for picture in shown] == ["tome-pictures/sample-2.png"]
+    left = [site["left"] for site in shown[0]["sites"]]
+    assert left == sorted(left, reverse=True)
+    assert all(len(set(site["stands"])) == site["left"] for site in shown[0]["sites"])
+    assert Image.open(tmp_path / shown[0]["path"]).width > 500
+
+
+def test_show_draws_an_image_of_ones_own(pruned_vit, tmp_path):
+    file = tmp_path / "mine.jpg"
+    Image.fromarray(gray(40, 60)).save(file)
+    call("show", pruned_vit, "--image", file, "--to", tmp_path / "to")
+    assert (tmp_path / "to" / "mine.png").exists()
+
+
+def test_other_pictures_are_replaced_only_with_force_and_equal_ones_are_no_error(pruned_vit, tmp_path):
+    words = ("show", pruned_vit, "--sample", 0, "--to", tmp_path)
+    call(*words)
+    file = tmp_path / "sample-0.png"
+    drawn = file.read_bytes()
+    call(*words)
+    file.write_bytes(b"precious")
+    with pytest.raises(UserError, match=r"sample-0.png exists; give another folder with --to, or --force"):
+        call(*words)
+    assert file.read_bytes() == b"precious"
+    call(*words, "--force")
+    assert file.read_bytes() == drawn
+
+
+BAD = {
+    "no such sample": (["--sample", "100000"], "the evaluation data has 2000 samples, from 0 on"),
+    "two things at once": (["--sample", "1", "--image", "x.png"], "exclude each other"),
+    "no such image": (["--image", "nowhere.png"], "--image nowhere.png is not a readable image"),
+    "text for an image model": (["--prompt", "what?"], "an image model reads no text"),
+    "a folder for nothing": (["--to", "x"], "say of what: --sample N or --image FILE"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_nonsense_is_one_clear_line_and_nothing_is_written(case, pruned_vit, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words, clue = BAD[case]
+    with pytest.raises(UserError) as error:
+        call("show", pruned_vit, *words)
+    assert clue in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_pictures_are_never_put_into_an_artifact(pruned_vit):
+    before = sorted(pruned_vit.iterdir())
+    with pytest.raises(UserError, match="an output folder stays as it was written"):
+        call("show", pruned_vit, "--sample", 0, "--to", pruned_vit / "pictures")
+    assert sorted(pruned_vit.iterdir()) == before
