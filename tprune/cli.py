@@ -14,6 +14,7 @@ COMMANDS = {
     "llm-context": "Prune a language model's prompt tokens and its key-value cache.",
     "llm-weights": "Prune a language model's weights, heads, channels or blocks.",
     "run": "Run a recipe.",
+    "sweep": "Compare methods over budgets: a table, plots, a page.",
     "methods": "List the methods, or say all about one.",
     "show": "Say what an output folder holds.",
     "eval": "Measure an output folder or a model again, from disk.",

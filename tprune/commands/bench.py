@@ -55,14 +55,14 @@ def command(
 
 def measure(recipe: Recipe, rounds: int) -> dict[str, Any]:
     """The record of one method: medians and quartiles of every timed part, their ratios, and the protocol."""
-    import torch
-
-    from tprune.pipelines.run import check_device, pipeline, versions
+    from tprune.evaluate.protocol import protocol
+    from tprune.pipelines.run import check_device, pipeline
     from tprune.progress import Progress
 
     check_device(recipe)
     driver = pipeline(recipe, recipe.stage, Progress())
     subject = driver.load()
+    record = protocol(recipe, subject, {"source": "noise drawn from the seed"})
     found = driver.bench(subject, rounds)
     summary = {name: quartiles(times) for name, times in found.pop("times").items()}
     return {
@@ -73,11 +73,8 @@ def measure(recipe: Recipe, rounds: int) -> dict[str, Any]:
         "seconds": summary,
         **ratios(found, summary),
         "rounds": rounds,
-        "batch_size": recipe.batch_size,
-        "dtype": recipe.dtype,
-        "device": recipe.device if recipe.device == "cpu" else torch.cuda.get_device_name(recipe.device),
         "threading": {name: os.environ.get(name) for name in THREADING},
-        "software": versions(),
+        "protocol": record,
     }
 
 
@@ -115,8 +112,9 @@ def show(result: dict[str, Any]) -> None:
     for name, value in result.items():
         if isinstance(value, float) and name != "asked":
             click.echo(f"  {name.replace('_', ' '):<24} {value:10.3f}")
-    software = result["software"]
+    protocol = result["protocol"]
     click.echo(
-        f"  {result['device']}, {software['threads']} threads, {result['dtype']}, batch {result['batch_size']}, "
-        f"torch {software['torch']}, median of {result['rounds']} rounds in turn"
+        f"  {protocol['device']}, {protocol['hardware']['threads']} threads, {protocol['dtype']}, "
+        f"batch {protocol['batch_size']}, torch {protocol['software']['torch']}, "
+        f"median of {result['rounds']} rounds in turn"
     )

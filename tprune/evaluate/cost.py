@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tprune.pipelines.base import Workload
@@ -99,3 +100,19 @@ def interleaved(
             for name, run in runs.items():
                 times[name].append(timed(run, device))
     return times
+
+
+def quartiles(times: list[float]) -> tuple[float, float, float]:
+    """First quartile, median and third quartile."""
+    if len(times) == 1:
+        return times[0], times[0], times[0]
+    low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
+    return low, middle, high
+
+
+def nonzero_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters that are not zero; tied ones count once.
+
+    A file without zeros needs the places of the others on top, and a dense file holds the zeros too.
+    """
+    return sum(int(torch.count_nonzero(p)) * p.element_size() for p in model.parameters())

@@ -8,6 +8,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from tprune.evaluate.points import FLOOR, STORAGE, Group
+
 FORMATS = {
     "accuracy": ("accuracy", lambda value: f"{value:.2%}"),
     "perplexity": ("perplexity", lambda value: f"{value:,.2f}"),
@@ -125,4 +127,63 @@ def print_figures(result: dict[str, Any]) -> None:
         cells = [shown(name, value)] + ([shown(name, recorded.get(name))] if recorded else [])
         table.add_row(label, *cells)
     console.print(f"[bold]{result['model']}[/bold] ({result['family']})")
+    console.print(table)
+
+
+def percent(value: float | None) -> str:
+    """A fraction of the dense model's cost."""
+    return "-" if value is None else f"{value:.1%}"
+
+
+def quality(metric: str, value: float | None, spread: float | None = None) -> str:
+    """A quality as its metric is shown, with the standard deviation over seeds where there is one."""
+    if value is None:
+        return "-"
+    if spread is None:
+        return FORMATS[metric][1](value)
+    if metric == "perplexity":
+        return f"{value:,.2f} ± {spread:,.2f}"
+    return f"{100 * value:.2f} ± {100 * spread:.2f}%"
+
+
+def span(reach: tuple[float | None, float | None]) -> str:
+    """What a method can reach."""
+    low, high = ("?" if end is None else f"{end:.3g}" for end in reach)
+    return f"reaches {low} to {high}" if reach != (None, None) else "out of reach"
+
+
+def print_sweep(group: Group) -> None:
+    """The rows of one protocol, budget by budget, the best first; the floor is marked."""
+    console = make_console()
+    protocol, data = group.protocol, group.protocol["data"]
+    count = data.get("samples") or data.get("windows")
+    console.print(
+        f"[bold]{protocol['family']}[/bold] on {protocol['model']['name']}, {data.get('source')} "
+        f"({count} {'samples' if 'samples' in data else 'windows'}); costs in percent of the dense model's"
+    )
+    drawn = [axis for axis in ("flops", "latency", "storage") if group.cost(axis) is None]
+    names = {"flops": "FLOPs", "latency": "latency", "storage": STORAGE[protocol["family"]].short}
+    heads = [group.metric, "agreement", *(names[axis] for axis in drawn)]
+    table = new_table(console, None, "budget", "method", "achieved", *heads, "")
+    table.columns[1].justify = "left"
+    table.columns[-1].justify = "left"
+    costs = ["100.0%" if group.dense else "-" for _ in drawn]
+    dense = quality(group.metric, group.dense.get(group.metric))
+    table.add_row("", "dense", "", dense, "100.00%", *costs, "")
+    last = ""
+    for row in group.rows:
+        if row.budget != last:
+            table.add_section()
+        note = {"ok": "floor" if row.method == FLOOR else "", "unreachable": span(row.reach)}
+        table.add_row(
+            row.budget if row.budget != last else "",
+            row.name,
+            "-" if row.achieved is None else f"{row.achieved:.4g}",
+            quality(group.metric, row.quality, row.spread),
+            "-" if row.agreement is None else f"{row.agreement:.2%}",
+            *(percent(getattr(row, axis)) for axis in drawn),
+            note.get(row.status, f"{row.status}: {row.reason}"),
+            style="dim" if row.method == FLOOR else None,
+        )
+        last = row.budget
     console.print(table)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tprune.core.cache import Evict
-from tprune.errors import UserError
+from tprune.errors import BudgetError, UserError
 from tprune.methods.base import CacheMethod
 from tprune.methods.views import Attention, LayerView
 from tprune.models.cache import Owner, PrunedLayer, merge_rows, per_entry, prunable_layers, take_over
@@ -225,22 +225,36 @@ class Compression:
         """How many entries of a prompt of `length` tokens a layer keeps.
 
         Raises:
-            UserError: the request rounds to nothing, or is too small for the method.
+            BudgetError: the request rounds to nothing, or is too small for the method.
         """
         count = self.method.counts(length, len(self.places), self.keep)[self.places.index(place)]
         if self.keep == 1:
             return count
         if count < 1:
-            raise UserError(
+            raise BudgetError(
                 f"--keep {self.keep:g} of a prompt of {length} tokens rounds to no entry at all; "
-                f"ask for --keep {1 / length:.2g} or more"
+                f"ask for --keep {1 / length:.2g} or more",
+                1 / length,
+                1.0,
             )
         if count >= length:
-            raise UserError(
+            raise BudgetError(
                 f"--keep {self.keep:g} of a prompt of {length} tokens rounds to keeping them all; ask for less, or 1"
             )
-        self.method.check_length(length, count)
+        try:
+            self.method.check_length(length, count)
+        except UserError as error:
+            enough = (more for more in range(count + 1, length) if self._enough(length, more))
+            raise BudgetError(str(error), next(enough, length) / length, 1.0) from None
         return count
+
+    def _enough(self, length: int, count: int) -> bool:
+        """Whether the method can do with `count` entries of a prompt of `length` tokens."""
+        try:
+            self.method.check_length(length, count)
+        except UserError:
+            return False
+        return True
 
 
 def _attention_modules(base: nn.Module) -> tuple[list[int], list[str | None], dict[int, nn.Module]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,3 +29,9 @@ class Subject:
     def device(self) -> Any:
         """Where the first parameter lives."""
         return next(self.model.parameters()).device
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """A second model with the same tensors, to be run unhooked beside the first."""
+    shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    return copy.deepcopy(model, shared)

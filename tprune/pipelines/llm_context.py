@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from tprune.models import load as loaders
 from tprune.models.cache import fork
 from tprune.models.compress import Compression
 from tprune.models.decoder import DecoderDriver, Inputs
-from tprune.models.subject import Subject
+from tprune.models.subject import Subject, twin
 from tprune.pipelines.base import Achieved, Handle, Pipeline, Quality, Workload
 from tprune.pipelines.tokens import solve
 
@@ -273,12 +272,6 @@ def noise(model: nn.Module, length: int, seed: int) -> Tensor:
     """One row of token ids drawn from the seed, int64 [1, length]."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(model.get_input_embeddings().weight.shape[0], (1, length), generator=generator)
-
-
-def twin(model: nn.Module) -> nn.Module:
-    """A second model with the same tensors, to be run unhooked beside the first."""
-    shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-    return copy.deepcopy(model, shared)
 
 
 PIPELINE = ContextPipeline

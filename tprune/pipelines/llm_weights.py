@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tprune import recipe as recipes
 from tprune.data import text
-from tprune.errors import UserError
+from tprune.errors import BudgetError, UserError
 from tprune.evaluate.perplexity import perplexity, score_windows
 from tprune.methods.base import WeightBudget
 from tprune.models import load as loaders
@@ -168,7 +168,7 @@ class LlmWeights(Pipeline):
         rows = [mask_row(decoder, index, edits) for index in range(len(decoder.blocks))]
         weights, gone = (sum(row[name] for row in rows) for name in ("weights", "removed"))
         if budget is not None and budget.sparsity > 0 and gone == 0:
-            raise UserError(
+            raise BudgetError(
                 f"--sparsity {budget.sparsity:g} rounds to no weight at all in this model; its rows are "
                 f"{decoder.matrices(0)[0].shape[1]} wide: ask for more"
             )
@@ -198,8 +198,9 @@ class LlmWeights(Pipeline):
         after = sizes(decoder)
         if budget.sparsity > 0 and after == before:
             least = min(unit.cost for block in view.blocks for unit in block.units.values()) / sum(before)
-            raise UserError(
-                f"--sparsity {budget.sparsity:g} rounds to no unit at all; one unit is {least:.2g} of the weights"
+            raise BudgetError(
+                f"--sparsity {budget.sparsity:g} rounds to no unit at all; one unit is {least:.2g} of the weights",
+                least,
             )
         left = sum(parameter.numel() for parameter in decoder.model.parameters())
         found = Achieved(1 - sum(after) / sum(before), {"over_all_parameters": 1 - left / everything})
@@ -232,12 +233,11 @@ class LlmWeights(Pipeline):
         return bench(self, subject, rounds)
 
     def describe_data(self) -> dict[str, Any]:
-        """The evaluation text, its windows, and the calibration beside it."""
-        calibration = self.recipe.calibration or CALIBRATION
+        """The evaluation text, its windows, and what methods that calibrate are given beside it."""
         return self.evaluation.protocol | {
             "windows": len(self.windows),
             "length": self.length,
-            "calibration_sequences": calibration if self.method.stats else 0,
+            "calibration_sequences": self.recipe.calibration or CALIBRATION,
         }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import platform
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from tprune import artifact
 from tprune.errors import UserError
 from tprune.evaluate.cost import cost
+from tprune.evaluate.protocol import protocol
 from tprune.methods import registry
 from tprune.models import save
 from tprune.models.subject import Subject
@@ -80,10 +80,11 @@ def execute(
             subject = last.load()
         for driver in drivers:
             driver.prepare(subject)
+        record = protocol(recipe, subject, last.describe_data())
         dense, reference = measure(last, subject, None, evaluate, progress, "dense")
         handles = [driver.apply(subject, parts) for driver in drivers]
         pruned, _ = measure(last, subject, reference, evaluate, progress, "pruned")
-        report = describe(recipe, drivers, handles, dense, pruned, subject)
+        report = describe(recipe, drivers, handles, dense, pruned, subject) | {"protocol": record}
         if folder is not None:
             report["out"] = str(out)
             with progress.step("writing"):
@@ -156,20 +157,6 @@ def describe(
         "out": None,
         "kind": next(kind for kind in ("wrapped", "masked", "plain") if kind in kinds),
         "parameters": sum(p.numel() for p in subject.model.parameters()),
-        "data": last.describe_data(),
-        "software": versions(),
-    }
-
-
-def versions() -> dict[str, str]:
-    """What a figure depends on besides the recipe."""
-    from importlib.metadata import version
-
-    names = ("tprune", "torch", "transformers", "timm")
-    return {name: version(name) for name in names} | {
-        "python": platform.python_version(),
-        "threads": str(torch.get_num_threads()),
-        "machine": platform.machine(),
     }
 
 

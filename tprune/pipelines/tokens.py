@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from tprune.core.budget import Stage, bisect, counts_entering, mean_entering
-from tprune.errors import UserError
+from tprune.errors import BudgetError
 from tprune.methods.base import Shape, TokenMethod
 
 
@@ -20,7 +20,7 @@ def solve(method: TokenMethod, shape: Shape, keep: float | None) -> tuple[Stage,
             hyperparameters.
 
     Raises:
-        UserError: out of the method's reach, or so close to 1 that nothing would be pruned.
+        BudgetError: out of the method's reach, or so close to 1 that nothing would be pruned.
     """
     if shape.tokens == 0:
         return ()
@@ -34,13 +34,15 @@ def solve(method: TokenMethod, shape: Shape, keep: float | None) -> tuple[Stage,
     # Half a token in one sublayer is what rounding may cost.
     slack = 0.5 / shape.tokens
     if keep < floor - slack:
-        raise UserError(
+        raise BudgetError(
             f"--keep {keep:g}: {method.id} reaches {floor:.3f} to 1 on this model "
-            f"({shape.tokens} tokens, {shape.depth} blocks); ask for more, or change its stages with --set"
+            f"({shape.tokens} tokens, {shape.depth} blocks); ask for more, or change its stages with --set",
+            floor,
+            1.0,
         )
     stages = method.stages(shape, 1.0 if keep == 1 else bisect(measure, keep))
     if keep < 1 and min(counts_entering(stages, shape.tokens, shape.depth)) == shape.tokens:
-        raise UserError(
+        raise BudgetError(
             f"--keep {keep:g} rounds to keeping all {shape.tokens} tokens with {method.id}; ask for less"
         )
     return tuple(sorted(stages, key=lambda stage: stage.site))

@@ -14,7 +14,7 @@ from torch import Tensor
 from tprune.core.budget import bisect
 from tprune.core.select import floor_count, keep_by_cost, top
 from tprune.core.weights import StructureEdit
-from tprune.errors import UserError
+from tprune.errors import BudgetError
 from tprune.methods.base import Paper, WeightBudget, WeightMethod, param
 from tprune.methods.views import ModelView, UnitView
 
@@ -131,6 +131,8 @@ class Flap(WeightMethod):
     def check(self, sparsity: float, most: float) -> None:
         """Refuse what one unit per layer does not leave room for."""
         if sparsity > most:
-            raise UserError(
-                f"--sparsity {sparsity:g}: this model can lose at most {most:.4g} (a unit of each kind stays)"
+            raise BudgetError(
+                f"--sparsity {sparsity:g}: this model can lose at most {most:.4g} (a unit of each kind stays)",
+                0.0,
+                most,
             )

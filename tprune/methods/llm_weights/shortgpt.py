@@ -13,7 +13,7 @@ import torch
 
 from tprune.core.statistics import token_cosine
 from tprune.core.weights import StructureEdit
-from tprune.errors import UserError
+from tprune.errors import BudgetError
 from tprune.methods.base import Paper, WeightBudget, WeightMethod, param
 from tprune.methods.views import ModelView
 
@@ -48,9 +48,11 @@ class ShortGPT(WeightMethod):
         depth = len(model.blocks)
         count = round(budget.sparsity * depth)
         if count == depth or (count == 0 and budget.sparsity > 0):
-            raise UserError(
+            raise BudgetError(
                 f"--sparsity {budget.sparsity:g} is {count} of {depth} blocks; reachable are {1 / depth:.4g} to "
-                f"{1 - 1 / depth:.4g}"
+                f"{1 - 1 / depth:.4g}",
+                1 / depth,
+                1 - 1 / depth,
             )
         gone = self.angular(model, count) if self.metric == "angular" else self.least(model, count)
         return [StructureEdit(index, removed=True) for index in gone]

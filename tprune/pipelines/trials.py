@@ -1,0 +1,117 @@
+"""Many methods on one model: it is loaded once, and every trial prunes a twin of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tprune.evaluate.cost import flops, interleaved, nonzero_bytes, quartiles
+from tprune.evaluate.protocol import protocol
+from tprune.methods.base import WeightMethod
+from tprune.models.subject import Subject, twin
+from tprune.pipelines.base import Handle, Pipeline, Quality
+from tprune.pipelines.run import agreement, check_device, describe, pipeline, warn_if_silly
+from tprune.progress import Progress
+from tprune.recipe import Recipe
+
+QUIET = Progress(quiet=True)
+
+
+@dataclass(eq=False)
+class Trial:
+    """A pruned twin of the dense model."""
+
+    recipe: Recipe
+    driver: Pipeline
+    subject: Subject
+    handle: Handle
+
+
+class Trials:
+    """The dense model and its measurements.
+
+    Attributes:
+        base: the pipeline that loads, evaluates and times, the same for the dense model and every trial.
+        subject: the dense model; never edited.
+        protocol: of every figure measured here.
+    """
+
+    def __init__(self, recipe: Recipe, progress: Progress):
+        """Load the model and read the data of `recipe`, whose only stage is a method that needs no budget yet.
+
+        Raises:
+            UserError: what is wrong with the model, the data or the device, and so with every trial.
+        """
+        check_device(recipe)
+        self.progress = progress
+        self.base = pipeline(recipe, recipe.stage, progress)
+        with progress.step("loading the model"):
+            self.subject = self.base.load()
+        self.base.prepare(self.subject)
+        self.protocol = protocol(recipe, self.subject, self.base.describe_data())
+
+    def dense(self) -> tuple[dict[str, Any], Quality]:
+        """The dense model's quality and cost."""
+        quality = self.base.evaluate(self.subject)
+        warn_if_silly(quality, self.progress)
+        figures = quality.metrics | {"agreement": 1.0, "flops": self.flops(self.subject)}
+        return figures | self.storage(self.subject), quality
+
+    @contextmanager
+    def pruned(self, recipe: Recipe) -> Iterator[Trial]:
+        """A twin of the dense model, pruned as `recipe` says; the dense model's tensors stay as they are.
+
+        Raises:
+            BudgetError: out of the method's reach.
+            UserError: the method does not fit the model.
+        """
+        driver = pipeline(recipe, recipe.stage, QUIET)
+        driver.check()
+        edits = isinstance(driver.method, WeightMethod)
+        model = copy.deepcopy(self.subject.model) if edits else twin(self.subject.model)
+        subject = replace(self.subject, model=model)
+        handle = driver.apply(subject, None)
+        try:
+            yield Trial(recipe, driver, subject, handle)
+        finally:
+            if not edits:
+                handle.remove()
+
+    def figures(self, trial: Trial, reference: Quality) -> dict[str, Any]:
+        """Quality and cost of a trial, and its agreement with the dense model."""
+        quality = self.base.evaluate(trial.subject)
+        same = agreement(quality, reference)
+        figures = quality.metrics | {"agreement": same, "flops": self.flops(trial.subject)}
+        return figures | self.storage(trial.subject)
+
+    def report(self, trial: Trial, dense: dict[str, Any], pruned: dict[str, Any]) -> dict[str, Any]:
+        """What `tprune FAMILY --json` would print, with the protocol."""
+        record = self.protocol | {"seed": trial.recipe.seed}
+        found = describe(trial.recipe, [trial.driver], [trial.handle], dense, pruned, trial.subject)
+        return found | {"protocol": record}
+
+    def flops(self, subject: Subject) -> int:
+        """Of one timed call."""
+        return flops(self.base.workload(subject).run)
+
+    def storage(self, subject: Subject) -> dict[str, float]:
+        """Megabytes of weights that are not zero, in the family that removes weights."""
+        return (
+            {"weight_mb": nonzero_bytes(subject.model) / 2**20} if self.base.family == "llm-weights" else {}
+        )
+
+    def latency(self, trial: Trial, rounds: int) -> dict[str, dict[str, float]]:
+        """Milliseconds of one call, dense and pruned in turn: median and quartiles of each."""
+        runs = {
+            "dense": self.base.workload(self.subject).run,
+            "pruned": self.base.workload(trial.subject).run,
+        }
+        times = interleaved(runs, self.subject.device, rounds)
+        told = {}
+        for name, seconds in times.items():
+            low, middle, high = (1000 * value for value in quartiles(seconds))
+            told[name] = {"latency_ms": middle, "latency_q1_ms": low, "latency_q3_ms": high}
+        return told
