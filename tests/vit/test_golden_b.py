@@ -78,3 +78,22 @@ def test_a_size_that_negative_similarities_take_away_stays_positive():
     reduction = registry.build("diffrate", "vit").merge(x, order[:, :2], order[:, 2:], 1, None)
     assert match.nearest(x, order[:, 2:], order[:, :2], 1)[0].item() == -1
     assert reduction.size(None)[0, 1] > 0
+
+
+LTMP = settings("ltmp")["cases"]
+
+
+def ltmp_model():
+    tensors, told = golden("vit", "ltmp")
+    model = VisionTransformer(**told["settings"]["model"]).eval().requires_grad_(False)
+    model.load_state_dict(under(tensors, "model."))
+    return model, tensors
+
+
+@pytest.mark.parametrize("case", [case for case in LTMP if case.startswith("fixed")])
+def test_an_ltmp_model_without_thresholds_gives_the_authors_logits(case):
+    model, tensors = ltmp_model()
+    with torch.no_grad(), tprune.prune(model, "ltmp", r=LTMP[case]["r"]) as handle:
+        logits = model(tensors["image"].float())
+        assert handle.driver.entering[1::2] == LTMP[case]["non_cls_tokens_after_each_block"]
+    assert torch.allclose(logits, tensors[f"{case}.logits"], atol=1e-5)

@@ -164,7 +164,10 @@ class Reduction:
         return size.gather(1, self.index).scatter_add(1, self.into.clamp_min(0), flow)
 
     def owner(self) -> Tensor:
-        """The slot every input token went to, for the most part, int64 [B, N]; -1 where it was dropped."""
+        """The slot every input token went to, for the most part, int64 [B, N]; -1 where it was dropped.
+
+        A token that has a slot of its own is there, even if it is a source too.
+        """
         into = self.into
         if self.dense is not None:
             weight, slot = self.dense.abs().max(dim=1)
@@ -173,14 +176,14 @@ class Reduction:
                 return into
         slots = torch.arange(self.count, device=self.index.device).expand_as(self.index)
         owner = torch.full((self.index.shape[0], self.length), -1, device=self.index.device)
+        if self.source is not None:
+            owner = owner.scatter(1, self.source, into)
         if self.valid is not None:
             # Padding slots repeat some token's index; the real slot must win.
             extra = torch.full_like(owner[:, :1], -1)
             padded = torch.where(self.valid, self.index, self.length)
-            owner = torch.cat([owner, extra], 1).scatter(1, padded, slots)[:, : self.length]
-        else:
-            owner = owner.scatter(1, self.index, slots)
-        return owner if self.source is None else owner.scatter(1, self.source, into)
+            return torch.cat([owner, extra], 1).scatter(1, padded, slots)[:, : self.length]
+        return owner.scatter(1, self.index, slots)
 
     def heirs(self, place: Tensor) -> Tensor:
         """The place of the token that stands for every input token afterwards, int64 [B, N]; -1 where it was dropped.

@@ -1,0 +1,152 @@
+"""LTMP merges what is alike and prunes what receives little attention, in every block, by thresholds or by counts.
+
+With thresholds every image keeps as many tokens as it needs; with `r`, the authors' variant without learning, all
+keep the same number: early blocks merge, late ones prune.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+from math import floor
+
+import torch
+
+from tprune.core import match, score
+from tprune.core.budget import Site, Stage
+from tprune.core.reduction import Reduction
+from tprune.errors import UserError
+from tprune.methods.base import Paper, TokenMethod, param
+
+
+@dataclass(frozen=True)
+class LTMP(TokenMethod):
+    """Between attention and MLP of every block: bipartite merging of keys, then pruning by mean attention received."""
+
+    paper = Paper(
+        title="Learned Thresholds Token Merging and Pruning for Vision Transformers",
+        venue="TMLR",
+        year=2023,
+        arxiv="2307.10780",
+        code="Mxbonn/ltmp",
+        checked="code",
+        notes="--keep sets the counts of the authors' variant without thresholds, a fractional r spread over the "
+        "blocks. Thresholds are given, one for all blocks or one per block; with them an image's tokens differ in "
+        "number and a batch is padded.",
+    )
+    native = ("r", "merge_threshold", "prune_threshold")
+
+    r: int = param(13, "tokens that leave each block", low=0)
+    merge_threshold: tuple[float, ...] | None = param(
+        None, "merge where the cosine of keys is above it: one number, or one per block", low=-1
+    )
+    prune_threshold: tuple[float, ...] | None = param(
+        None, "keep what receives more attention than it: one number, or one per block", low=0
+    )
+
+    def weighs_by_size(self):
+        """Proportional attention."""
+        return True
+
+    def varies(self):
+        """Whether thresholds decide."""
+        return self.merge_threshold is not None or self.prune_threshold is not None
+
+    def check(self, shape):
+        """Thresholds fit the depth, and something is left when all patches go."""
+        for name in ("merge_threshold", "prune_threshold"):
+            given = getattr(self, name)
+            if given is not None and len(given) not in (1, shape.depth):
+                raise UserError(
+                    f"--set {name}: {len(given)} numbers for {shape.depth} blocks; give one, or one per block"
+                )
+        if self.varies() and not shape.has_cls:
+            raise UserError("ltmp's thresholds may drop every patch; without a class token use --keep")
+
+    def stages(self, shape, knob):
+        """Counts, or with thresholds a place in every block that may keep all."""
+        if self.varies() and knob is None:
+            return [Stage(Site(layer, between=True), shape.tokens) for layer in range(shape.depth)]
+        mean = self.r if knob is None else (1 - knob) * shape.tokens / 2
+        due = list(accumulate([mean] * shape.depth, initial=0.0))
+        stages, alive = [], shape.tokens
+        for layer, (before, after) in enumerate(pairwise(due)):
+            leaving = floor(after) - floor(before)
+            pruned = self.pruned(leaving, layer, shape.depth, alive)
+            # No more than half can merge, and no more than half of what is left is pruned.
+            alive -= min(leaving - pruned, alive // 2)
+            alive -= min(pruned, alive // 2)
+            stages.append(Stage(Site(layer, between=True), alive))
+        return stages
+
+    def reduce(self, site, view, count, memory):
+        """Merge, then prune: by the thresholds of this block, or to `count` tokens."""
+        length = view.hidden.shape[1]
+        metric = view.attention.key.mean(1)  # [B, N, d]
+        if self.varies():
+            return self.by_threshold(site.layer, view, metric)
+        leaving = length - view.prefix - count
+        if leaving == 0:
+            return Reduction.identity(len(metric), length, metric.device)
+        pruned = self.pruned(leaving, site.layer, view.depth, length - view.prefix)
+        index, source, into = match.bipartite_merge(metric, leaving - pruned, view.prefix)
+        received = self.importance(view)
+        worth = received.gather(1, index).scatter_reduce(1, into, received.gather(1, source), "amax")
+        order = worth.argsort(dim=1, descending=True, stable=True)[:, : view.prefix + count]
+        slot = torch.full_like(index, -1).scatter(
+            1, order, torch.arange(order.shape[1]).to(order).expand_as(order)
+        )
+        into = slot.gather(1, into)
+        return Reduction.average(index.gather(1, order), length, source, into, view.size)
+
+    def pruned(self, leaving, layer, depth, alive):
+        """How many of those that leave a block are pruned: from one in the first to all but one in the last."""
+        late = layer / max(depth - 1, 1)
+        rising = int(1 + (leaving - 2) * late) if leaving > 1 else round(leaving * late)
+        return min(max(rising, leaving - alive // 2), leaving)
+
+    def importance(self, view):
+        """Mean attention received, over heads and real queries, without bound for the prefix: [B, N]."""
+        rows = view.attention.rows()
+        if view.real is None:
+            received = rows.mean((1, 2))
+        else:
+            real = view.real.to(rows.dtype)
+            received = (rows.mean(1) * real.unsqueeze(2)).sum(1) / real.sum(1, keepdim=True)
+        received[:, : view.prefix] = torch.inf
+        return received
+
+    def by_threshold(self, layer, view, metric):
+        """Rows keep what their thresholds say, in the order [even tokens, odd tokens], padded on the right."""
+        batch, length = metric.shape[:2]
+        place = torch.arange(length, device=metric.device)
+        real = view.prunable if view.real is None else view.real
+        real = real | (place < view.prefix)
+        merge_above, prune_below = (
+            default if given is None else given[layer % len(given)]
+            for given, default in ((self.merge_threshold, 1.0), (self.prune_threshold, 0.0))
+        )
+        unit = score.cosine_normalise(metric)
+        usable = real & (place >= view.prefix)
+        alike = unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)
+        alike = alike.masked_fill(~usable[:, 1::2].unsqueeze(1), -torch.inf)
+        best, partner = alike.max(2)
+        merges = (best > merge_above) & usable[:, ::2]
+
+        into = 2 * partner + 1
+        received = self.importance(view)
+        worth = received.scatter_reduce(1, into, received[:, ::2].masked_fill(~merges, -torch.inf), "amax")
+        stays = real & (worth > prune_below)
+        stays[:, ::2] &= ~merges
+
+        order = torch.cat([place[::2], place[1::2]])
+        slots = (~stays[:, order]).to(torch.int8).argsort(dim=1, stable=True)
+        counts = stays.sum(1)
+        index = order[slots[:, : int(counts.max())]]
+        valid = place[: index.shape[1]] < counts.unsqueeze(1)
+        slot = torch.full((batch, length + 1), -1, device=metric.device)
+        slot = slot.scatter(1, index.masked_fill(~valid, length), place[: index.shape[1]].expand_as(index))
+        into = slot.gather(1, into).masked_fill(~merges, -1)
+        source = place[::2].expand(batch, -1)
+        reduction = Reduction.average(index, length, source, into, view.size)
+        return replace(reduction, valid=valid)
