@@ -114,7 +114,12 @@ def colours(groups: np.ndarray) -> np.ndarray:
 
 
 def patches(
-    name: str, title: str, image: np.ndarray, grid: tuple[int, int], panels: Sequence[Panel]
+    name: str,
+    title: str,
+    image: np.ndarray,
+    grid: tuple[int, int],
+    panels: Sequence[Panel],
+    answers: dict[str, Any] | None = None,
 ) -> Picture:
     """The image, and one panel per site beside it.
 
@@ -124,6 +129,7 @@ def patches(
         image: uint8 [H, W, 3], as the model saw it.
         grid: rows and columns of its patches.
         panels: in the order in which tokens left.
+        answers: what else belongs to the numbers.
     """
     image = enlarge(fit(image, grid))
     shown = [("input", image)]
@@ -141,8 +147,8 @@ def patches(
         axis.set_title(label, fontsize=9)
     figure.suptitle(title, fontsize=11)
     figure.tight_layout()
-    numbers = {"grid": list(grid), "sites": [panel.numbers() for panel in panels]}
-    return Picture(f"{name}.png", title, rendered(figure, "png"), numbers)
+    numbers = {**(answers or {}), "grid": list(grid), "sites": [panel.numbers() for panel in panels]}
+    return Picture(f"{name}.png", " ".join(title.split()), rendered(figure, "png"), numbers)
 
 
 def rendered(figure: Figure, kind: str) -> bytes:
@@ -150,5 +156,5 @@ def rendered(figure: Figure, kind: str) -> bytes:
     buffer = io.BytesIO()
     stamp = {"Date": None} if kind == "svg" else {}
     with rc_context({"svg.hashsalt": "tprune"}):
-        figure.savefig(buffer, format=kind, dpi=150, metadata=stamp)
+        figure.savefig(buffer, format=kind, dpi=150, metadata=stamp, bbox_inches="tight", pad_inches=0.1)
     return buffer.getvalue()
