@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache
 
 import tprune
-from tests.vlm.tiny import IMAGE, KINDS, tiny
+from tests.vlm.tiny import IMAGE, KINDS, one_row, tiny
 from tprune.errors import UserError
 from tprune.methods import registry
 from tprune.models.prompts import noise_prompts
@@ -42,21 +42,6 @@ def inside(model):
         )
         for name, module in model.named_modules()
     }
-
-
-def one_row(inputs, row, images=1):
-    """The inputs of one prompt of a batch with `images` images each."""
-    own = slice(row * images, (row + 1) * images)
-    alone = {}
-    for name, value in inputs.items():
-        if name == "pixel_values" and "image_grid_thw" in inputs:
-            patches = int(inputs["image_grid_thw"][0].prod()) * images
-            alone[name] = value[row * patches : (row + 1) * patches]
-        elif name in ("pixel_values", "image_sizes", "image_grid_thw"):
-            alone[name] = value[own]
-        else:
-            alone[name] = value[row : row + 1]
-    return alone
 
 
 @every_method

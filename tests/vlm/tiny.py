@@ -159,3 +159,18 @@ def tiny(kind):
             if parameter.dim() > 1:
                 parameter.normal_(std=0.25)
     return model
+
+
+def one_row(inputs, row, images=1):
+    """The inputs of one prompt of a batch with `images` images each."""
+    own = slice(row * images, (row + 1) * images)
+    alone = {}
+    for name, value in inputs.items():
+        if name == "pixel_values" and "image_grid_thw" in inputs:
+            patches = int(inputs["image_grid_thw"][0].prod()) * images
+            alone[name] = value[row * patches : (row + 1) * patches]
+        elif name in ("pixel_values", "image_sizes", "image_grid_thw"):
+            alone[name] = value[own]
+        else:
+            alone[name] = value[row : row + 1]
+    return alone

@@ -29,6 +29,7 @@ from tprune.models.taps import AttentionCall, Tap
 from tprune.models.track import (
     Kept,
     Track,
+    check_cache,
     gather_any_mask,
     gather_last,
     restore,
@@ -43,6 +44,8 @@ NORMS = ("norm", "final_layer_norm", "ln_f", "final_layernorm")
 class DecoderDriver:
     """A token method at work before or inside a decoder, until `remove`.
 
+    A list put in `trace` is filled by the next prompts, as `Run.trace` says.
+
     Args:
         model: a transformers model with a decoder.
         method: what chooses.
@@ -52,6 +55,7 @@ class DecoderDriver:
         seeds_of: from the inputs to a seed per row, int64 [B]; called where the method draws at random.
         entrance: what happens before the first layer, for methods with the site `PROJECTOR`.
         outer: the module whose call carries the whole prompt; the decoder itself by default.
+        check_later: called with the inputs of every later call on a cache; raises UserError for what cannot be right.
     """
 
     def __init__(
@@ -65,9 +69,11 @@ class DecoderDriver:
         seeds_of: Callable[[Inputs], Tensor] | None = None,
         entrance: Entrance | None = None,
         outer: nn.Module | None = None,
+        check_later: Callable[[Inputs], None] | None = None,
     ):
         self.method, self.prunable_of, self.stages_of = method, prunable_of, stages_of
         self.positions, self.seeds_of, self.entrance = positions, seeds_of, entrance
+        self.check_later = check_later
         decoder = find_decoder(model)
         self.core, self.layers = decoder.core, decoder.blocks
         self.outer = self.core if outer is None else outer
@@ -75,6 +81,7 @@ class DecoderDriver:
         self.norm = next((getattr(self.core, name) for name in NORMS if hasattr(self.core, name)), None)
         self.tally = Tally(len(self.layers))
         self.run: Run | None = None
+        self.trace: list[tuple[Site, Tensor]] | None = None
         self.handles = [
             self.outer.register_forward_pre_hook(self._begin, with_kwargs=True),
             self.core.register_forward_pre_hook(self._enter, with_kwargs=True),
@@ -118,13 +125,13 @@ class DecoderDriver:
         start = 0 if cache is None else cache.get_seq_length()
         self.run = None
         if start:
+            if self.check_later is not None:
+                self.check_later(inputs)
             track = getattr(cache, "tprune_track", None)
-            if track is None:
-                return
-            if track.entered != start:
-                raise UserError("a cache with pruned tokens was cropped or edited; run the prompt again")
-            self.run = Run(inputs, track, track.length, tokens.shape[1])
-            track.extend(tokens.shape[1])
+            if track is not None:
+                track.check(start, tokens.shape[1], inputs)
+                self.run = Run(inputs, track, track.length, tokens.shape[1])
+                track.extend(tokens.shape[1])
             return
         prunable = self.prunable_of(inputs)
         if prunable is None:
@@ -133,7 +140,9 @@ class DecoderDriver:
         if not any(counts):
             return
         check_cache(cache)
-        run = Run(inputs, Track(tokens.shape[1]), 0, tokens.shape[1], prunable, real_tokens(inputs, prunable))
+        real = real_tokens(inputs, prunable)
+        run = Run(inputs, Track(tokens.shape[1], real.sum(1)), 0, tokens.shape[1], prunable, real)
+        run.trace = self.trace
         run.counts = planned([self.stages_of(count) for count in counts], counts)
         self._check(run)
         run.seeds = self.seeds_of(inputs) if self.seeds_of and "seeds" in self.method.reads else None
@@ -254,6 +263,8 @@ class DecoderDriver:
         )
         reduction = self.method.reduce(site, view, count, run.memory)
         run.attention = None
+        if run.trace is not None:
+            run.note(site, position, reduction.heirs(position), valid)
         left = reduction.valid
         if valid is not None:
             still = valid.gather(1, reduction.index)
@@ -272,16 +283,6 @@ def attention_of(layer: nn.Module) -> nn.Module:
         if module is not layer and hasattr(module, "config") and type(module).__name__.endswith("Attention"):
             return module
     raise UserError(f"{type(layer).__name__} has no attention that can be watched")
-
-
-def check_cache(cache: Any) -> None:
-    """Refuse caches whose layers cannot have lengths of their own."""
-    kinds = {type(layer).__name__ for layer in getattr(cache, "layers", [])}
-    fixed = sorted(kind for kind in kinds if kind.startswith("Static"))
-    if fixed:
-        raise UserError(
-            "tokens cannot leave a static cache: run with a dynamic one (cache_implementation=None)"
-        )
 
 
 def _first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -44,25 +44,30 @@ class LayerInputs:
         ids, rope = given.get("position_ids"), given.get("position_embeddings")
         if run.is_prompt:
             rows = slots = kept.index
-            ids = given["position_ids"] = None if ids is None else gather_last(ids, rows)
-            if isinstance(rope, tuple):
-                given["position_embeddings"] = tuple(gather_rope(part, rows) for part in rope)
+            if ids is not None:
+                key = ("ids", id(kept), id(ids))
+                ids = given["position_ids"] = run.once(key, lambda: gather_last(given["position_ids"], rows))
         else:
             rows = torch.arange(run.length, device=kept.index.device).expand(kept.index.shape[0], -1)
             slots = rows + run.track.entered - run.length
         if self.positions == "compact" and self.rotary is not None and isinstance(rope, tuple):
             ids = ids - (kept.shift() if run.is_prompt else kept.gone[:, None])
             given["position_ids"] = ids
-            given["position_embeddings"] = self._rotate(place, given["hidden_states"], ids)
+            given["position_embeddings"] = run.once(
+                ("turned", id(kept), id(rope)), lambda: self._rotate(place, given["hidden_states"], ids)
+            )
+        elif run.is_prompt and isinstance(rope, tuple):
+            key = ("rope", id(kept), id(rope))
+            given["position_embeddings"] = run.once(
+                key, lambda: tuple(gather_rope(part, rows) for part in rope)
+            )
         cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
         mask, (window, held) = given.get("attention_mask"), _sliding(cache, place)
         keys = kept.index.shape[1] if window is None else rows.shape[1] + held
-        key = (id(kept), id(mask), keys, window)
-        if key not in run.masks:
-            valid = None if kept.valid is None else kept.valid[:, -keys:]
-            seen = Kept(kept.index[:, -keys:], valid, kept.gone)
-            run.masks[key] = self._mask(run, mask, seen, rows, slots, window)
-        given["attention_mask"] = run.masks[key]
+        given["attention_mask"] = run.once(
+            ("mask", id(kept), id(mask), keys, window),
+            lambda: self._mask(run, mask, _latest(kept, keys), rows, slots, window),
+        )
 
     def _mask(
         self, run: Run, mask: Tensor | None, seen: Kept, rows: Tensor, slots: Tensor, window: int | None
@@ -94,6 +99,12 @@ class LayerInputs:
         if "layer_type" in signature(self.rotary.forward).parameters:
             return self.rotary(hidden, ids, self.core.config.layer_types[place])
         return self.rotary(hidden, ids)
+
+
+def _latest(kept: Kept, keys: int) -> Kept:
+    """The last `keys` of the tokens that are left."""
+    valid = None if kept.valid is None else kept.valid[:, -keys:]
+    return Kept(kept.index[:, -keys:], valid, kept.gone)
 
 
 def _sliding(cache: Any, place: int) -> tuple[int | None, int]:

@@ -20,7 +20,7 @@ from tprune.methods.views import Attention, TokenView
 from tprune.models.layout import Unit, token_count, unit_seeds, units
 from tprune.models.run import Inputs, Run
 from tprune.models.taps import AttentionCall, Tap
-from tprune.models.vlm import Anatomy
+from tprune.models.vlm import Anatomy, image_tokens
 
 
 @dataclass(eq=False)
@@ -95,15 +95,14 @@ class Projector:
         Returns:
             embeddings [B, K, D], their slots [B, K] and which of them are real [B, K] (None: all).
         """
-        image = (run.inputs.get("mm_encoder_outputs") or {}).get("image")
-        encoded = getattr(image, "tprune_encoded", self.latest)
-        found = self._units(encoded.inputs, run.prunable)
+        encoded = self._ahead(run.inputs) or self.latest
+        found = self._units(encoded.inputs, run.prunable, self.method.unit == "crop")
         count = 1 + max(unit.image for unit in found)
         # Where every token goes: its own place, or (`gone`) nowhere.
         gone = run.length
         target = torch.arange(gone, device=embeds.device).repeat(len(embeds), 1)
         target = target.masked_fill(run.prunable, gone)
-        whole = set(range(count))
+        whole, done = set(range(count)), []
         ordered = sorted(found, key=lambda unit: len(unit.slot))
         for _, group in groupby(ordered, key=lambda unit: len(unit.slot)):
             alike = list(group)
@@ -114,12 +113,33 @@ class Projector:
                 if kept < int((unit.slot >= 0).sum()):
                     whole.discard(unit.image)
             embeds = _place(alike, view, reduction, embeds, target)
+            if run.trace is not None:
+                done.append((alike, view, reduction))
         self._spare_newlines(found, whole, run, target)
+        if run.trace is not None:
+            run.note(PROJECTOR, *_heirs(done, target, gone))
         return _shorten(embeds, target, gone)
 
-    def _units(self, inputs: Inputs, mask: Tensor) -> list[Unit]:
+    def seeds(self, inputs: Inputs) -> Tensor:
+        """A seed per prompt from the pixels of its images, int64 [B] on the CPU; 0 where there are none.
+
+        For draws inside the decoder: a prompt draws the same in any batch, and for every beam.
+        """
+        mask, ahead = image_tokens(self.model, inputs), self._ahead(inputs)
+        known = inputs if ahead is None else ahead.inputs
+        images = self._units(known, mask, by_crop=False)
+        seeds = [0] * len(mask)
+        for unit, seed in zip(images, unit_seeds(known, images, self.seed).tolist(), strict=True):
+            seeds[unit.row] = (31 * seeds[unit.row] + seed) % 2**62
+        return torch.tensor(seeds)
+
+    def _ahead(self, inputs: Inputs) -> Encoded | None:
+        """The images of a forward whose inputs hold them encoded already, as `generate` does."""
+        image = (inputs.get("mm_encoder_outputs") or {}).get("image")
+        return getattr(image, "tprune_encoded", None)
+
+    def _units(self, inputs: Inputs, mask: Tensor, by_crop: bool) -> list[Unit]:
         """Images or crops; where `generate` repeats every prompt for its beams, repeated with it."""
-        by_crop = self.method.unit == "crop"
         repeats = max(1, len(mask) // self._prompts(inputs, mask))
         found = units(self.parts.outer, self.model.config, inputs, mask[::repeats], by_crop)
         if repeats == 1:
@@ -168,8 +188,10 @@ class Projector:
 
     def _encoder(self, call: AttentionCall, crops: list[int]) -> TokenView:
         """What the tower saw of these crops."""
-        chosen = torch.tensor(crops, device=call.query.device)
-        query, key, value = (part[chosen] for part in (call.query, call.key, call.value))
+        query, key, value = call.query, call.key, call.value
+        if crops != list(range(len(query))):
+            chosen = torch.tensor(crops, device=query.device)
+            query, key, value = (part[chosen] for part in (query, key, value))
         attention = Attention(query, key, value, call.scale)
         batch, length = query.shape[0], query.shape[2]
         prunable = torch.ones(batch, length, dtype=torch.bool, device=query.device)
@@ -230,6 +252,19 @@ def _place(
     embeds = embeds.clone()
     embeds[row[real], slot[real]] = reduction.apply(view.hidden)[real]
     return embeds
+
+
+def _heirs(
+    done: list[tuple[list[Unit], TokenView, Reduction]], target: Tensor, gone: int
+) -> tuple[Tensor, Tensor]:
+    """Every token's place in the prompt [B, N], and that of the token that stands for it, -1 where it left."""
+    place = torch.arange(gone, device=target.device).expand_as(target)
+    heirs = torch.where(target < gone, place, -1)
+    for alike, view, reduction in done:
+        row = torch.tensor([unit.row for unit in alike], device=target.device)
+        row = row.unsqueeze(1).expand_as(view.position)[view.prunable]
+        heirs[row, view.position[view.prunable]] = reduction.heirs(view.position)[view.prunable]
+    return place, heirs
 
 
 def _shorten(embeds: Tensor, target: Tensor, gone: int) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tprune.core.budget import Site, Stage
+from tprune.core.reduction import follow
 from tprune.methods.views import Attention
 from tprune.models.track import Track
 
@@ -32,7 +33,9 @@ class Run:
         memory: what the method carries from site to site.
         attention: of the layer that ran last, where the next one is a site.
         padding: the decoder's padding mask [B, T] (nonzero: real), for the tokens that entered it, or None.
-        masks: the masks of this forward's layers, by layer of the last site, mask and width.
+        trace: at every site so far, which token stands for each of the caller's (`core.reduction.follow`), int64
+            [B, N]; None where nobody asked.
+        fitted: masks, positions and rotary embeddings of the tokens that are left, shared by the layers that see them.
     """
 
     inputs: Inputs
@@ -46,12 +49,25 @@ class Run:
     memory: dict[str, Any] = field(default_factory=dict)
     attention: Attention | None = None
     padding: Tensor | None = None
-    masks: dict[Any, Tensor | None] = field(default_factory=dict)
+    trace: list[tuple[Site, Tensor]] | None = None
+    fitted: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def is_prompt(self) -> bool:
         """Whether tokens leave in this forward."""
         return self.prunable is not None
+
+    def note(self, site: Site, place: Tensor, heirs: Tensor, valid: Tensor | None = None) -> None:
+        """Keep in the trace what became at `site` of the tokens at `place`, as `follow` wants them."""
+        every = torch.arange(self.length, device=place.device).expand(place.shape[0], -1)
+        before = self.trace[-1][1] if self.trace else every
+        self.trace.append((site, follow(before, place, heirs, valid)))
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make` gives at the first call with this key."""
+        if key not in self.fitted:
+            self.fitted[key] = make()
+        return self.fitted[key]
 
 
 @dataclass(eq=False)
@@ -62,14 +78,14 @@ class Tally:
         prompts: how many.
         tokens: prunable tokens in all of them.
         entering: int64 [depth].
-        owner: of the last batch, int64 [B, N]: a token's place among those that are left at the end, or -1.
+        last: of the last batch the slots that are left at the end [B, K], which are real, and the length N.
     """
 
     depth: int
     prompts: int = 0
     tokens: int | Tensor = 0
     entering: Tensor | None = None
-    owner: Tensor | None = None
+    last: tuple[Tensor, Tensor | None, int] | None = None
 
     def add(self, run: Run) -> None:
         """Count one prompt's forward."""
@@ -84,12 +100,19 @@ class Tally:
         self.entering = total if self.entering is None else self.entering + total
         self.prompts += len(run.prunable)
         self.tokens += run.prunable.sum()
-        index, valid = track.final()
+        self.last = (*track.final(), run.length)
+
+    @property
+    def owner(self) -> Tensor | None:
+        """Of the last batch, int64 [B, N]: a token's place among those that are left at the end, or -1."""
+        if self.last is None:
+            return None
+        index, valid, length = self.last
         slots = torch.arange(index.shape[1], device=index.device).expand_as(index)
-        owner = index.new_full((index.shape[0], run.length + 1), -1)
+        owner = index.new_full((index.shape[0], length + 1), -1)
         if valid is not None:
-            index = torch.where(valid, index, run.length)
-        self.owner = owner.scatter(1, index, slots)[:, :-1]
+            index = torch.where(valid, index, length)
+        return owner.scatter(1, index, slots)[:, :-1]
 
 
 def planned(stages: Sequence[Sequence[Stage]], tokens: Sequence[int]) -> dict[Site, int | Tensor]:

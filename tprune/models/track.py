@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tprune.errors import UserError
+
 
 @dataclass(eq=False)
 class Kept:
@@ -54,11 +56,13 @@ class Track:
 
     Attributes:
         length: how many tokens were seen, as the caller counts.
+        real: int64 [B], how many of them were no padding.
         entry: the tokens that entered the decoder, as slots of the caller's sequence; None for all.
         layers: per decoder layer where tokens left, what is left from there on, as slots of the entering sequence.
     """
 
     length: int
+    real: Tensor
     entry: Kept | None = None
     layers: dict[int, Kept] = field(default_factory=dict)
 
@@ -66,6 +70,30 @@ class Track:
     def entered(self) -> int:
         """How many tokens (and fillers) the first layer has seen."""
         return self.length if self.entry is None else self.entry.index.shape[1]
+
+    def check(self, start: int, count: int, inputs: dict[str, Any]) -> None:
+        """Refuse a call whose `count` tokens cannot be what follows on this cache.
+
+        Args:
+            start: how many entries the first layer's cache holds.
+            count: how many tokens the call brings.
+            inputs: of the call; the padding mask covers everything from the first token on.
+
+        Raises:
+            UserError: the cache was edited, or tokens come that it has seen (`generate`, given a whole conversation,
+                cuts it by the length of the cache).
+        """
+        if self.entered != start:
+            raise UserError("a cache with pruned tokens was cropped or edited; run the prompt again")
+        mask, ids, total = inputs.get("attention_mask"), inputs.get("position_ids"), self.length + count
+        fits = not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] == total
+        if fits and count > 1 and isinstance(ids, Tensor) and ids.dim() == 2:
+            fits = bool(ids[:, 0].min() >= self.real.min())
+        if not fits:
+            raise UserError(
+                f"these {count} tokens do not follow the {self.length} that this pruned cache has seen: pass only the "
+                f"new ones, with an attention_mask of all {total}"
+            )
 
     def extend(self, count: int) -> None:
         """`count` tokens arrived; from now on none leaves."""
@@ -75,6 +103,7 @@ class Track:
         if self.entry is not None:
             self.entry.extend(self.length, count)
         self.length += count
+        self.real = self.real + count
 
     def at(self, layer: int) -> Kept | None:
         """What decoder layer `layer` sees of the entering sequence; None for all of it."""
@@ -95,6 +124,16 @@ class Track:
         if last.valid is not None:
             valid = last.valid if valid is None else valid & last.valid
         return index, valid
+
+
+def check_cache(cache: Any) -> None:
+    """Refuse caches whose layers cannot have lengths of their own."""
+    kinds = {type(layer).__name__ for layer in getattr(cache, "layers", [])}
+    fixed = sorted(kind for kind in kinds if kind.startswith("Static"))
+    if fixed:
+        raise UserError(
+            "tokens cannot leave a static cache: run with a dynamic one (cache_implementation=None)"
+        )
 
 
 def gather_last(x: Tensor, index: Tensor) -> Tensor:

@@ -98,3 +98,17 @@ def image_tokens(model: nn.Module, inputs: Inputs) -> Tensor | None:
     if pixels is None and (inputs.get("mm_encoder_outputs") or {}).get("image") is None:
         return None
     return inputs["input_ids"] == model.config.image_token_id
+
+
+def check_later(model: nn.Module, inputs: Inputs) -> None:
+    """Refuse images in a later call on a cache: tokens leave in its first call only.
+
+    Raises:
+        UserError: the call brings image tokens.
+    """
+    found = image_tokens(model, inputs)
+    if found is not None and bool(found.any()):
+        raise UserError(
+            "an image in a later turn on the same cache cannot be pruned: give the whole conversation as one prompt "
+            "with an empty cache, or remove the method for this call"
+        )

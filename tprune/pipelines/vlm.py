@@ -23,7 +23,7 @@ from tprune.models.decoder import DecoderDriver
 from tprune.models.projector import Projector
 from tprune.models.prompts import noise_prompts
 from tprune.models.subject import Subject
-from tprune.pipelines.base import Achieved, Handle, Pipeline, Quality, Workload
+from tprune.pipelines.base import Achieved, Handle, Pipeline, Quality, Sample, Workload
 from tprune.pipelines.kernels import selection
 from tprune.pipelines.tokens import solve
 
@@ -132,26 +132,35 @@ class VlmPipeline(Pipeline):
 
     def answers(self, subject: Subject, places: range, longest: int) -> list[str]:
         """What the model says to some of the questions, greedily, at most `longest` tokens."""
-        items, processor = self.questions.items, subject.processor
+        asked = [self.questions.items[place].prompt for place in places]
+        inputs = self.inputs(subject, [self.questions.open(place) for place in places], asked)
+        return self.said(subject, inputs, longest)
+
+    def inputs(self, subject: Subject, images: list[Any], asked: list[str]) -> dict[str, Tensor]:
+        """What the model is called with to be asked this about these images."""
+        processor = subject.processor
         inputs = processor(
-            images=[self.questions.open(place) for place in places],
-            text=[self.prompt(processor, items[place].prompt) for place in places],
+            images=images,
+            text=[self.prompt(processor, question) for question in asked],
             padding=True,
             return_tensors="pt",
         )
         parameter = next(subject.model.parameters())
-        inputs = {
+        return {
             name: value.to(parameter.device, parameter.dtype)
             if value.is_floating_point()
             else value.to(parameter.device)
             for name, value in inputs.items()
         }
+
+    def said(self, subject: Subject, inputs: dict[str, Tensor], longest: int) -> list[str]:
+        """What the model says, greedily, at most `longest` tokens."""
         if longest == 1:
             tokens = subject.model(**inputs, logits_to_keep=1).logits[:, -1:].argmax(-1)
         else:
             told = subject.model.generate(**inputs, max_new_tokens=longest, do_sample=False)
             tokens = told[:, inputs["input_ids"].shape[1] :]
-        return processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return subject.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
     def prompt(self, processor: Any, question: str) -> str:
         """A question behind an image, as the model's own template has it."""
@@ -190,6 +199,8 @@ class VlmPipeline(Pipeline):
             positions=self.positions(parts),
             entrance=projector if any(stage.site == PROJECTOR for stage in stages) else None,
             outer=parts.outer,
+            seeds_of=projector.seeds,
+            check_later=partial(adapter.check_later, subject.model),
         )
         return VlmHandle(driver, projector, stages, tokens)
 
@@ -214,6 +225,12 @@ class VlmPipeline(Pipeline):
     def describe_data(self) -> dict[str, Any]:
         """Which questions."""
         return self.questions.protocol
+
+    def pictures(self, subject: Subject, handle: Handle, sample: Sample) -> list[Any]:
+        """The image with what is left of its tokens after every site, and what is answered with and without them."""
+        from tprune.pipelines.vlm_pictures import of_vlm
+
+        return of_vlm(self, subject, handle, sample)
 
     def bench(self, subject: Subject, rounds: int) -> dict[str, Any]:
         """Dense and pruned prefill in turn, and the method's selection of 64 among 576 tokens of width 4,096."""
