@@ -7,9 +7,11 @@ from click.testing import CliRunner
 
 from tests.llm_weights.tiny import save
 from tprune.cli import command
+from tprune.commands import bench
 from tprune.errors import UserError
 from tprune.evaluate import perplexity
 from tprune.models import load as loaders
+from tprune.recipe import ModelSource, Recipe, Stage
 
 SMALL = ["--calibration", "4", "--length", "24", "--batch-size", "2", "--limit", "2"]
 
@@ -77,3 +79,20 @@ def test_a_sparsity_out_of_a_structured_method_s_reach_names_what_is_reachable(f
         run("--method", "flap", "--sparsity", "0.97", folder, "--data", text, *SMALL, "--no-eval")
     with pytest.raises(UserError, match="reachable are 0.3333 to 0.6667"):
         run("--method", "shortgpt", "--sparsity", "0.9", folder, "--data", text, *SMALL, "--no-eval")
+
+
+@pytest.mark.parametrize(("method", "held"), [("wanda", True), ("magnitude", False)])
+def test_the_benchmark_says_time_in_plain_passes_and_memory_above_the_model(method, held, folder, text):
+    stage = Stage("llm-weights", method, sparsity=0.5)
+    recipe = Recipe(
+        ModelSource(str(folder)), (stage,), data=str(text), calibration=4, length=24, batch_size=2
+    )
+    record = bench.measure(recipe, 3)
+    assert record["plain_passes"] > 0
+    assert 0 < record["plain_passes_q1"] <= record["plain_passes_q3"]
+    assert record["memory_above_model_mb"] >= 0
+    assert (record["activations_mb"] > 0) == held
+    assert record["largest_block_mb"] > 0
+    assert record["protocol"]["attention"] == "sdpa"
+    assert record["protocol"]["dtype"] == "float32"
+    assert record["protocol"]["hardware"]["threads"] > 0

@@ -19,16 +19,23 @@ STRIP = 32
 
 def triangular_inverse(upper: Tensor, leaf: int = 128) -> Tensor:
     """The inverse of an upper triangular matrix [C, C], by halves, so that nearly all work is matrix products."""
+    inverse = upper.clone()
+    _invert(inverse, leaf)
+    return inverse
+
+
+def _invert(upper: Tensor, leaf: int = 128) -> None:
+    """Put the inverse of an upper triangular matrix [C, C] in its place."""
     size = upper.shape[0]
     if size <= leaf:
         eye = torch.eye(size, dtype=upper.dtype, device=upper.device)
-        return torch.linalg.solve_triangular(upper, eye, upper=True)
+        upper.copy_(torch.linalg.solve_triangular(upper, eye, upper=True))
+        return
     half = size // 2
-    top, bottom = triangular_inverse(upper[:half, :half], leaf), triangular_inverse(upper[half:, half:], leaf)
-    inverse = torch.zeros_like(upper)
-    inverse[:half, :half], inverse[half:, half:] = top, bottom
-    inverse[:half, half:] = top @ (upper[:half, half:] @ bottom).neg_()
-    return inverse
+    top, corner, bottom = upper[:half, :half], upper[:half, half:], upper[half:, half:]
+    _invert(top, leaf)
+    _invert(bottom, leaf)
+    corner.copy_(top @ (corner @ bottom).neg_())
 
 
 def dead_inputs(gram: Tensor) -> Tensor:
@@ -46,15 +53,18 @@ def inverse_factor(gram: Tensor, damp: float) -> Tensor:
     Raises:
         ValueError: `gram` is not finite, or no damping makes it positive definite.
     """
-    size = gram.shape[0]
-    gram = gram.clone()
-    gram.diagonal().add_(dead_inputs(gram).to(gram.dtype))
-    mean = gram.diagonal().mean()
+    diagonal = gram.diagonal() + dead_inputs(gram).to(gram.dtype)
+    mean = diagonal.mean()
     for _ in range(8):
-        damped = gram + damp * mean * torch.eye(size, dtype=gram.dtype, device=gram.device)
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        damped = gram.flip(0, 1)
+        damped.diagonal().copy_((diagonal + damp * mean).flip(0))
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped
         if not bool(failed) and bool(lower.isfinite().all()):
-            return triangular_inverse(lower.flip(0, 1))
+            upper = lower.flip(0, 1)
+            del lower
+            _invert(upper)
+            return upper
         damp = 10 * max(damp, 1e-6)
     raise ValueError("the Gram matrix is not finite, or not positive definite at any damping")
 

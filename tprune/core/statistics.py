@@ -64,8 +64,13 @@ class Gram:
 
     def result(self) -> dict[str, Tensor]:
         """{"gram": [C, C]}."""
-        upper = self.total.triu()
-        return {"gram": (upper + upper.triu(1).t()) * (2 / self.sequences)}
+        width = self.total.shape[0]
+        for first in range(0, width, self.strip):
+            rows = slice(first, min(first + self.strip, width))
+            corner = self.total[rows, rows].triu()
+            self.total[rows, rows] = corner + corner.triu(1).t()
+            self.total[rows.stop :, rows] = self.total[rows, rows.stop :].t()
+        return {"gram": self.total * (2 / self.sequences)}
 
 
 class Moments:
@@ -138,9 +143,10 @@ class Inputs:
                 part.add(x)
 
     def result(self) -> dict[str, Tensor]:
-        """All of them, by name; computed at the first call, when everything is taken in."""
+        """All of them, by name; computed at the first call, when everything is taken in, and the sums are let go."""
         if self._result is None:
             self._result = {name: value for part in self.parts for name, value in part.result().items()}
+            self.parts = []
         return self._result
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-LOGITS_AT_ONCE = 1 << 26
-"""Logits held in memory at a time: a vocabulary of 50,000 makes 100 MB of every 512 tokens."""
+LOGITS_AT_ONCE = 1 << 24
+"""Logits held in memory at a time, 64 MB in float32: a vocabulary of 50,000 makes as many of 340 tokens."""
+TOKENS_AT_ONCE = 4096
+"""At most so many tokens go through the model together, and at least one window."""
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
@@ -35,19 +39,64 @@ def score_windows(
     Args:
         model: a transformers model with a language-modelling head.
         windows: token ids, int64 [W, L].
-        batch_size: at most so many windows at a time; fewer where their logits would fill the memory.
+        batch_size: at most so many windows at a time; fewer where they are more than `TOKENS_AT_ONCE` tokens.
         track: wraps the batches, for a progress bar.
 
     Returns:
         losses float32 [W, L - 1] and top-1 predictions int64 [W, L - 1], on the CPU.
     """
     device = next(model.parameters()).device
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    rows = max(1, min(batch_size, LOGITS_AT_ONCE // (windows.shape[1] * vocabulary)))
+    rows = max(1, min(batch_size, TOKENS_AT_ONCE // windows.shape[1]))
     losses, predictions = [], []
     for chunk in track(list(windows.split(rows))):
         chunk = chunk.to(device)
-        logits = model(input_ids=chunk, use_cache=False).logits[:, :-1]
-        losses.append(token_losses(logits, chunk[:, 1:]).cpu())
-        predictions.append(logits.argmax(-1).cpu())
+        parts = []
+        for first, logits in logits_in_parts(model, chunk):
+            targets = chunk[:, first + 1 : first + 1 + logits.shape[1]]
+            parts.append((token_losses(logits, targets).cpu(), logits.argmax(-1).cpu()))
+        losses.append(torch.cat([part[0] for part in parts], 1))
+        predictions.append(torch.cat([part[1] for part in parts], 1))
     return torch.cat(losses), torch.cat(predictions)
+
+
+def logits_in_parts(model: nn.Module, tokens: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """The logits of all tokens but the last, a run of positions at a time.
+
+    The decoder runs once; its output is handed to the model's own forward again for every further part, so that
+    what comes behind it (scaling, soft caps) is the model's own. A model without `logits_to_keep` gives all at once.
+
+    Args:
+        model: a transformers model with a language-modelling head.
+        tokens: int64 [B, L].
+
+    Yields:
+        The first position of the part, and its logits [B, positions, V].
+    """
+    count, vocabulary = tokens.shape[1] - 1, model.get_output_embeddings().weight.shape[0]
+    width = max(1, LOGITS_AT_ONCE // (len(tokens) * vocabulary))
+    if width >= count or "logits_to_keep" not in signature(model.forward).parameters:
+        yield 0, model(input_ids=tokens, use_cache=False).logits[:, :-1]
+        return
+    places = torch.arange(count, device=tokens.device)
+    with _run_once(model.get_decoder()):
+        for part in places.split(width):
+            yield int(part[0]), model(input_ids=tokens, use_cache=False, logits_to_keep=part).logits
+
+
+@contextmanager
+def _run_once(module: nn.Module) -> Iterator[None]:
+    """`module` computes at its first call, and answers with the same output from then on."""
+    own, computed, outputs = vars(module).get("forward"), module.forward, []
+
+    def forward(*positional: object, **named: object) -> object:
+        if not outputs:
+            outputs.append(computed(*positional, **named))
+        return outputs[0]
+
+    try:
+        module.forward = forward
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own

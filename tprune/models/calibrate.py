@@ -18,8 +18,17 @@ from torch.nn import functional
 from tprune.core.statistics import Inputs, token_cosine
 from tprune.models.blocks import Decoder, is_experts
 
-TOKENS_AT_ONCE = 4096
-"""At most so many tokens go through a block together: more do not run faster, and cost memory."""
+TOKENS_AT_ONCE = {"cpu": 512}
+"""At most so many tokens go through a block together (at least one sequence): on a CPU more do not run faster, and
+what a block computes inside costs several times its input."""
+MANY_TOKENS = 4096
+"""The same on any other device, which wants more to be busy."""
+
+
+def rows_at_once(batch_size: int, length: int, device: torch.device | str) -> int:
+    """How many sequences of `length` tokens go through a block together: `batch_size`, or fewer."""
+    tokens = TOKENS_AT_ONCE.get(torch.device(device).type, MANY_TOKENS)
+    return max(1, min(batch_size, tokens // length))
 
 
 class _LastInput(Exception):  # noqa: N818  (a signal, not an error)
@@ -38,14 +47,18 @@ class Stream:
     def __init__(self, decoder: Decoder, tokens: Tensor, batch_size: int):
         """Embed `tokens` int64 [N, L]; runs no block."""
         self.decoder = decoder
-        self.rows = max(1, min(batch_size, TOKENS_AT_ONCE // tokens.shape[1]))
-        self._arguments: dict[tuple[int, int], tuple[tuple, dict[str, Any]]] = {}
-        parts: list[Tensor] = []
         device = next(decoder.core.parameters()).device
+        self.rows = rows_at_once(batch_size, tokens.shape[1], device)
+        self._arguments: dict[tuple[int, int], tuple[tuple, dict[str, Any]]] = {}
+        self.hidden = torch.empty(0)
+        parts: list[Tensor] = []
         with _noting(decoder, parts, self._arguments), torch.no_grad():
-            for chunk in tokens.split(self.rows):
+            for place, chunk in enumerate(tokens.split(self.rows)):
                 decoder.core(input_ids=chunk.to(device), use_cache=False)
-        self.hidden = torch.cat(parts)
+                part = parts.pop()
+                if place == 0:
+                    self.hidden = part.new_empty(len(tokens), *part.shape[1:])
+                self.hidden[place * self.rows :][: len(chunk)] = part
 
     def _run(self, index: int, x: Tensor) -> Tensor:
         """Block `index` on the hidden states x [b, L, D]."""

@@ -26,13 +26,13 @@ def apply(matrix: Matrix, edit: WeightEdit) -> None:
 
 
 def record(matrices: Iterable[tuple[Matrix, WeightEdit]]) -> dict[str, Tensor]:
-    """The edits of these matrices, which are carried out already, as tensors on the CPU."""
-    tensors = {}
+    """The edits of these matrices, each carried out when it comes, as tensors on the CPU."""
+    tensors, changed = {}, {}
     for matrix, edit in matrices:
         tensors[MASK + matrix.name] = pack_bits(edit.mask).cpu()
         if edit.weight is not None:
-            tensors[WEIGHT + matrix.parameter_name] = matrix.parameter.data.cpu()
-    return tensors
+            changed[WEIGHT + matrix.parameter_name] = matrix.parameter
+    return tensors | {name: parameter.data.cpu() for name, parameter in changed.items()}
 
 
 def replay(matrices: Iterable[Matrix], tensors: dict[str, Tensor]) -> None:

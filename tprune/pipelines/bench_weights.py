@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+import ctypes
+import gc
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from tprune.evaluate.cost import PeakMemory, timed
+from tprune.evaluate.cost import PeakMemory, quartiles, timed
+from tprune.methods.base import WeightBudget
 from tprune.models.blocks import find_decoder
-from tprune.models.calibrate import TOKENS_AT_ONCE
+from tprune.models.calibrate import MANY_TOKENS
 from tprune.models.subject import Subject
 from tprune.pipelines.journal import Journal
 
@@ -21,18 +26,21 @@ if TYPE_CHECKING:
 def bench(driver: LlmWeights, subject: Subject, rounds: int) -> dict[str, Any]:
     """Time a plain pass and a whole pruning run in turn.
 
-    The plain pass sends the same tokens through the decoder without its head, in the same batches. Every pruning
-    run works on a fresh copy of the model; copying, reading the text and tokenising it are not counted.
+    The plain pass sends the same tokens through the decoder without its head, in batches as large as `--batch-size`
+    and `MANY_TOKENS` allow (pruning takes smaller ones where that saves memory). Every pruning run works on a fresh
+    copy of the model; copying, reading the text and tokenising it are not counted.
 
     Returns:
-        `times` per part, the `ratios` to form, and the peak memory of a run above the loaded model in MB.
+        `times` per part, the `ratios` to form, the quartiles of a run's time over that of the pass before it, the
+        highest peak memory of a run above the loaded model in MB, and what that is measured by: the calibration
+        activations and the weights of the largest block.
     """
     decoder = find_decoder(subject.model)
     method, sequences = driver.method, driver.calibration_tokens(subject, decoder)
     if sequences is None:
         sequences = torch.zeros(1, driver.length, dtype=torch.int64)
     budget, tokens = driver.budget(), sequences if method.stats else None
-    rows = max(1, min(driver.recipe.batch_size, TOKENS_AT_ONCE // driver.length))
+    rows = max(1, min(driver.recipe.batch_size, MANY_TOKENS // driver.length))
 
     def plain() -> None:
         for chunk in sequences.split(rows):
@@ -44,18 +52,46 @@ def bench(driver: LlmWeights, subject: Subject, rounds: int) -> dict[str, Any]:
         plain()
         for _ in range(rounds):
             times["plain pass"].append(timed(plain, subject.device))
-            copied = find_decoder(copy.deepcopy(subject.model))
-            before = _resident(subject.device)
-            with PeakMemory(subject.device) as memory:
-                run = timed(lambda: driver.prune(copied, budget, tokens, Journal(None, "")), subject.device)  # noqa: B023
-            times["pruning"].append(run)
-            above = max(above, memory.megabytes - before)
+            seconds, memory = _prune_a_copy(driver, subject, budget, tokens)
+            times["pruning"].append(seconds)
+            above = max(above, memory)
+    paired = [over / under for over, under in zip(times["pruning"], times["plain pass"], strict=True)]
+    low, _, high = quartiles(paired)
+    size = next(decoder.core.parameters()).element_size() if tokens is not None else 0
     return {
         "times": times,
         "ratios": {"plain_passes": ["pruning", "plain pass"]},
+        "plain_passes_q1": low,
+        "plain_passes_q3": high,
         "memory_above_model_mb": above,
+        "activations_mb": sequences.numel() * decoder.config.hidden_size * size / 2**20,
+        "largest_block_mb": max(_bytes(block) for block in decoder.blocks) / 2**20,
         "calibration": f"{sequences.shape[0]} x {sequences.shape[1]} tokens",
     }
+
+
+def _prune_a_copy(
+    driver: LlmWeights, subject: Subject, budget: WeightBudget, tokens: Tensor | None
+) -> tuple[float, float]:
+    """Seconds of pruning a copy of the model, and the peak memory above it in MB."""
+    copied = find_decoder(copy.deepcopy(subject.model))
+    _give_back()
+    before = _resident(subject.device)
+    with PeakMemory(subject.device) as memory:
+        seconds = timed(lambda: driver.prune(copied, budget, tokens, Journal(None, "")), subject.device)
+    return seconds, memory.megabytes - before
+
+
+def _bytes(module: torch.nn.Module) -> int:
+    """Bytes of a module's parameters."""
+    return sum(parameter.nbytes for parameter in module.parameters())
+
+
+def _give_back() -> None:
+    """Have the C library return what was freed to the system, so that it does not hide what comes (glibc only)."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _resident(device: torch.device | str) -> float:

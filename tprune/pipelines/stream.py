@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -90,8 +91,17 @@ class BlockPruner:
             inputs, _ = self.stream.gather_and_advance(index, self.method.stats)
         elif self.stream is not None:
             inputs = self.stream.gather(index, self.method.stats)
-        edits = [(matrix, self._edit(matrix, inputs)) for matrix in matrices]
-        return masks.record(edits)
+        return masks.record(self._edits(matrices, inputs))
+
+    def _edits(
+        self, matrices: list[Matrix], inputs: dict[str, Inputs]
+    ) -> Iterator[tuple[Matrix, WeightEdit]]:
+        """Edit the matrices one by one, and let go of the statistics that no later one reads."""
+        last = {matrix.input: matrix for matrix in matrices}
+        for matrix in matrices:
+            yield matrix, self._edit(matrix, inputs)
+            if last[matrix.input] is matrix:
+                inputs.pop(matrix.input, None)
 
     def _edit(self, matrix: Matrix, inputs: dict[str, Inputs]) -> WeightEdit:
         """Ask the method about one matrix and carry out what it says."""

@@ -40,7 +40,7 @@ class Wanda(WeightMethod):
 
     def prune(self, linear: LinearView, budget: WeightBudget, generator: torch.Generator) -> WeightEdit:
         """Score every weight by its magnitude times the norm of its input over all calibration tokens."""
-        score = linear.weight.abs() * linear.norm
+        score = linear.weight.abs().mul_(linear.norm)
         if self.variant and budget.pattern is None and budget.sparsity > 0:
             return WeightEdit(cumulative_mask(score, budget.sparsity))
         return WeightEdit(weight_mask(score, budget.sparsity, budget.pattern, self.group))
