@@ -7,7 +7,7 @@ import tprune
 from tests.conftest import tiny_vit
 from tprune.errors import UserError
 from tprune.methods import registry
-from tprune.models.vit import anatomy
+from tprune.models.anatomy import anatomy
 
 METHODS = [fact.id for fact in registry.facts("vit")]
 KINDS = {

@@ -97,3 +97,21 @@ def test_an_ltmp_model_without_thresholds_gives_the_authors_logits(case):
         logits = model(tensors["image"].float())
         assert handle.driver.entering[1::2] == LTMP[case]["non_cls_tokens_after_each_block"]
     assert torch.allclose(logits, tensors[f"{case}.logits"], atol=1e-5)
+
+
+@pytest.mark.parametrize("case", [case for case in LTMP if not case.startswith("fixed")])
+def test_ltmp_thresholds_give_the_authors_logits_in_a_batch_and_alone(case):
+    model, tensors = ltmp_model()
+    names, images = ("merge_threshold", "prune_threshold"), tensors["image"].float()
+    given = {name: tuple(LTMP[case][name]) for name in names}
+    with torch.no_grad(), tprune.prune(model, "ltmp", **given) as handle:
+        for image, logits, counts in zip(
+            images, tensors[f"{case}.logits"], LTMP[case]["non_cls_tokens_after_each_block"], strict=True
+        ):
+            handle.driver.ragged.reset()
+            assert torch.allclose(model(image[None])[0], logits, atol=1e-5)
+            assert handle.driver.entering[1::2] == counts
+        handle.driver.ragged.reset()
+        assert torch.allclose(model(images), tensors[f"{case}.logits"], atol=1e-5)
+        mean = torch.tensor(LTMP[case]["non_cls_tokens_after_each_block"], dtype=torch.float64).mean(0)
+        assert handle.driver.entering[1::2] == pytest.approx(mean.tolist())

@@ -6,7 +6,7 @@ import torch
 import transformers
 
 import tprune
-from tprune.models.vit import anatomy
+from tprune.models.anatomy import anatomy
 
 SMALL = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 48}
 TOWERS = {

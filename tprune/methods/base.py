@@ -194,6 +194,10 @@ class TokenMethod(Method):
         """Whether attention after a merge counts a token as often as the tokens it stands for (log-size bias)."""
         return False
 
+    def varies(self) -> bool:
+        """Whether the data decides how many tokens each image keeps; `stages` then says how many at most."""
+        return False
+
     def reduce(self, site: Site, view: TokenView, count: int | Tensor, memory: dict[str, Any]) -> Reduction:
         """What happens at `site`.
 

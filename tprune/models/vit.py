@@ -14,183 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from tprune.core.budget import Site, Stage, counts_entering
 from tprune.core.reduction import Reduction
 from tprune.errors import UserError
-from tprune.methods.base import Shape, TokenMethod
-from tprune.methods.views import Attention, TokenView
+from tprune.methods.base import TokenMethod
+from tprune.methods.views import TokenView
+from tprune.models.anatomy import Anatomy, halves
 from tprune.models.dense import Canvas
-
-TIMM_KINDS = ("VisionTransformer", "VisionTransformerDistilled", "Eva")
-DENSE_HEADS = ("Segmentation", "DepthEstimation", "Detection", "Backbone")
-WINDOWED = ("Swin", "MaxVit", "Hiera", "MViT", "Twins", "CoAtNet", "MaxxVit", "PyramidVision")
-
-
-@dataclass(frozen=True, eq=False)
-class Anatomy:
-    """Where the parts of a vision transformer are.
-
-    Attributes:
-        entrance: the embedding module, called once per forward with the pixels.
-        blocks: in order.
-        attentions: the attention module of each block.
-        shape: depth, tokens, prefix, heads.
-        model: the whole; its `forward_intermediates`, where it has one, gives full-length features.
-        dense: whether a head reads every patch, so that blocks must always give full-length outputs.
-    """
-
-    entrance: nn.Module
-    blocks: Sequence[nn.Module]
-    attentions: Sequence[nn.Module]
-    shape: Shape
-    model: nn.Module
-    dense: bool = False
-
-
-def anatomy(model: nn.Module) -> Anatomy:
-    """Find the parts of `model`.
-
-    Raises:
-        UserError: not a plain vision transformer.
-    """
-    name = type(model).__name__
-    if any(name.startswith(window) for window in WINDOWED):
-        raise UserError(
-            f"{name} attends within fixed windows, where single tokens cannot leave; use a plain ViT such as deit_s"
-        )
-    if hasattr(model, "config"):
-        return _transformers(model)
-    if not isinstance(getattr(model, "blocks", None), nn.Sequential | nn.ModuleList) or not any(
-        kind.__name__ in TIMM_KINDS for kind in type(model).__mro__
-    ):
-        raise UserError(
-            f"{name} is not a plain vision transformer; tprune vit prunes {', '.join(TIMM_KINDS)}"
-        )
-    first = model.blocks[0]
-    if not hasattr(first, "attn") or not hasattr(first, "norm2"):
-        raise UserError(f"the blocks of {name} have no attention that tprune knows")
-    rows, columns = model.patch_embed.grid_size
-    shape = Shape(
-        depth=len(model.blocks),
-        tokens=rows * columns,
-        prefix=model.num_prefix_tokens,
-        heads=first.attn.num_heads,
-        has_cls=getattr(model, "cls_token", None) is not None,
-        grid=(rows, columns),
-    )
-    return Anatomy(model.patch_embed, model.blocks, [block.attn for block in model.blocks], shape, model)
-
-
-def _transformers(model: nn.Module) -> Anatomy:
-    """A vision tower of transformers: the module list of blocks that hold an attention."""
-    lists = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.ModuleList) and len(module) and _attention_of(module[0]) is not None
-    ]
-    config = getattr(model.config, "vision_config", model.config)
-    if len(lists) != 1 or not hasattr(config, "patch_size"):
-        raise UserError(f"{type(model).__name__} is not a plain vision transformer of transformers")
-    blocks = lists[0]
-    size = config.image_size if isinstance(config.image_size, tuple | list) else (config.image_size,) * 2
-    patch = config.patch_size if isinstance(config.patch_size, tuple | list) else (config.patch_size,) * 2
-    grid = size[0] // patch[0], size[1] // patch[1]
-    has_cls = any(name.endswith(("cls_token", "class_embedding")) for name, _ in model.named_parameters())
-    registers = getattr(config, "num_register_tokens", 0) or 0
-    distilled = any(name.endswith("distillation_token") for name, _ in model.named_parameters())
-    shape = Shape(
-        depth=len(blocks),
-        tokens=grid[0] * grid[1],
-        prefix=has_cls + registers + distilled,
-        heads=config.num_attention_heads,
-        has_cls=has_cls,
-        grid=grid,
-    )
-    entrance = next(module for name, module in model.named_modules() if name.endswith("embeddings"))
-    dense = type(model).__name__.endswith(DENSE_HEADS)
-    return Anatomy(entrance, blocks, [_attention_of(block) for block in blocks], shape, model, dense)
-
-
-def _attention_of(block: nn.Module) -> nn.Module | None:
-    for name in ("attn", "self_attn", "attention"):
-        if isinstance(getattr(block, name, None), nn.Module):
-            return getattr(block, name)
-    return None
-
-
-def halves(block: nn.Module) -> tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]]:
-    """What a pre-norm block adds to the residual stream: its attention half and its MLP half.
-
-    Raises:
-        UserError: a block of another make.
-    """
-
-    def part(*names: str) -> nn.Module | None:
-        return next(
-            (getattr(block, n) for n in names if isinstance(getattr(block, n, None), nn.Module)), None
-        )
-
-    norm1, norm2 = (
-        part("norm1", "layernorm_before", "layer_norm1"),
-        part("norm2", "layernorm_after", "layer_norm2"),
-    )
-    attention, mlp = _attention_of(block), part("mlp") or _mlp_of(block)
-    if None in (norm1, norm2, attention, mlp) or type(block).__name__.startswith(
-        ("ResPost", "EvaBlockPost", "Parallel")
-    ):
-        raise UserError(
-            f"a {type(block).__name__} is no pre-norm block; use a method that acts between blocks"
-        )
-    scales = part("ls1", "layer_scale1"), part("ls2", "layer_scale2")
-    gammas = getattr(block, "gamma_1", None), getattr(block, "gamma_2", None)
-
-    def scaled(x: Tensor, half: int) -> Tensor:
-        if scales[half] is not None:
-            return scales[half](x)
-        return x if gammas[half] is None else gammas[half] * x
-
-    def attend(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        out = attention(norm1(x), *args, **kwargs)
-        return scaled(out[0] if isinstance(out, tuple) else out, 0)
-
-    def feed(x: Tensor) -> Tensor:
-        return scaled(mlp(norm2(x)), 1)
-
-    return attend, feed
-
-
-def _mlp_of(block: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """The MLP of a block that keeps its two layers apart and adds the residual in the second (DPT, YOLOS)."""
-    inner, outer = getattr(block, "intermediate", None), getattr(block, "output", None)
-    if inner is None or not hasattr(outer, "dense"):
-        return None
-    return lambda x: outer.dropout(outer.dense(inner(x)))
-
-
-class Watch(TorchFunctionMode):
-    """Sees the queries and keys of the one fused attention call that happens while it is active.
-
-    `bias`, [B, 1, 1, N] or None, is added to its logits, for blocks that take no mask of their own.
-    """
-
-    def __init__(self, bias: Tensor | None = None) -> None:
-        super().__init__()
-        self.bias, self.seen = bias, None
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        """Note what fused attention is given, and let it run."""
-        kwargs = kwargs or {}
-        if function is nn.functional.scaled_dot_product_attention:
-            names = ("query", "key", "value", "attn_mask")
-            given = dict(zip(names, args, strict=False)) | kwargs
-            if self.bias is not None:
-                given["attn_mask"] = self.bias
-                args, kwargs = (), given
-            scale = given.get("scale") or given["query"].shape[-1] ** -0.5
-            self.seen = Attention(given["query"], given["key"], given["value"], scale, given.get("attn_mask"))
-        return function(*args, **kwargs)
+from tprune.models.ragged import Ragged, check_head
+from tprune.models.watch import Watch
 
 
 @dataclass(eq=False)
@@ -222,7 +55,9 @@ class TokenDriver:
         self.dense, self.canvas = parts.dense, None
         known = signature(type(parts.blocks[0]).forward).parameters
         self.mask_name = next((name for name in ("attn_mask", "attention_mask") if name in known), None)
-        self.entering = counts_entering(self.stages, parts.shape.tokens, parts.shape.depth)
+        self.ragged = Ragged(parts.shape.depth, parts.shape.prefix) if method.varies() else None
+        if self.ragged is not None:
+            check_head(parts.model, method.id)
         self.undo = ExitStack()
         self._attach()
 
@@ -230,12 +65,19 @@ class TokenDriver:
         """Leave the model exactly as it was."""
         self.undo.close()
 
+    @property
+    def entering(self) -> list[float]:
+        """Prunable tokens entering every sublayer: as planned, or the mean of the images seen where they vary."""
+        measured = None if self.ragged is None else self.ragged.means()
+        planned = counts_entering(self.stages, self.parts.shape.tokens, self.parts.shape.depth)
+        return planned if measured is None else measured
+
     def _attach(self) -> None:
         parts = self.parts
         watched = set()
         if "attention" in self.method.reads:
             watched = {site.layer if site.between else site.layer - 1 for site in self.counts}
-        if self.mask_name is None and self.method.weighs_by_size():
+        if self.mask_name is None and (self.method.weighs_by_size() or self.ragged is not None):
             watched = set(range(parts.shape.depth))
         self._hook(parts.entrance.register_forward_pre_hook(self._begin, with_kwargs=True))
         for layer, block in enumerate(parts.blocks):
@@ -273,6 +115,8 @@ class TokenDriver:
         self.memory: dict[str, Any] = {}
         self.trace = Trace()
         self.canvas = Canvas() if self.dense else None
+        if self.ragged is not None:
+            self.ragged.begin(len(pixels))
         if "seeds" in self.method.reads:
             self.seeds = content_seeds(pixels, self.seed)
 
@@ -298,7 +142,11 @@ class TokenDriver:
             if Site(layer) in self.counts:
                 x = self._reduce(Site(layer), x)
             self.trace.entering.append(x.shape[1] - self.parts.shape.prefix)
-            return (x,), self._fitted(named)
+            if self.ragged is not None:
+                self.ragged.count(2 * layer, x)
+                if Site(layer, between=True) not in self.counts:
+                    self.ragged.count(2 * layer + 1, x)
+            return (x,), self._fitted(named, x)
 
         return before
 
@@ -314,18 +162,22 @@ class TokenDriver:
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             x = hidden_states + attend(hidden_states, *args, **kwargs)
             x = self._reduce(Site(layer, between=True), x)
+            if self.ragged is not None:
+                self.ragged.count(2 * layer + 1, x)
             return x + feed(x)
 
         return forward
 
-    def _fitted(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _fitted(self, kwargs: dict[str, Any], x: Tensor) -> dict[str, Any]:
         """The block's other arguments for the tokens that are left: rotary tables gathered, sizes as a bias."""
         if self.position is not None and kwargs.get("rope") is not None:
             kwargs = kwargs | {"rope": self._rope(kwargs["rope"])}
         if self.size is not None and self.method.weighs_by_size():
             self.bias = self.size.log()[:, None, None, :]
-            if self.mask_name is not None:
-                kwargs = kwargs | {self.mask_name: self.bias}
+        if self.ragged is not None:
+            self.bias = self.ragged.hide(self.bias, x)
+        if self.bias is not None and self.mask_name is not None:
+            kwargs = kwargs | {self.mask_name: self.bias}
         return kwargs
 
     def _rope(self, table: Tensor) -> Tensor:
@@ -337,16 +189,20 @@ class TokenDriver:
 
     def _reduce(self, site: Site, x: Tensor) -> Tensor:
         shape, length = self.parts.shape, x.shape[1]
-        if length < shape.prefix + self.counts[site]:
+        if self.ragged is None and length < shape.prefix + self.counts[site]:
             raise UserError(
                 f"the model was given {length - shape.prefix} tokens, its stages were planned for {shape.tokens}; "
                 "use images of the size it was built for"
             )
+        real = None if self.ragged is None else self.ragged.real
+        prunable = torch.arange(length, device=x.device).ge(shape.prefix).expand(x.shape[:2])
         view = TokenView(
             hidden=x,
-            prunable=torch.arange(length, device=x.device).ge(shape.prefix).expand(x.shape[:2]),
+            prunable=prunable if real is None else prunable & real,
             prefix=shape.prefix,
             depth=shape.depth,
+            whole=real is None,
+            real=real,
             position=self.position,
             size=self.size,
             attention=self.attention,
@@ -359,6 +215,8 @@ class TokenDriver:
             self.canvas.follow(reduction, x)
         self.position = reduction.gather(self.position)
         self.size = reduction.size(self.size)
+        if self.ragged is not None:
+            self.ragged.follow(reduction)
         if self.record:
             self.trace.reductions.append((site, reduction))
         return reduction.apply(x)

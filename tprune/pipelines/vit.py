@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tprune.core.budget import mean_leaving
 from tprune.data import images
 from tprune.errors import UserError
 from tprune.models import load as loaders
 from tprune.models import vit as adapter
+from tprune.models.anatomy import anatomy
 from tprune.models.subject import Subject
 from tprune.pipelines.base import Achieved, Handle, Pipeline, Quality, Sample, Workload
 from tprune.pipelines.tokens import solve
@@ -31,12 +31,13 @@ class VitHandle(Handle):
         self.driver.remove()
 
     def achieved(self) -> Achieved:
-        """The mean fraction of patch tokens that entered a sublayer, as the stages have it."""
+        """The mean fraction of patch tokens that entered a sublayer: as planned, or measured where it varies."""
         shape, entering = self.driver.parts.shape, self.driver.entering
+        leaving = [*entering[2::2], entering[-1]]
         details = {
             "tokens": shape.tokens,
             "tokens_entering_mean": sum(entering) / len(entering),
-            "tokens_leaving_mean": shape.tokens * mean_leaving(self.driver.stages, shape.tokens, shape.depth),
+            "tokens_leaving_mean": sum(leaving) / len(leaving),
         }
         return Achieved(sum(entering) / (len(entering) * shape.tokens), details)
 
@@ -64,7 +65,7 @@ class VitPipeline(Pipeline):
 
     def prepare(self, subject: Subject) -> None:
         """Read the images; refuse a method or a budget that does not fit before anything is measured."""
-        shape = adapter.anatomy(subject.model).shape
+        shape = anatomy(subject.model).shape
         self.method.check(shape)
         solve(self.method, shape, self.stage.keep)
         self.images = images.read(self.recipe.data, self.recipe.limit or self.default_limit)
@@ -128,7 +129,7 @@ class VitPipeline(Pipeline):
 
     def apply(self, subject: Subject, work: Path | None, state: dict[str, Tensor] | None = None) -> VitHandle:
         """Put the method in place."""
-        parts = adapter.anatomy(subject.model)
+        parts = anatomy(subject.model)
         self.method.check(parts.shape)
         if self.stage.positions not in (None, "original"):
             raise UserError(
