@@ -22,6 +22,7 @@ from tprune.methods.base import TokenMethod
 from tprune.methods.views import TokenView
 from tprune.models.anatomy import Anatomy, halves
 from tprune.models.dense import Canvas
+from tprune.models.ragged import Ragged, check_head
 from tprune.models.watch import Watch
 
 
@@ -54,7 +55,9 @@ class TokenDriver:
         self.dense, self.canvas = parts.dense, None
         known = signature(type(parts.blocks[0]).forward).parameters
         self.mask_name = next((name for name in ("attn_mask", "attention_mask") if name in known), None)
-        self.entering = counts_entering(self.stages, parts.shape.tokens, parts.shape.depth)
+        self.ragged = Ragged(parts.shape.depth, parts.shape.prefix) if method.varies() else None
+        if self.ragged is not None:
+            check_head(parts.model, method.id)
         self.undo = ExitStack()
         self._attach()
 
@@ -62,12 +65,19 @@ class TokenDriver:
         """Leave the model exactly as it was."""
         self.undo.close()
 
+    @property
+    def entering(self) -> list[float]:
+        """Prunable tokens entering every sublayer: as planned, or the mean of the images seen where they vary."""
+        measured = None if self.ragged is None else self.ragged.means()
+        planned = counts_entering(self.stages, self.parts.shape.tokens, self.parts.shape.depth)
+        return planned if measured is None else measured
+
     def _attach(self) -> None:
         parts = self.parts
         watched = set()
         if "attention" in self.method.reads:
             watched = {site.layer if site.between else site.layer - 1 for site in self.counts}
-        if self.mask_name is None and self.method.weighs_by_size():
+        if self.mask_name is None and (self.method.weighs_by_size() or self.ragged is not None):
             watched = set(range(parts.shape.depth))
         self._hook(parts.entrance.register_forward_pre_hook(self._begin, with_kwargs=True))
         for layer, block in enumerate(parts.blocks):
@@ -105,6 +115,8 @@ class TokenDriver:
         self.memory: dict[str, Any] = {}
         self.trace = Trace()
         self.canvas = Canvas() if self.dense else None
+        if self.ragged is not None:
+            self.ragged.begin(len(pixels))
         if "seeds" in self.method.reads:
             self.seeds = content_seeds(pixels, self.seed)
 
@@ -130,7 +142,11 @@ class TokenDriver:
             if Site(layer) in self.counts:
                 x = self._reduce(Site(layer), x)
             self.trace.entering.append(x.shape[1] - self.parts.shape.prefix)
-            return (x,), self._fitted(named)
+            if self.ragged is not None:
+                self.ragged.count(2 * layer, x)
+                if Site(layer, between=True) not in self.counts:
+                    self.ragged.count(2 * layer + 1, x)
+            return (x,), self._fitted(named, x)
 
         return before
 
@@ -146,18 +162,22 @@ class TokenDriver:
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             x = hidden_states + attend(hidden_states, *args, **kwargs)
             x = self._reduce(Site(layer, between=True), x)
+            if self.ragged is not None:
+                self.ragged.count(2 * layer + 1, x)
             return x + feed(x)
 
         return forward
 
-    def _fitted(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _fitted(self, kwargs: dict[str, Any], x: Tensor) -> dict[str, Any]:
         """The block's other arguments for the tokens that are left: rotary tables gathered, sizes as a bias."""
         if self.position is not None and kwargs.get("rope") is not None:
             kwargs = kwargs | {"rope": self._rope(kwargs["rope"])}
         if self.size is not None and self.method.weighs_by_size():
             self.bias = self.size.log()[:, None, None, :]
-            if self.mask_name is not None:
-                kwargs = kwargs | {self.mask_name: self.bias}
+        if self.ragged is not None:
+            self.bias = self.ragged.hide(self.bias, x)
+        if self.bias is not None and self.mask_name is not None:
+            kwargs = kwargs | {self.mask_name: self.bias}
         return kwargs
 
     def _rope(self, table: Tensor) -> Tensor:
@@ -169,16 +189,20 @@ class TokenDriver:
 
     def _reduce(self, site: Site, x: Tensor) -> Tensor:
         shape, length = self.parts.shape, x.shape[1]
-        if length < shape.prefix + self.counts[site]:
+        if self.ragged is None and length < shape.prefix + self.counts[site]:
             raise UserError(
                 f"the model was given {length - shape.prefix} tokens, its stages were planned for {shape.tokens}; "
                 "use images of the size it was built for"
             )
+        real = None if self.ragged is None else self.ragged.real
+        prunable = torch.arange(length, device=x.device).ge(shape.prefix).expand(x.shape[:2])
         view = TokenView(
             hidden=x,
-            prunable=torch.arange(length, device=x.device).ge(shape.prefix).expand(x.shape[:2]),
+            prunable=prunable if real is None else prunable & real,
             prefix=shape.prefix,
             depth=shape.depth,
+            whole=real is None,
+            real=real,
             position=self.position,
             size=self.size,
             attention=self.attention,
@@ -191,6 +215,8 @@ class TokenDriver:
             self.canvas.follow(reduction, x)
         self.position = reduction.gather(self.position)
         self.size = reduction.size(self.size)
+        if self.ragged is not None:
+            self.ragged.follow(reduction)
         if self.record:
             self.trace.reductions.append((site, reduction))
         return reduction.apply(x)
