@@ -60,9 +60,11 @@ def command(
         ]
         click.echo(json.dumps(shown | ({"pictures": listed} if listed else {})))
         return
+    from tprune.evaluate.table import make_console
+
     for path, picture in zip(written, drawn, strict=True):
         if picture.terminal is not None:
-            click.echo(picture.terminal)
+            make_console().print(picture.terminal)
         click.echo(f"{path}: {picture.title}")
 
 

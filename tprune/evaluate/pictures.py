@@ -29,14 +29,14 @@ class Picture:
         title: what it shows, in one line.
         content: the file's bytes.
         numbers: what was drawn, as JSON.
-        terminal: the same for a terminal, or None.
+        terminal: the same for rich to print, or None.
     """
 
     name: str
     title: str
     content: bytes
     numbers: dict[str, Any] = field(default_factory=dict)
-    terminal: str | None = None
+    terminal: Any = None
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from tprune.models.cache import fork
 from tprune.models.compress import Compression
 from tprune.models.decoder import DecoderDriver, Inputs
 from tprune.models.subject import Subject, twin
-from tprune.pipelines.base import Achieved, Handle, Pipeline, Quality, Workload
+from tprune.pipelines.base import Achieved, Handle, Pipeline, Quality, Sample, Workload
 from tprune.pipelines.tokens import solve
 
 WINDOW = 2048
@@ -185,6 +185,12 @@ class ContextPipeline(Pipeline):
     def describe_data(self) -> dict[str, Any]:
         """Which text."""
         return self.protocol
+
+    def pictures(self, subject: Subject, handle: Handle, sample: Sample) -> list[Any]:
+        """A prompt with every token shaded by how many layers and heads keep it."""
+        from tprune.pipelines.context_pictures import of_context
+
+        return of_context(self, subject, handle, sample)
 
     def bench(self, subject: Subject, rounds: int) -> dict[str, Any]:
         """Prefill and a decode step after it, dense and pruned in turn, and the time the method itself takes."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,9 @@ from tprune.core.reduction import follow_all
 from tprune.data import images
 from tprune.errors import UserError
 from tprune.evaluate.pictures import Panel, Picture, patches
+from tprune.models.decoder import DecoderDriver
 from tprune.models.pixels import as_image
+from tprune.models.run import Tally
 from tprune.models.subject import Subject
 from tprune.pipelines.base import Pipeline, Sample
 from tprune.pipelines.vit import VitHandle, VitPipeline, classes
@@ -67,6 +70,17 @@ def on_grid(stands: Tensor, places: Tensor) -> np.ndarray:
 def panels(steps: Sequence[tuple[Site, Tensor]], places: Tensor, part: str) -> list[Panel]:
     """A panel per site, of the tokens at `places` (`on_grid`)."""
     return [Panel(site_name(site, part), on_grid(stands.cpu(), places)) for site, stands in steps]
+
+
+@contextmanager
+def undisturbed(driver: DecoderDriver) -> Iterator[DecoderDriver]:
+    """The driver, and afterwards as it was: what is counted in between is forgotten."""
+    tally, prunable_of = driver.tally, driver.prunable_of
+    driver.tally = Tally(tally.depth)
+    try:
+        yield driver
+    finally:
+        driver.tally, driver.prunable_of, driver.trace = tally, prunable_of, None
 
 
 def of_vit(driver: VitPipeline, subject: Subject, handle: VitHandle, sample: Sample) -> list[Picture]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +13,13 @@ from torch import Tensor
 from tprune.data import images, questions
 from tprune.errors import UserError
 from tprune.evaluate.pictures import Picture, patches
-from tprune.models.decoder import DecoderDriver
 from tprune.models.layout import units
 from tprune.models.pixels import as_image
-from tprune.models.run import Inputs, Tally
+from tprune.models.run import Inputs
 from tprune.models.subject import Subject
 from tprune.models.vlm import image_tokens
 from tprune.pipelines.base import Sample
-from tprune.pipelines.pictures import heading, opened, panels
+from tprune.pipelines.pictures import heading, opened, panels, undisturbed
 from tprune.pipelines.vlm import LONGEST_ANSWER, VlmHandle, VlmPipeline
 
 QUESTION = "What is in this image?"
@@ -84,17 +81,6 @@ def question(driver: VlmPipeline, sample: Sample) -> tuple[Image.Image, str, str
     read = opened(lambda limit: questions.read(driver.recipe.data, limit), sample.place)
     item = read.items[sample.place]
     return read.open(sample.place), item.prompt, item.answer
-
-
-@contextmanager
-def undisturbed(driver: DecoderDriver) -> Iterator[DecoderDriver]:
-    """The driver, and afterwards as it was: what is counted in between is forgotten."""
-    tally, prunable_of = driver.tally, driver.prunable_of
-    driver.tally = Tally(tally.depth)
-    try:
-        yield driver
-    finally:
-        driver.tally, driver.prunable_of, driver.trace = tally, prunable_of, None
 
 
 def crops(subject: Subject, handle: VlmHandle, inputs: Inputs, image: Image.Image) -> list[Crop]:
