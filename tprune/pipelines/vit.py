@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,21 @@ class VitHandle(Handle):
 
     def __init__(self, driver: adapter.TokenDriver):
         self.driver = driver
+        self.counted: list[float] | None = None
+
+    @property
+    def entering(self) -> list[float]:
+        """Tokens entering every sublayer; where they vary, the mean of the evaluation images, or of all seen so far."""
+        return self.driver.entering if self.counted is None else self.counted
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Where tokens vary, what is reported of them is what happens inside."""
+        if self.driver.ragged is not None:
+            self.driver.ragged.reset()
+        yield
+        if self.driver.ragged is not None:
+            self.counted = self.driver.entering
 
     def remove(self) -> None:
         """Take all hooks out again."""
@@ -32,7 +49,7 @@ class VitHandle(Handle):
 
     def achieved(self) -> Achieved:
         """The mean fraction of patch tokens that entered a sublayer: as planned, or measured where it varies."""
-        shape, entering = self.driver.parts.shape, self.driver.entering
+        shape, entering = self.driver.parts.shape, self.entering
         leaving = [*entering[2::2], entering[-1]]
         details = {
             "tokens": shape.tokens,
@@ -43,7 +60,7 @@ class VitHandle(Handle):
 
     def per_layer(self) -> list[dict[str, Any]]:
         """Tokens entering the attention and the MLP of every block."""
-        entering = self.driver.entering
+        entering = self.entering
         return [
             {"block": layer, "tokens_attention": entering[2 * layer], "tokens_mlp": entering[2 * layer + 1]}
             for layer in range(self.driver.parts.shape.depth)
@@ -55,6 +72,7 @@ class VitPipeline(Pipeline):
 
     family = "vit"
     default_limit = 500
+    handle: VitHandle | None = None
 
     def load(self) -> Subject:
         """A timm model, or a vision model of transformers."""
@@ -85,7 +103,7 @@ class VitPipeline(Pipeline):
         size = self.recipe.batch_size
         predictions = []
         starts = range(0, len(self.images.items), size)
-        with torch.no_grad():
+        with torch.no_grad(), nullcontext() if self.handle is None else self.handle.counting():
             for start in self.progress.track(starts, "evaluating"):
                 places = range(start, min(start + size, len(self.images.items)))
                 batch = torch.stack([self.pixels(subject, self.images.open(place)) for place in places])
@@ -118,8 +136,13 @@ class VitPipeline(Pipeline):
         return found.last_hidden_state.mean(1).float()
 
     def workload(self, subject: Subject) -> Workload:
-        """One batch of noise images."""
-        batch = self.noise(subject, self.recipe.batch_size)
+        """One batch of noise images; of evaluation images where what they show decides how many tokens are kept."""
+        size = self.recipe.batch_size
+        if self.method.varies():
+            places = range(min(size, len(self.images.items)))
+            batch = torch.stack([self.pixels(subject, self.images.open(place)) for place in places])
+        else:
+            batch = self.noise(subject, size)
         return Workload(lambda: self.outputs(subject, batch), len(batch), "images")
 
     def noise(self, subject: Subject, count: int) -> Tensor:
@@ -136,7 +159,8 @@ class VitPipeline(Pipeline):
                 f"--positions {self.stage.positions}: a vision transformer's tokens keep their positions"
             )
         stages = solve(self.method, parts.shape, self.stage.keep)
-        return VitHandle(adapter.TokenDriver(parts, self.method, stages, self.recipe.seed))
+        self.handle = VitHandle(adapter.TokenDriver(parts, self.method, stages, self.recipe.seed))
+        return self.handle
 
     def probe(self, subject: Subject) -> dict[str, Tensor]:
         """Two noise images and their outputs."""
