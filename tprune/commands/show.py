@@ -52,6 +52,10 @@ def command(
     drawn: list[Picture] = []
     if asked:
         drawn = draw_sample(folder, report, sample, image, prompt)
+    elif weights:
+        from tprune.pipelines.weights_pictures import of_folder
+
+        drawn = of_folder(Path(folder), report, recipe)
     written = write(drawn, place, force)
     if as_json:
         listed = [

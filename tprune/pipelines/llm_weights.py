@@ -19,7 +19,7 @@ from tprune.models.blocks import Decoder, find_decoder
 from tprune.models.calibrate import Stream
 from tprune.models.subject import Subject
 from tprune.pipelines import stream, structure
-from tprune.pipelines.base import Achieved, Handle, Pipeline, Quality, Workload
+from tprune.pipelines.base import Achieved, Handle, Pipeline, Quality, Sample, Workload
 from tprune.pipelines.journal import Journal
 from tprune.pipelines.weights_report import (
     WeightHandle,
@@ -225,6 +225,12 @@ class LlmWeights(Pipeline):
         with torch.no_grad():
             logits = subject.model(input_ids=tokens.to(subject.device), use_cache=False).logits
         return {"input": tokens, "output": logits[:, -2:].float().cpu()}
+
+    def pictures(self, subject: Subject, handle: Handle, sample: Sample) -> list[Any]:
+        """Sparsity per block and module, and the widths that are left; no sample decides them."""
+        from tprune.pipelines.weights_pictures import heading, of_handle
+
+        return of_handle(heading(self.stage, self.recipe), handle.rows, handle.edits)
 
     def bench(self, subject: Subject, rounds: int) -> dict[str, Any]:
         """Seconds of pruning beside those of one plain pass of the calibration tokens, taken in turn."""
