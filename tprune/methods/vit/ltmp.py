@@ -107,12 +107,11 @@ class LTMP(TokenMethod):
 
     def importance(self, view):
         """Mean attention received, over heads and real queries, without bound for the prefix: [B, N]."""
-        rows = view.attention.rows()
         if view.real is None:
-            received = rows.mean((1, 2))
+            received = view.attention.column_sums().mean(1) / view.hidden.shape[1]
         else:
-            real = view.real.to(rows.dtype)
-            received = (rows.mean(1) * real.unsqueeze(2)).sum(1) / real.sum(1, keepdim=True)
+            rows = view.attention.rows().mean(1)
+            received = (rows * view.real.unsqueeze(2)).sum(1) / view.real.sum(1, keepdim=True)
         received[:, : view.prefix] = torch.inf
         return received
 
