@@ -9,11 +9,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
 import tprune
-from tests.llm_context.decoders import NO_ROPE, decoder, tokens
+from tests.decoders import NO_ROPE, decoder, tokens
 from tprune.core.cache import Evict
 from tprune.errors import UserError
 from tprune.methods.base import CacheMethod
-from tprune.models.cache import PrunedLayer, fork
+from tprune.models.cache import fork
+from tprune.models.cache_layer import PrunedLayer
 from tprune.models.compress import Compression
 from tprune.models.rope import Rotation
 
@@ -178,6 +179,9 @@ def test_compact_positions_are_those_of_a_shorter_text(name):
     compression = compressed(model, places, compact=True)
     cache = model(ids).past_key_values
     compact = model(coming, past_key_values=fork(cache)).logits
+    compression.remove()
+    compression = compressed(model, places)
+    cache = model(ids).past_key_values
     compression.remove()
     rotation = Rotation(model)
     plain = DynamicCache(config=model.config)

@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 import tprune
-from tests.llm_context.decoders import CONFIGS, NO_ROPE, decoder, tokens
+from tests.decoders import CONFIGS, NO_ROPE, decoder, tokens
 from tprune.methods import registry
 from tprune.methods.base import CacheMethod
 

@@ -7,12 +7,13 @@ import torch
 from transformers import DynamicCache
 
 import tprune
-from tests.llm_context.decoders import decoder, tokens
+from tests.decoders import decoder, tokens
 from tprune.data import text
 from tprune.errors import UserError
 from tprune.evaluate.context import score_continuations
 from tprune.evaluate.perplexity import perplexity
 from tprune.methods import registry
+from tprune.methods.base import CacheMethod
 from tprune.models.load import load
 from tprune.models.source import resolve
 from tprune.pipelines.llm_context import twin
@@ -94,8 +95,9 @@ def test_the_benchmark_times_every_part_and_leaves_the_model_dense(method, folde
     subject = driver.load()
     dense = subject.model(tokens(1, 150)).logits
     found = driver.bench(subject, rounds=2)
-    timed = {"prefill_dense", "prefill_pruned", "decode_dense", "decode_pruned"}
-    assert timed <= set(found["times"]) <= timed | {"scoring"}
+    timed = {"prefill_dense", "prefill_pruned", "decode_dense", "decode_pruned", "scoring_prefill"}
+    evicts = isinstance(driver.method, CacheMethod) and driver.method.evicts_while_decoding
+    assert set(found["times"]) == timed | ({"scoring_decode"} if evicts else set())
     assert found["cache_mb_pruned"] < found["cache_mb_dense"]
     json.dumps(found)
     assert torch.equal(subject.model(tokens(1, 150)).logits, dense)
@@ -119,15 +121,15 @@ def test_on_a_real_model_looking_beats_chance():
         dtype="float32",
         seed=0,
     )
-    windows = text.windows(text.read(None, "evaluation"), subject.processor, 512, 1)
+    windows = text.windows(text.read(None, "evaluation"), subject.processor, 512, 2)
     found = {"dense": perplexity(score_continuations(subject.model, windows, 1)[0])}
     for method in ("snapkv", "h2o", "llm-context/random"):
         with tprune.prune(subject.model, method, keep=0.25):
             losses, _, held = score_continuations(subject.model, windows, 1)
         found[method] = perplexity(losses)
         assert held == 0.25 * 2 * 30 * 3 * 384 * 64 * 4
-    assert found["dense"] < found["snapkv"] < 0.75 * found["llm-context/random"]
-    assert found["dense"] < found["h2o"] < 0.75 * found["llm-context/random"]
+    assert found["dense"] < found["snapkv"] < 0.6 * found["llm-context/random"]
+    assert found["dense"] < found["h2o"] < 0.6 * found["llm-context/random"]
 
 
 def test_positions_and_a_cache_of_ones_own_reach_the_python_interface():

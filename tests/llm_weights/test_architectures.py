@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from tests.llm_context.decoders import decoder, tokens
+from tests.decoders import decoder, tokens
 from tests.llm_weights.tiny import EXPERTS, NAMES, logits, prune, stepwise_logits
 from tprune.core.select import smallest_mask
 from tprune.errors import UserError

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
 import tprune
-from tests.llm_context.decoders import tokens
+from tests.decoders import tokens
 from tests.llm_weights.test_contract import METHODS
 from tests.llm_weights.tiny import logits, save
 from tprune.cli import command

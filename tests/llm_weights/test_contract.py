@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from tests.llm_context.decoders import decoder, tokens
+from tests.decoders import decoder, tokens
 from tests.llm_weights.tiny import logits, prune
 from tprune.errors import UserError
 from tprune.methods import registry

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.llm_context.decoders import decoder, tokens
+from tests.decoders import decoder, tokens
 from tests.llm_weights.tiny import NAMES
 from tprune.evaluate import perplexity
 

@@ -5,7 +5,7 @@ import string
 import torch
 
 import tprune
-from tests.llm_context.decoders import CONFIGS, VOCABULARY, decoder
+from tests.decoders import CONFIGS, VOCABULARY, decoder
 
 NAMES = sorted(CONFIGS)
 EXPERTS = ("mixtral", "qwen-moe", "qwen3-moe")

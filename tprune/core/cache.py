@@ -14,7 +14,7 @@ class Evict:
     """Keep these entries per key-value head and forget the rest.
 
     Attributes:
-        index: int64 [B, G, K], ascending places in the cache.
+        index: int64 [B, G, K], ascending slots of the cache.
         valid: bool [B, K], False where a row keeps fewer than K entries and the slot is a filler, or None.
     """
 
@@ -54,9 +54,42 @@ class Evict:
         return known[1]
 
 
-CacheEdit = Evict
+@dataclass(frozen=True, eq=False)
+class Replace:
+    """One entry per key-value head is forgotten, and the latest takes its slot: nothing else moves.
+
+    A copy of the cache at every generated token is what this spares. Entries are then no longer in temporal order.
+
+    Attributes:
+        slot: int64 [B, G], which entry leaves; the last slot where it is the latest itself. Never a filler.
+    """
+
+    slot: Tensor
+
+    def apply(self, entries: Tensor) -> Tensor:
+        """The surviving ones of a number per entry: [B, G, T] -> [B, G, T - 1]."""
+        return entries.scatter(2, self.slot.unsqueeze(2), entries[..., -1:])[..., :-1]
+
+    def write(self, entries: Tensor) -> Tensor:
+        """The surviving rows of keys or values [B, G, T, d], in place: a view of the first T - 1."""
+        latest = entries[:, :, -1:].clone()
+        entries.scatter_(2, self.slot[:, :, None, None].expand_as(latest), latest)
+        return entries[:, :, :-1]
 
 
 def fill_left(x: Tensor, width: int) -> Tensor:
     """`x` [..., K] with zeros before it: [..., width]."""
     return x if x.shape[-1] == width else torch.nn.functional.pad(x, (width - x.shape[-1], 0))
+
+
+def per_entry(value: int | Tensor) -> bool:
+    """Whether a state holds a number per entry, [B, G, T]."""
+    return isinstance(value, Tensor) and value.dim() == 3
+
+
+def merge_rows(values: list[int | Tensor]) -> int | Tensor:
+    """State of single rows as one: [1, G, K_b] filled on the left and stacked; an int where all rows agree."""
+    if per_entry(values[0]):
+        widest = max(value.shape[-1] for value in values)
+        return torch.cat([fill_left(value, widest) for value in values])
+    return values[0] if len(set(values)) == 1 else torch.tensor(values)

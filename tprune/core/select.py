@@ -106,15 +106,14 @@ def worst_between(score: Tensor, position: Tensor, first: int | Tensor, last: in
         last: how many of the latest entries stay whatever they score; all of them are there.
             Both are one number, or int64 [B] where rows differ.
     """
-    begin, last = 0, last if isinstance(last, int) else last[:, None, None]
-    safe = position > position[..., -1:] - last
-    if isinstance(first, int):
-        begin, score, position, safe = first, score[..., first:], position[..., first:], safe[..., first:]
-    else:
-        safe = safe | (torch.arange(score.shape[-1], device=score.device) < first[:, None, None])
+    begin = first if isinstance(first, int) else 0
+    score, position = score[..., begin:], position[..., begin:]
+    safe = position > position[..., -1:] - (last if isinstance(last, int) else last[:, None, None])
+    if not isinstance(first, int):
+        safe |= torch.arange(score.shape[-1], device=score.device) < first[:, None, None]
     score = score.masked_fill(safe, torch.inf)
-    worst = score == score.amin(dim=-1, keepdim=True)
-    return begin + position.masked_fill(~worst, -1).argmax(dim=-1)
+    better = score > score.amin(dim=-1, keepdim=True)
+    return begin + position.masked_fill(better, -1).argmax(dim=-1)
 
 
 def floor_count(total: int, fraction: float) -> int:
@@ -131,6 +130,19 @@ def kth_smallest(score: Tensor, place: int) -> Tensor:
         ordered = np.partition(score.numpy(), place - 1, axis=-1)
         return torch.from_numpy(np.ascontiguousarray(ordered[..., place - 1 : place]))
     return score.kthvalue(place, dim=-1, keepdim=True).values
+
+
+def keep_largest(attention: Tensor, fraction: float) -> Tensor:
+    """A map [B, H, N, N] without its smallest entries per head: int(N² · (1 - fraction)) - 1 of them become 0.
+
+    What equals the entry at that place of the ascending order stays (GTP's code). Nothing is normalised again.
+    """
+    flat = attention.flatten(2)
+    place = int(flat.shape[2] * (1 - fraction))
+    if place == 0:
+        return attention
+    threshold = kth_smallest(flat, min(place, flat.shape[2]))
+    return attention.masked_fill(attention < threshold.unsqueeze(3), 0.0)
 
 
 def smallest_mask(score: Tensor, count: int) -> Tensor:

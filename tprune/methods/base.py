@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tprune.core.budget import Site, Stage
-    from tprune.core.cache import CacheEdit
+    from tprune.core.cache import Evict, Replace
     from tprune.core.reduction import Reduction
     from tprune.core.weights import WeightEdit
     from tprune.methods.views import LayerView, LinearView, ModelView, TokenView
@@ -212,7 +212,14 @@ class TokenMethod(Method):
 
 @dataclass(frozen=True)
 class CacheMethod(Method):
-    """Units are cached keys and values, per layer and key-value head."""
+    """Units are cached keys and values, per layer and key-value head.
+
+    The budget is set by the first prompt on a cache, which is pruned once it has gone through the model: `count` of
+    its entries stay. All that comes later on the same cache, generated or given (a second turn's question), counts as
+    generated tokens. It is never pruned as a prompt: with methods that evict while decoding every one of these tokens
+    pushes an entry out, of the first prompt or later, and the cache keeps its size; with others they all stay, and
+    it grows. Positions go on from the number of tokens seen.
+    """
 
     positions: ClassVar[str] = "original"
 
@@ -228,13 +235,13 @@ class CacheMethod(Method):
         """How many entries each layer keeps per key-value head, of `length`; the same in all by default."""
         return [round(keep * length)] * layers
 
-    def start(self, layer: LayerView, count: int) -> CacheEdit:
+    def start(self, layer: LayerView, count: int) -> Evict:
         """After the prompt went through `layer`: which `count` entries stay (all of them at --keep 1)."""
         raise NotImplementedError
 
-    def step(self, layer: LayerView, count: int) -> CacheEdit | None:
-        """After each generated token: which `count` entries stay; None for methods that then keep all."""
-        return None
+    def step(self, layer: LayerView) -> Replace:
+        """After each later token: which entry leaves for it; never asked at --keep 1. Without it they all stay."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -119,8 +119,9 @@ class LayerView:
     Attributes:
         layer, depth: which of how many.
         attention: of the queries that just ran (all of the prompt's, or one) over the entries of the cache.
-        key, value: [B, G, T, d], the cache; keys as cached (rotated).
-        position: int64 [B, G, T], the place of every entry in its sequence, counted without padding.
+        key, value: [B, G, T, d], the cache; keys as the attention uses them (rotated).
+        position: int64 [B, G, T], the place of every entry in its sequence, counted without padding. After the prompt
+            entries are in this order; later only the latest is known to be in the last slot.
         fillers: how many leading entries of a row are fillers, to be kept and never read; int64 [B] where rows
             differ.
         state: what the method carries from call to call for this layer; empty after the prompt. A tensor [B, G, T]

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import inspect
 import zlib
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tprune.core.cache import Evict
+from tprune.core.cache import Evict, Replace, merge_rows, per_entry
 from tprune.errors import BudgetError, UserError
 from tprune.methods.base import CacheMethod
 from tprune.methods.views import Attention, LayerView
-from tprune.models.cache import Owner, PrunedLayer, merge_rows, per_entry, prunable_layers, take_over
+from tprune.models.cache import prunable_layers, take_over
+from tprune.models.cache_layer import Owner, PrunedLayer, Turn
 from tprune.models.rope import Rotation
 from tprune.models.taps import AttentionCall, Output, Tap
 
@@ -47,6 +48,7 @@ class Compression:
         self.kept: dict[int, tuple[int, int]] = {}
         self.count = lru_cache(maxsize=64)(self._count)
         self.cache: Any = None
+        self.waiting: list[tuple[int, PrunedLayer, AttentionCall, Tensor]] = []
         self.arriving: Tensor | None = None
         self.seeds: Tensor | None = None
         self.owner = Owner()
@@ -66,6 +68,7 @@ class Compression:
 
     def _before(self, base: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Take the cache over, and see which of the coming tokens are padding."""
+        self.waiting = []
         kwargs = dict(zip(self.parameters, args, strict=False)) | kwargs
         use_cache = kwargs.get("use_cache")
         wanted = self.config.use_cache if use_cache is None else use_cache
@@ -88,7 +91,13 @@ class Compression:
         return (), kwargs
 
     def _after(self, base: nn.Module, args: tuple, output: Any) -> None:
-        """Let go of the cache; refuse models whose attention we never saw."""
+        """Choose what leaves for a generated token; let go of the cache; refuse models whose attention we never saw.
+
+        Between two layers their weights have gone through the processor's caches, and every small operation would
+        start cold: in one row after the last layer the choices take a fraction of the time.
+        """
+        for token in self.waiting:
+            self.make_room(*token)
         cache, self.cache = self.cache, None
         if cache is not None and not cache.layers[self.places[0]].started:
             raise UserError(
@@ -106,31 +115,31 @@ class Compression:
             output = call.attend(call.query, call.key, call.value, call.mask)
             self.prune_prompt(place, layer, call)
             return output
-        queries = call.query.shape[2]
-        if queries == 1 or not self.method.evicts_while_decoding:
-            return self._continue(place, layer, call, call.query)
-        keys, values, real = layer.take_back(queries)
+        if layer.coming is None:
+            output = self._answer(layer, call, call.query)
+            if layer.limit is not None:
+                self.waiting.append((place, layer, call, call.query))
+            return output
+        (keys, values), layer.coming = layer.coming, None
         outputs = []
-        for token in range(queries):
+        for token in range(keys.shape[2]):
             one = slice(token, token + 1)
-            layer.append(keys[:, :, one], values[:, :, one], None if real is None else real[:, one])
-            outputs.append(self._continue(place, layer, call, call.query[:, :, one])[0])
+            query = call.query[:, :, one]
+            real = None if self.arriving is None else self.arriving[:, one]
+            layer.append(keys[:, :, one], values[:, :, one], real)
+            outputs.append(self._answer(layer, call, query)[0])
+            self.make_room(place, layer, call, query)
         return torch.cat(outputs, dim=1), None
 
-    def _continue(self, place: int, layer: PrunedLayer, call: AttentionCall, query: Tensor) -> Output:
-        """Attention of the latest tokens over what the layer holds, and what they push out."""
-        keys = layer.keys
-        if layer.shift is not None and layer.shift.shape[-1]:
-            turned = layer.shift.shape[-1]
-            first = self.rotation.turn(keys[:, :, :turned], layer.shift, self.kinds[place])
-            keys = torch.cat([first, keys[:, :, turned:]], dim=2)
+    def _answer(self, layer: PrunedLayer, call: AttentionCall, query: Tensor) -> Output:
+        """Attention of the latest tokens over what the layer holds."""
         mask = layer.visible(query.shape[2])
         if mask is not None and self.additive:
             mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, torch.finfo(query.dtype).min)
-        output = call.attend(query, keys, layer.values, mask)
-        if self.method.evicts_while_decoding:
-            self._step(place, layer, call, query, keys)
-        return output
+        return call.attend(query, layer.keys, layer.values, mask)
+
+    def _turn(self, place: int) -> Turn | None:
+        return None if self.rotation is None else partial(self.rotation.turn, layer_type=self.kinds[place])
 
     def prune_prompt(self, place: int, layer: PrunedLayer, call: AttentionCall) -> None:
         """Prune what the prompt left: all rows at once, or row by row without their padding."""
@@ -160,7 +169,7 @@ class Compression:
         layer.state = self._merge(states, columns, layer.length if kept == lengths else None)
         self.kept[place] = (sum(kept), sum(lengths))
         if self.rotation is not None:
-            layer.shift_to_compact()
+            layer.shift_to_compact(self._turn(place))
 
     def _merge(
         self, states: list[dict[str, Any]], columns: list[Tensor | None], width: int | None
@@ -192,34 +201,20 @@ class Compression:
         position = torch.arange(keys.shape[2], device=keys.device).expand(keys.shape[:3])
         return LayerView(place, len(self.kinds), attention, keys, values, position, 0, {}, seeds)
 
-    def _step(self, place: int, layer: PrunedLayer, call: AttentionCall, query: Tensor, keys: Tensor) -> None:
-        """One token came: let the method choose what leaves for it. Padding changes nothing."""
+    def make_room(self, place: int, layer: PrunedLayer, call: AttentionCall, query: Tensor) -> None:
+        """One token came: let the method choose what leaves for it. Where it is padding, that is itself."""
         bias = None if layer.valid is None else layer.valid[:, None, None]
-        attention = Attention(query, keys, layer.values, call.scale, bias=bias, softcap=call.softcap)
-        before = dict(layer.state)
-        view = LayerView(
-            place,
-            len(self.kinds),
-            attention,
-            layer.keys,
-            layer.values,
-            layer.places,
-            layer.fillers(),
-            layer.state,
-            None,
-        )
-        count = layer.length if layer.limit is None else min(layer.limit, layer.length)
-        edit = self.method.step(view, count)
-        if self.arriving is not None:
-            real = layer.valid[:, -1, None, None]
-            first = torch.arange(count, device=keys.device)
-            edit = Evict(torch.where(real, edit.index, first))
+        attention = Attention(query, layer.keys, layer.values, call.scale, bias=bias, softcap=call.softcap)
+        before = None if self.arriving is None else dict(layer.state)
+        cached = layer.keys, layer.values, layer.places, layer.fillers(), layer.state
+        edit = self.method.step(LayerView(place, len(self.kinds), attention, *cached))
+        if before is not None:
+            real = layer.valid[:, -1:]
             for name, value in before.items():
                 if per_entry(value):
-                    layer.state[name] = torch.where(real, layer.state[name], value)
-        layer.evict(edit)
-        if self.rotation is not None:
-            layer.shift_to_compact()
+                    layer.state[name] = torch.where(real.unsqueeze(-1), layer.state[name], value)
+            edit = Replace(torch.where(real, edit.slot, layer.length - 1))
+        layer.replace(edit, self._turn(place))
 
     def _count(self, place: int, length: int) -> int:
         """How many entries of a prompt of `length` tokens a layer keeps.

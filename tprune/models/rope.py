@@ -6,6 +6,7 @@ import inspect
 import sys
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tprune.errors import UserError
@@ -42,15 +43,24 @@ class Rotation:
             raise UserError(
                 f"--positions compact does not know how {type(model).__name__} rotates keys; use --positions original"
             )
+        self._known: tuple[Any, ...] | None = None
         self.typed = "layer_type" in inspect.signature(self.embedding.forward).parameters
 
     def turn(self, keys: Tensor, shift: Tensor, layer_type: str | None) -> Tensor:
         """`keys` [B, G, m, d] moved on by `shift` [B, G, m] >= 0 positions, in float32 and back."""
-        flat, steps = keys.flatten(0, 1).unsqueeze(1).float(), shift.flatten(0, 1)
-        kind: tuple[Any, ...] = (layer_type,) if self.typed else ()
-        cos, sin = self.embedding(flat, steps, *kind)
-        scaling = getattr(
-            self.embedding, f"{layer_type}_attention_scaling" if self.typed else "attention_scaling"
-        )
-        _, turned = self.apply(flat, flat, cos / scaling, sin / scaling)
+        flat = keys.flatten(0, 1).unsqueeze(1).float()
+        cos, sin = self._angles(flat, shift, layer_type)
+        _, turned = self.apply(flat[:, :0], flat, cos, sin)
         return turned.squeeze(1).view(keys.shape).to(keys.dtype)
+
+    def _angles(self, flat: Tensor, shift: Tensor, layer_type: str | None) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [B·G, m, d]; computed once where layer after layer turns by the same."""
+        known = self._known
+        if known is not None and (layer_type, shift.device) == known[:2] and torch.equal(known[2], shift):
+            return known[3]
+        kind: tuple[Any, ...] = (layer_type,) if self.typed else ()
+        cos, sin = self.embedding(flat, shift.flatten(0, 1), *kind)
+        name = f"{layer_type}_attention_scaling" if self.typed else "attention_scaling"
+        scaling = getattr(self.embedding, name)
+        self._known = layer_type, shift.device, shift, (cos / scaling, sin / scaling)
+        return self._known[3]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,9 @@ from tprune.errors import UserError
 from tprune.evaluate.context import cache_bytes, context_length, score_continuations
 from tprune.evaluate.cost import interleaved
 from tprune.evaluate.perplexity import perplexity
+from tprune.evaluate.stopwatch import Stopwatch
 from tprune.methods.base import CacheMethod, Shape
 from tprune.models import load as loaders
-from tprune.models.cache import fork
 from tprune.models.compress import Compression
 from tprune.models.decoder import DecoderDriver, Inputs
 from tprune.models.subject import Subject, twin
@@ -42,6 +41,13 @@ class CacheHandle(Handle):
     def remove(self) -> None:
         """Take all hooks out again; caches that were pruned cannot be used any more."""
         self.compression.remove()
+
+    def scoring(self) -> dict[str, tuple[Any, str]]:
+        """Where the method chooses, and what it chose leaves: what a benchmark times apart."""
+        found = {"prefill": (self.compression, "prune_prompt")}
+        if self.compression.method.evicts_while_decoding and self.compression.keep < 1:
+            found["decode"] = (self.compression, "make_room")
+        return found
 
     def achieved(self) -> Achieved:
         """The fraction of entries that the latest prompt left, over all layers that can be pruned; asked before any."""
@@ -73,6 +79,10 @@ class PrefillHandle(Handle):
     def remove(self) -> None:
         """Take all hooks out again."""
         self.driver.remove()
+
+    def scoring(self) -> dict[str, tuple[Any, str]]:
+        """Where the method chooses, and what it chose leaves: what a benchmark times apart."""
+        return {"prefill": (self.driver, "_reduce")}
 
     def achieved(self) -> Achieved:
         """The mean fraction of prunable prompt tokens that entered a layer."""
@@ -193,26 +203,23 @@ class ContextPipeline(Pipeline):
         return of_context(self, subject, handle, sample)
 
     def bench(self, subject: Subject, rounds: int) -> dict[str, Any]:
-        """Prefill and a decode step after it, dense and pruned in turn, and the time the method itself takes."""
+        """Prefill and the decode steps after it, dense and pruned in turn; then the method's own share, apart."""
         length = window_length(subject.model, self.recipe.length)
         ids = noise(subject.model, length + 1, self.recipe.seed).to(subject.device)
         models = {"dense": twin(subject.model), "pruned": subject.model}
         handle = self.apply(subject, None)
         caches: dict[str, DynamicCache] = {}
-        scoring = Stopwatch(handle.compression) if isinstance(handle, CacheHandle) else None
 
         def prefill(name: str) -> None:
             caches[name] = DynamicCache(config=subject.model.config)
             models[name](input_ids=ids[:, :length], past_key_values=caches[name], logits_to_keep=1)
 
         def decode(name: str) -> None:
-            models[name](input_ids=ids[:, length:], past_key_values=fork(caches[name]))
+            models[name](input_ids=ids[:, length:], past_key_values=caches[name])
 
         times = interleaved(
             {f"prefill_{name}": lambda name=name: prefill(name) for name in models}, subject.device, rounds
         )
-        if scoring is not None:
-            times["scoring"] = scoring.seconds[1:]
         held = {name: cache_bytes(cache) / 2**20 for name, cache in caches.items()}
         times |= interleaved(
             {f"decode_{name}": lambda name=name: decode(name) for name in models},
@@ -220,8 +227,13 @@ class ContextPipeline(Pipeline):
             8 * rounds,
             warmup=3,
         )
+        parts = {"prefill": prefill, "decode": decode}
+        for part, work in handle.scoring().items():
+            with torch.no_grad(), Stopwatch(*work, subject.device) as watch:
+                for _ in range(2 if part == "prefill" else 8):
+                    watch.lap(lambda part=part: parts[part]("pruned"))
+            times[f"scoring_{part}"] = watch.seconds
         handle.remove()
-        parts = ("prefill", "decode")
         return {
             "times": times,
             "ratios": {f"{part}_pruned_to_dense": [f"{part}_pruned", f"{part}_dense"] for part in parts},
@@ -229,23 +241,6 @@ class ContextPipeline(Pipeline):
             "cache_mb_dense": held["dense"],
             "cache_mb_pruned": held["pruned"],
         }
-
-
-class Stopwatch:
-    """Sums up, per prefill, how long a compression works after each layer's attention."""
-
-    def __init__(self, compression: Compression):
-        self.start, self.first = compression.prune_prompt, compression.places[0]
-        self.seconds: list[float] = []
-        compression.prune_prompt = self
-
-    def __call__(self, place: int, *arguments: Any) -> None:
-        """Prune one layer's prompt."""
-        if place == self.first:
-            self.seconds.append(0.0)
-        begun = time.perf_counter()
-        self.start(place, *arguments)
-        self.seconds[-1] += time.perf_counter() - begun
 
 
 def prompt_tokens(inputs: Inputs) -> Tensor | None:

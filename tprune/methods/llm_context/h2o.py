@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tprune.core.cache import CacheEdit, Evict
+from tprune.core.cache import Evict, Replace
 from tprune.core.score import sum_over_group
-from tprune.core.select import drop_worst_between, keep_ends_and_top
+from tprune.core.select import keep_ends_and_top, worst_between
 from tprune.methods.base import CacheMethod, Paper, param
 from tprune.methods.views import LayerView
 
@@ -34,19 +34,15 @@ class H2O(CacheMethod):
         0.5, "part of the budget for the latest entries; the rest is for heavy hitters", low=0, high=1
     )
 
-    def start(self, layer: LayerView, count: int) -> CacheEdit:
+    def start(self, layer: LayerView, count: int) -> Evict:
         """The latest entries, and the rest by the attention they received from the whole prompt."""
         received = sum_over_group(layer.attention.column_sums(), layer.groups)  # [B, G, T]
         recent = int(self.recent * count)
         layer.state["received"], layer.state["recent"] = received, recent
         return Evict(keep_ends_and_top(received, count, 0, recent))
 
-    def step(self, layer: LayerView, count: int) -> CacheEdit:
+    def step(self, layer: LayerView) -> Replace:
         """Add the new query's attention; the entry that received least, and is not recent, goes."""
         paid = sum_over_group(layer.attention.rows(), layer.groups).squeeze(2)  # [B, G, T]
-        layer.state["received"] = layer.state["received"] + paid
-        return Evict(
-            drop_worst_between(
-                layer.state["received"], layer.length - count, layer.fillers, layer.state["recent"]
-            )
-        )
+        received = layer.state["received"] = layer.state["received"] + paid
+        return Replace(worst_between(received, layer.position, layer.fillers, layer.state["recent"]))

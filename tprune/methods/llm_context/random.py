@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tprune.core.cache import CacheEdit, Evict
+from tprune.core.cache import Evict
 from tprune.core.score import uniform
 from tprune.core.select import keep_ends_and_top
 from tprune.errors import UserError
@@ -41,7 +41,7 @@ class Random(CacheMethod):
                 "that shall stay; raise --keep, or lower --set sink=… and recent=…"
             )
 
-    def start(self, layer: LayerView, count: int) -> CacheEdit:
+    def start(self, layer: LayerView, count: int) -> Evict:
         """The entries with the largest draws, and the protected ends."""
         if self.share_heads:
             draw = uniform((1, layer.length), layer.seeds).expand(-1, layer.groups, -1)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch.nn.functional import pad
 
-from tprune.core.cache import CacheEdit, Evict
+from tprune.core.cache import Evict
 from tprune.core.score import mean_over_group, pool_neighbours
 from tprune.core.select import keep_ends_and_top
 from tprune.errors import UserError
@@ -46,7 +46,7 @@ class SnapKV(CacheMethod):
                 f"or a smaller window with --set window={max(1, count // 2)}"
             )
 
-    def start(self, layer: LayerView, count: int) -> CacheEdit:
+    def start(self, layer: LayerView, count: int) -> Evict:
         """The window, and the keys before it with the most votes."""
         if layer.length <= self.window:
             return Evict.nothing(*layer.key.shape[:3], layer.key.device)

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
-from tprune.core.cache import CacheEdit, Evict
+from tprune.core.cache import Evict, Replace
+from tprune.core.select import keep_ends_and_top, worst_between
 from tprune.errors import UserError
 from tprune.methods.base import CacheMethod, Paper, param
 from tprune.methods.views import LayerView
@@ -41,19 +40,12 @@ class StreamingLLM(CacheMethod):
                 f"ask for --keep {min(1.0, (self.sink + 1) / length):.3g} or more, or lower --set sink=…"
             )
 
-    def start(self, layer: LayerView, count: int) -> CacheEdit:
+    def start(self, layer: LayerView, count: int) -> Evict:
         """The sinks and the latest entries."""
-        sink = min(self.sink, count)
-        layer.state["first"] = sink
-        return self._roll(layer, count)
+        sink = layer.state["first"] = min(self.sink, count)
+        return Evict(keep_ends_and_top(layer.position, count, sink, count - sink))
 
-    def step(self, layer: LayerView, count: int) -> CacheEdit:
+    def step(self, layer: LayerView) -> Replace:
         """The oldest entry of the window goes."""
-        return self._roll(layer, count)
-
-    def _roll(self, layer: LayerView, count: int) -> CacheEdit:
-        """All but the entries just behind the sinks."""
-        place = torch.arange(count, device=layer.key.device)
-        first = torch.as_tensor(layer.fillers + layer.state["first"], device=place.device)
-        index = place + (layer.length - count) * (place >= first.reshape(-1, 1, 1))  # [B or 1, 1, count]
-        return Evict(index.expand(*layer.key.shape[:2], count))
+        age = layer.position.double()
+        return Replace(worst_between(age, layer.position, layer.fillers + layer.state["first"], 0))

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, cat
 
-from tprune.core.cache import CacheEdit, Evict
+from tprune.core.cache import Evict, Replace
 from tprune.core.score import sum_over_group
-from tprune.core.select import drop_worst_between, keep_ends_and_top
+from tprune.core.select import keep_ends_and_top, worst_between
 from tprune.errors import UserError
 from tprune.methods.base import CacheMethod, Paper, param
 from tprune.methods.views import LayerView
@@ -45,7 +45,7 @@ class VATP(CacheMethod):
                 f"room for {self.sink} sinks; raise --keep, or lower --set sink=… or recent=…"
             )
 
-    def start(self, layer: LayerView, count: int) -> CacheEdit:
+    def start(self, layer: LayerView, count: int) -> Evict:
         """Sinks, the latest entries, and the rest by attention received times value norm."""
         received = sum_over_group(layer.attention.column_sums(), layer.groups)  # [B, G, T]
         recent = int(self.recent * count)
@@ -53,14 +53,13 @@ class VATP(CacheMethod):
         layer.state["recent"], layer.state["first"] = recent, self.sink
         return Evict(keep_ends_and_top(received * layer.state["norm"], count, self.sink, recent))
 
-    def step(self, layer: LayerView, count: int) -> CacheEdit:
+    def step(self, layer: LayerView) -> Replace:
         """Add the new query's attention; the entry of least worth between sinks and recent ones goes."""
         paid = sum_over_group(layer.attention.rows(), layer.groups).squeeze(2)  # [B, G, T]
-        layer.state["received"] = layer.state["received"] + paid
-        layer.state["norm"] = cat([layer.state["norm"][..., :-1], _norm(layer.value[:, :, -1:])], dim=-1)
-        worth = layer.state["received"] * layer.state["norm"]
+        received = layer.state["received"] = layer.state["received"] + paid
+        norm = layer.state["norm"] = cat([layer.state["norm"][..., :-1], _norm(layer.value[:, :, -1:])], -1)
         first = layer.fillers + layer.state["first"]
-        return Evict(drop_worst_between(worth, layer.length - count, first, layer.state["recent"]))
+        return Replace(worst_between(received * norm, layer.position, first, layer.state["recent"]))
 
 
 def _norm(value: Tensor) -> Tensor:
