@@ -18,7 +18,7 @@ from torch.nn import functional
 from tprune.core.statistics import Inputs, token_cosine
 from tprune.models.blocks import Decoder, is_experts
 
-TOKENS_AT_ONCE = {"cpu": 512}
+TOKENS_AT_ONCE = {"cpu": 1024}
 """At most so many tokens go through a block together (at least one sequence): on a CPU more do not run faster, and
 what a block computes inside costs several times its input."""
 MANY_TOKENS = 4096

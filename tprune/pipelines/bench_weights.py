@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import gc
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +14,7 @@ from tprune.evaluate.cost import PeakMemory, quartiles, timed
 from tprune.methods.base import WeightBudget
 from tprune.models.blocks import find_decoder
 from tprune.models.calibrate import MANY_TOKENS
+from tprune.models.memory import give_back
 from tprune.models.subject import Subject
 from tprune.pipelines.journal import Journal
 
@@ -75,7 +74,8 @@ def _prune_a_copy(
 ) -> tuple[float, float]:
     """Seconds of pruning a copy of the model, and the peak memory above it in MB."""
     copied = find_decoder(copy.deepcopy(subject.model))
-    _give_back()
+    gc.collect()
+    give_back()
     before = _resident(subject.device)
     with PeakMemory(subject.device) as memory:
         seconds = timed(lambda: driver.prune(copied, budget, tokens, Journal(None, "")), subject.device)
@@ -85,13 +85,6 @@ def _prune_a_copy(
 def _bytes(module: torch.nn.Module) -> int:
     """Bytes of a module's parameters."""
     return sum(parameter.nbytes for parameter in module.parameters())
-
-
-def _give_back() -> None:
-    """Have the C library return what was freed to the system, so that it does not hide what comes (glibc only)."""
-    gc.collect()
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _resident(device: torch.device | str) -> float:

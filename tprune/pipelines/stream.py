@@ -16,6 +16,7 @@ from tprune.methods.views import LinearView
 from tprune.models import masks
 from tprune.models.blocks import Decoder, Matrix
 from tprune.models.calibrate import Stream
+from tprune.models.memory import give_back
 from tprune.pipelines.journal import Journal
 from tprune.progress import Progress
 
@@ -82,6 +83,7 @@ class BlockPruner:
             if self.stream is not None and not dense_feeds and index + 1 < depth:
                 self.stream.advance(index)
             records |= finished
+            give_back()
         self._warn()
         return records
 
