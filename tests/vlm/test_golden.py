@@ -6,11 +6,18 @@ import pytest
 import torch
 
 from tests.golden_values import HERE, golden
+from tests.vlm.tiny import tiny
 from tprune.core import match
-from tprune.core.budget import PROJECTOR, Site
+from tprune.core.budget import PROJECTOR, Site, Stage
 from tprune.methods import registry
 from tprune.methods.base import Shape
 from tprune.methods.views import Attention, TokenView
+from tprune.models.layout import packed_crops
+from tprune.models.projector import Encoded, Projector
+from tprune.models.run import Run
+from tprune.models.taps import AttentionCall
+from tprune.models.track import Track
+from tprune.models.vlm import anatomy
 
 CASES = {
     name: json.loads((HERE / "vlm" / f"{name}.json").read_text())["settings"]["cases"]
@@ -46,6 +53,18 @@ def test_divprune_chooses_the_authors_tokens_in_their_order(case):
     everything = torch.ones(hidden.shape[:2], dtype=torch.bool)
     reduction = method.reduce(PROJECTOR, TokenView(hidden, everything), stage.count, {})
     assert torch.equal(reduction.index[0], tensors[f"{case}.kept"])
+
+
+def test_divprune_takes_every_distinct_vector_before_a_copy_and_no_token_twice():
+    """Beyond the distinct vectors the authors' picks are rounding, and theirs take some tokens twice."""
+    tensors, _ = golden("vlm", "divprune")
+    hidden, theirs = tensors["Z_duplicates"], tensors["Z_duplicates_r0.75.order"]
+    distinct = CASES["divprune"]["Z_duplicates_r0.75"]["distinct"]
+    order = match.farthest_first(hidden[None], len(theirs))[0]
+    for picks in (order, theirs):
+        assert torch.equal(hidden[picks[:distinct]].sort(0).values, hidden.unique(dim=0).sort(0).values)
+    assert len(order.unique()) == len(order)
+    assert len(theirs.unique()) < len(theirs)
 
 
 @pytest.mark.parametrize("case", CASES["dart"])
@@ -112,3 +131,31 @@ def test_fastervlm_keeps_the_authors_tokens(case):
     kept = torch.zeros_like(everything).scatter(1, reduction.index, True)
     assert torch.equal(kept, tensors[f"{case}.mask"])
     assert torch.allclose(reduction.apply(projected), tensors[f"{case}.features"], atol=1e-6)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES["fastervlm"] if case.startswith("anyres")])
+def test_fastervlm_lays_crops_out_as_the_authors_do(case):
+    """A thumbnail and two crops side by side between text; newline tokens, which the authors' layout lacks, leave."""
+    tensors, told = golden("vlm", "fastervlm")
+    model, count = tiny("llava-next"), told["settings"]["cases"][case]["visual_token_num"]
+    sizes = torch.tensor([[32, 64]])
+    [packed] = packed_crops(model.model, model.config, {"image_sizes": sizes})
+    projected = tensors["features"][:, 1:] @ tensors["projector"]
+    image = torch.full((packed.length, 5), torch.nan)
+    for slots, crop in zip(packed.crops, projected, strict=True):
+        image[slots] = crop
+    text = tensors["embed_tokens"]
+    embeds = torch.cat([text[[1, 2]], image, text[[3, 4]]])[None]
+    length = embeds.shape[1]
+    mask = prompt(length, 2, packed.length)
+
+    method = registry.build("fastervlm", "vlm")
+    projector = Projector(model, anatomy(model), method, lambda _: (Stage(PROJECTOR, count),), 0)
+    seen = attention_of(tensors["attentions"])
+    call = AttentionCall(model, seen.query, seen.key, seen.value, None, seen.scale, causal=False)
+    projector.latest = Encoded({"pixel_values": torch.zeros(1, 3, 3, 32, 32), "image_sizes": sizes}, call)
+    run = Run({}, Track(length, torch.tensor([length])), 0, length, mask, torch.ones_like(mask))
+    found, _, valid = projector(run, embeds)
+    projector.remove()
+    assert valid is None
+    assert torch.allclose(found, tensors[f"{case}.embeds"], atol=1e-6)

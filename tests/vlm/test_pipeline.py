@@ -12,7 +12,7 @@ from tprune.cli import command
 from tprune.data import questions
 from tprune.errors import UserError
 from tprune.models.prompts import noise_prompts
-from tprune.pipelines.run import execute
+from tprune.pipelines.run import execute, pipeline
 from tprune.progress import Progress
 from tprune.recipe import ModelSource, Recipe, Stage, read
 
@@ -34,6 +34,8 @@ def test_an_artifact_gives_the_same_outputs_and_its_recipe_the_same_bytes(method
     budget = report["budget"]
     assert budget["achieved"] == pytest.approx(budget["tokens_entering_mean"] / 144)
     assert (budget["tokens_leaving_mean"] < budget["tokens_entering_mean"]) == (method == "fastv")
+    assert budget["kept_per"] == {"fastv": "prompt", "divprune": "image"}[method]
+    assert budget["positions"] == {"fastv": "original", "divprune": "compact"}[method]
 
     model = tprune.load(tmp_path / "one")
     inputs = noise_prompts(model, 2, 0)
@@ -64,6 +66,34 @@ def test_the_command_prints_one_json_object():
     assert report["family"] == "vlm"
     assert set(report["dense"]) == set(report["pruned"])
     assert abs(report["budget"]["achieved"] - 0.4) < 0.01
+
+
+def test_the_table_says_what_keep_counts_and_which_positions_are_left():
+    arguments = ["vlm", "--method", "fastervlm", "--keep", "0.4", "--limit", "2", "--positions", "original"]
+    result = CliRunner().invoke(command, [*arguments, "digits-llava"])
+    assert result.exit_code == 0, result.output
+    assert "kept per: crop" in result.stdout
+    assert "positions: original" in result.stdout
+
+
+@pytest.mark.parametrize("method", ["fastervlm", "dart"])
+def test_bench_times_the_parts_of_a_prompt_apart_and_leaves_the_model_as_it_was(method):
+    stage = Stage("vlm", method, keep=0.5)
+    driver = pipeline(Recipe(ModelSource("digits-llava"), (stage,), batch_size=2), stage, Progress())
+    subject = driver.load()
+    driver.probe(subject)
+    before = {name: set(vars(module)) for name, module in subject.model.named_modules()}
+    found = driver.bench(subject, 2)
+    assert {name: set(vars(module)) for name, module in subject.model.named_modules()} == before
+    times = found["times"]
+    assert list(times)[:2] == ["dense", "pruned"]
+    assert set(times) - {"dense", "pruned"} == {
+        *(f"{part}_{name}" for part in ("encoder", "prefill", "decode") for name in ("dense", "pruned")),
+        "scoring",
+        "select 64 of 576",
+    }
+    assert len(times["dense"]) == len(times["encoder_pruned"]) == len(times["scoring"]) == 2
+    assert found["flops"]["pruned"] < found["flops"]["dense"]
 
 
 def folder(tmp_path, lines, image="a.png"):

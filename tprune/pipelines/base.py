@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from tprune.errors import UserError
 from tprune.methods.base import Method
 from tprune.models.source import Source, resolve
-from tprune.models.subject import Subject
+from tprune.models.subject import Subject, twin
 from tprune.progress import Progress
 from tprune.recipe import Recipe, Stage
 
@@ -176,23 +176,14 @@ class Pipeline(ABC):
         """
         raise UserError(f"there are no pictures of {self.family} yet")
 
-    def beside_dense(self, subject: Subject, call: Callable[[], Any], rounds: int) -> dict[str, Any]:
+    def beside_dense(self, subject: Subject, call: Callable[[Subject], Any], rounds: int) -> dict[str, Any]:
         """FLOPs of `call` on the dense and on the pruned model, and seconds of both, taken in turn."""
         from tprune.evaluate.cost import flops, interleaved
 
-        handle: Handle | None = None
-
-        def dense() -> Any:
-            if handle is not None:
-                handle.remove()
-            return call()
-
-        def pruned() -> Any:
-            nonlocal handle
-            handle = self.apply(subject, None)
-            return call()
-
-        counted = {"dense": flops(dense), "pruned": flops(pruned)}
-        times = interleaved({"dense": dense, "pruned": pruned}, subject.device, rounds)
+        dense = replace(subject, model=twin(subject.model))
+        handle = self.apply(subject, None)
+        runs = {"dense": lambda: call(dense), "pruned": lambda: call(subject)}
+        counted = {name: flops(run) for name, run in runs.items()}
+        times = interleaved(runs, subject.device, rounds)
         handle.remove()
         return {"times": times, "flops": counted}

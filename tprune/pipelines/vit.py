@@ -181,7 +181,7 @@ class VitPipeline(Pipeline):
     def bench(self, subject: Subject, rounds: int) -> dict[str, Any]:
         """Dense and pruned batches in turn: speed-up measured, by FLOPs, and their ratio."""
         batch = self.noise(subject, self.recipe.batch_size)
-        found = self.beside_dense(subject, lambda: self.outputs(subject, batch), rounds)
+        found = self.beside_dense(subject, lambda one: self.outputs(one, batch), rounds)
         return found | {"items": len(batch), "unit": "images"}
 
 

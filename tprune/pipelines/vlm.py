@@ -15,7 +15,6 @@ from torch import Tensor
 from tprune.core.budget import PROJECTOR, Stage, counts_entering
 from tprune.data import questions
 from tprune.errors import UserError
-from tprune.evaluate.cost import timed
 from tprune.methods.base import Shape
 from tprune.models import load as loaders
 from tprune.models import vlm as adapter
@@ -23,8 +22,8 @@ from tprune.models.decoder import DecoderDriver
 from tprune.models.projector import Projector
 from tprune.models.prompts import noise_prompts
 from tprune.models.subject import Subject
+from tprune.pipelines import bench_vlm
 from tprune.pipelines.base import Achieved, Handle, Pipeline, Quality, Sample, Workload
-from tprune.pipelines.kernels import selection
 from tprune.pipelines.tokens import solve
 
 NOMINAL_TOKENS = 576
@@ -63,6 +62,8 @@ class VlmHandle(Handle):
             "tokens": tokens,
             "tokens_entering_mean": mean,
             "tokens_leaving_mean": (sum(entering[1:]) + entering[-1]) / len(entering),
+            "kept_per": self.driver.method.unit if self.driver.entrance else "prompt",
+            "positions": self.driver.positions,
         }
         return Achieved(mean / tokens, details)
 
@@ -233,15 +234,11 @@ class VlmPipeline(Pipeline):
         return of_vlm(self, subject, handle, sample)
 
     def bench(self, subject: Subject, rounds: int) -> dict[str, Any]:
-        """Dense and pruned prefill in turn, and the method's selection of 64 among 576 tokens of width 4,096."""
+        """Whole prompts and their parts, dense and pruned in turn, and the method's selection at the size of LLaVA."""
         inputs = self.noise(subject, self.recipe.batch_size)
-        found = self.beside_dense(subject, lambda: self.prefill(subject, inputs), rounds)
-        select = selection(self.method, subject.device)
-        with torch.no_grad():
-            select()
-            found["times"]["select 64 of 576"] = [
-                timed(select, subject.device) for _ in range(max(rounds, 15))
-            ]
+        found = self.beside_dense(subject, lambda one: self.prefill(one, inputs), rounds)
+        found["times"] |= bench_vlm.parts(lambda one: self.apply(one, None), subject, inputs, rounds)
+        found["times"]["select 64 of 576"] = bench_vlm.select_alone(self.method, subject.device, rounds)
         return found | {"items": self.recipe.batch_size, "unit": "prompts"}
 
 
