@@ -307,7 +307,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
 
-PICTURES = [("drawn", "<p class='drawn'>a picture</p>")]
+PICTURES = {"keep 0.6": [("drawn", "<p class='drawn'>a picture</p>")]}
 
 
 def test_the_page_is_whole_needs_no_network_and_shows_everything(swept, tmp_path):
@@ -320,6 +320,7 @@ def test_the_page_is_whole_needs_no_network_and_shows_everything(swept, tmp_path
     for word in ("unreachable", "prefers-color-scheme: dark", "tprune: 1", "a picture", "random"):
         assert word in text
     assert text.count("<details>") == len(found[0].rows) + 1
+    assert text.count("<details open>") == 1
     file = tmp_path / "report.html"
     file.write_text(text)
     for browser in filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):

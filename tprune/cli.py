@@ -15,6 +15,8 @@ COMMANDS = {
     "llm-weights": "Prune a language model's weights, heads, channels or blocks.",
     "run": "Run a recipe.",
     "sweep": "Compare methods over budgets: a table, plots, a page.",
+    "search": "Find the best method and budget under a constraint.",
+    "compare": "Say how two results differ, protocol first.",
     "methods": "List the methods, or say all about one.",
     "show": "Say what an output folder holds.",
     "eval": "Measure an output folder or a model again, from disk.",

@@ -29,7 +29,10 @@ from tprune.recipe import ModelSource, Recipe, Stage
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Seeds of every point.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Timed calls of each.")
 @click.option("--no-latency", is_flag=True, help="Time nothing: quicker, and independent of the machine.")
-@click.option("--sample", type=click.IntRange(0), metavar="N", help="Draw what was kept of sample N.")
+@click.option(
+    "--sample", type=click.IntRange(0), default=0, show_default=True, help="Draw what is kept of it."
+)
+@click.option("--no-pictures", is_flag=True, help="Draw nothing but the plots.")
 @model_options
 @click.option(
     "--out", required=True, metavar="DIR", help="Points, table, plots, page; goes on if it is there."
@@ -44,7 +47,8 @@ def command(
     seeds: int,
     rounds: int,
     no_latency: bool,
-    sample: int | None,
+    sample: int,
+    no_pictures: bool,
     force: bool,
     as_json: bool,
     quiet: bool,
@@ -69,7 +73,7 @@ def command(
 
     progress = Progress(quiet or as_json)
     store = Store(Path(out))
-    shown = None if sample is None else Sample(sample)
+    shown = None if no_pictures else Sample(sample)
     sweep = Sweep(Trials(base, progress), store, 0 if no_latency else rounds, shown, progress)
     mine = sweep.run(plan, again=force)
     found = points.groups(store.all(), first=sweep.trials.protocol)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import base64
 import html
+import io
 import json
 import math
-from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from tprune.evaluate.points import FLOOR, STORAGE, Group, as_csv, as_rows
 from tprune.evaluate.protocol import differing, flat
 
 TEMPLATE = "page.html.jinja"
+WIDEST = 1600
 MEDIA = {".png": "image/png", ".jpg": "image/jpeg", ".svg": "image/svg+xml"}
 
 
@@ -49,18 +50,22 @@ def _json(groups: list[Group]) -> bytes:
     return (json.dumps(finite(content), indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def pictures(out: Path, groups: list[Group]) -> list[tuple[str, str]]:
-    """Title and file of every picture that the points of `groups` have."""
-    rows = [row for group in groups for row in group.rows]
-    return [
-        (f"{row.name}, {row.budget}: {one['title']}", str(out / one["file"]))
-        for row in rows
-        for one in row.pictures
-    ]
+def pictures(out: Path, groups: list[Group]) -> dict[str, list[tuple[str, str]]]:
+    """Title and file of every picture that the points of `groups` have, by budget."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for row in (row for group in groups for row in group.rows):
+        for one in row.pictures:
+            found.setdefault(row.budget, []).append((f"{row.name}: {one['title']}", str(out / one["file"])))
+    return found
 
 
-def page(groups: list[Group], pictures: Iterable[tuple[str, str]] = ()) -> str:
-    """One HTML file that opens from disk: tables, plots, recipes, and `pictures`, as (title, file or HTML)."""
+def page(groups: list[Group], pictures: dict[str, list[tuple[str, str]]] | None = None) -> str:
+    """One HTML file that opens from disk: tables, plots, recipes and pictures.
+
+    Args:
+        groups: the points, the most interesting protocol first.
+        pictures: under each heading titles and contents: a file (.png, .svg, .html) or HTML itself.
+    """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -80,7 +85,10 @@ def page(groups: list[Group], pictures: Iterable[tuple[str, str]] = ()) -> str:
             name: [_shown(value) for value in values]
             for name, values in differing([group.protocol for group in groups]).items()
         },
-        pictures=[(name, embed(content)) for name, content in pictures],
+        pictures={
+            heading: [(name, embed(content)) for name, content in each]
+            for heading, each in (pictures or {}).items()
+        },
     )
 
 
@@ -160,5 +168,18 @@ def embed(content: str) -> str:
     if path.suffix == ".html":
         # A document of its own, so that its styles stay with it.
         return f'<iframe loading="lazy" srcdoc="{html.escape(path.read_text(encoding="utf-8"))}"></iframe>'
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f'<img loading="lazy" alt="" src="data:{MEDIA[path.suffix]};base64,{data}">'
+    kind, content = MEDIA[path.suffix], path.read_bytes()
+    if path.suffix == ".png":
+        kind, content = "image/webp", smaller(content)
+    data = base64.b64encode(content).decode()
+    return f'<img loading="lazy" alt="" src="data:{kind};base64,{data}">'
+
+
+def smaller(png: bytes) -> bytes:
+    """A PNG as a WebP of at most `WIDEST` pixels across: a page of many pictures stays light."""
+    from PIL import Image
+
+    image, file = Image.open(io.BytesIO(png)), io.BytesIO()
+    image.thumbnail((WIDEST, 4 * WIDEST))
+    image.save(file, "WEBP", quality=80)
+    return file.getvalue()

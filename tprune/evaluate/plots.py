@@ -74,7 +74,7 @@ def label(group: Group, axis: str) -> str:
     if axis == "flops":
         return f"FLOPs, of the dense model's {engineering(dense['flops'])} per timed call"
     if axis == "latency":
-        return f"latency, of the dense model's {dense['latency_ms']:,.1f} ms in turn"
+        return f"latency, of the dense model's {dense['latency_ms']:,.1f} ms (timed in turn)"
     storage = STORAGE[group.protocol["family"]]
     return f"{storage.name}, of the dense model's {dense['storage']:,.4g}\n({storage.note})"
 
@@ -149,22 +149,21 @@ def line(axes: Axes, rows: list[Any], axis: str, name: str, look: Look) -> None:
             [max(0.0, row.latency - row.latency_low) for row in rows],
             [max(0.0, row.latency_high - row.latency) for row in rows],
         ]
-    drawn = axes.errorbar(
+    style = {"color": look.colour, "zorder": 2 if floor else 3}
+    artists = axes.plot(
         x,
         y,
-        **bars,
-        color=look.colour,
         marker=look.marker,
         linestyle=look.line,
         linewidth=2.2 if floor else 1.1,
         markersize=4 if floor else 5,
-        elinewidth=0.8,
-        capsize=2,
         label=f"{name} (floor)" if floor else name,
-        zorder=2 if floor else 3,
+        **style,
     )
-    for artist in drawn.get_children():
-        artist.set_gid(f"of-{name.replace(' ', '_')}")
+    if bars:
+        artists += axes.errorbar(x, y, **bars, fmt="none", elinewidth=0.8, capsize=2, **style).get_children()
+    for place, artist in enumerate(artists):
+        artist.set_gid(f"{place}-of-{name.replace(' ', '_')}")
 
 
 def png(figure: Figure) -> bytes:

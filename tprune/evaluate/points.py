@@ -13,6 +13,7 @@ from typing import Any
 from tprune.evaluate.protocol import key, of_quality
 
 FLOOR = "random"
+"""The method that every other one must beat; part of every sweep."""
 METRICS = {"accuracy": False, "perplexity": True, "agreement": False}
 """What counts as quality, the first that was measured; and whether less of it is better."""
 

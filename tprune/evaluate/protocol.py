@@ -20,10 +20,12 @@ from tprune.recipe import Recipe
 
 SAMPLED = 256
 """Values read from each end of every parameter for the fingerprint."""
-SPEED_ONLY = ("batch_size", "device", "hardware", "latency")
+SPEED_ONLY = ("hardware", "latency")
 """Fields that decide speed and, but for rounding, not quality."""
-SAME_QUESTION = ("data",)
-"""Fields that must be equal before two qualities are about the same thing at all."""
+OF_QUALITY = ("family", "data")
+"""Fields in which a difference makes two qualities answers to different questions."""
+OF_SPEED = ("family", "device", "hardware", "batch_size", "dtype", "attention", "software", "model")
+"""Fields in which a difference makes two times of different things."""
 
 
 def protocol(recipe: Recipe, subject: Subject, data: dict[str, Any]) -> dict[str, Any]:
@@ -130,6 +132,10 @@ def differing(protocols: list[dict[str, Any]]) -> dict[str, list[Any]]:
     return {name: values for name, values in table.items() if any(value != values[0] for value in values)}
 
 
-def not_comparable(differences: dict[str, list[Any]]) -> list[str]:
-    """The differing fields that make two qualities answers to different questions."""
-    return [name for name in differences if name.split(".")[0] in SAME_QUESTION]
+def incomparable(differences: dict[str, list[Any]]) -> dict[str, list[str]]:
+    """Which of the differing fields forbid to compare quality, and which speed."""
+    outer = {name: name.split(".")[0] for name in differences}
+    return {
+        "quality": [name for name in differences if outer[name] in OF_QUALITY],
+        "speed": [name for name in differences if outer[name] in OF_SPEED],
+    }

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from tprune.errors import UserError
+from tprune.evaluate.points import FLOOR
 from tprune.methods import registry
 from tprune.recipe import Recipe, check_budget
 
-FLOOR = "random"
-"""The method that every other one must beat; part of every sweep."""
 BUDGETS = ("keep", "sparsity", "pattern")
 
 

@@ -53,6 +53,14 @@ class Trials:
         self.base.prepare(self.subject)
         self.protocol = protocol(recipe, self.subject, self.base.describe_data())
 
+    def on(self, recipe: Recipe) -> Trials:
+        """The same model on other data, such as more samples of it."""
+        other = copy.copy(self)
+        other.base = pipeline(recipe, recipe.stage, self.progress)
+        other.base.prepare(self.subject)
+        other.protocol = protocol(recipe, self.subject, other.base.describe_data())
+        return other
+
     def dense(self) -> tuple[dict[str, Any], Quality]:
         """The dense model's quality and cost."""
         quality = self.base.evaluate(self.subject)
@@ -115,3 +123,8 @@ class Trials:
             low, middle, high = (1000 * value for value in quartiles(seconds))
             told[name] = {"latency_ms": middle, "latency_q1_ms": low, "latency_q3_ms": high}
         return told
+
+    def latency_alone(self, rounds: int) -> float:
+        """Milliseconds of the dense model's call: the median."""
+        times = interleaved({"dense": self.base.workload(self.subject).run}, self.subject.device, rounds)
+        return 1000 * quartiles(times["dense"])[1]

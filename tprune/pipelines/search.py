@@ -1,0 +1,301 @@
+"""The best method and budget under a constraint: each method's budget by bisection, methods by successive halving."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from tprune.errors import BudgetError, UserError
+from tprune.evaluate.points import METRICS, STORAGE
+from tprune.pipelines.base import Quality
+from tprune.pipelines.grid import Choice
+from tprune.pipelines.sweep import label
+from tprune.pipelines.trials import Trials
+from tprune.progress import Progress
+from tprune.recipe import Recipe
+
+UNCHANGED = 0.995
+"""A cost above this fraction of the dense model's, at a budget well below all, is one that the method leaves alone."""
+FLOPS_TOLERANCE, LATENCY_TOLERANCE = 0.01, 0.03
+STEPS, DROP_STEPS = 10, 6
+RUNGS = 4
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is asked.
+
+    Attributes:
+        kind: "flops" (a fraction of the dense model's), "latency" (milliseconds) or "drop" (points of accuracy or
+            agreement, percent of perplexity).
+        value: at most so much of it.
+    """
+
+    kind: str
+    value: float
+
+
+@dataclass
+class Candidate:
+    """A method with its settings, and what was found of it so far.
+
+    Attributes:
+        left: the budget that meets the goal, as the fraction left (1 - sparsity for weights); None before it is known.
+        figures: at that budget, on the latest samples.
+        reason: why it is out.
+    """
+
+    choice: Choice
+    left: float | None = None
+    figures: dict[str, Any] = field(default_factory=dict)
+    reason: str = ""
+
+
+class OutError(Exception):
+    """A candidate that cannot meet the goal, and why."""
+
+
+def fit_cost(
+    cost: Callable[[float], float], target: float, tolerance: float, steps: int = STEPS
+) -> tuple[float, float]:
+    """The fraction left at which `cost` comes within `tolerance` of `target` without exceeding it by more.
+
+    `cost` rises with the fraction, up to the dense model's 1. The next place to look is interpolated between the two
+    nearest ones, never closer to either than a tenth of the way, so that steps and noise cannot trap it.
+
+    Returns:
+        The fraction, and the cost measured there.
+
+    Raises:
+        OutError: the target is below what the method reaches.
+    """
+    low, high, best = (0.0, 0.0), (1.0, 1.0), None
+    place: float | None = None
+    for _ in range(steps):
+        if place is None:
+            share = (target - low[1]) / max(high[1] - low[1], 1e-9)
+            place = low[0] + min(max(share, 0.1), 0.9) * (high[0] - low[0])
+        here = round(place, 4)
+        place = None
+        try:
+            found = cost(here)
+        except BudgetError as error:
+            floor = strongest(error, here)
+            if floor is None:
+                high = (here, high[1])
+            elif floor >= high[0]:
+                break
+            else:
+                low, place = (here, low[1]), floor
+            continue
+        if found >= UNCHANGED and here < 0.9:
+            raise OutError(f"it leaves this cost at {found:.1%}")
+        if found <= target + tolerance:
+            best, low = (here, found), (here, found)
+            if found >= target - tolerance:
+                break
+        else:
+            high = (here, found)
+        if high[0] - low[0] < 1 / 512:
+            break
+    if best is None:
+        raise OutError(
+            f"it reaches no less than {high[1]:.1%}" if high[0] < 1 else "no budget meets the target"
+        )
+    return best
+
+
+def fit_drop(drop: Callable[[float], float], most: float, steps: int = DROP_STEPS) -> float:
+    """The smallest fraction left at which `drop` is at most `most`, by bisection.
+
+    Raises:
+        OutError: only the dense model is that good.
+    """
+    low, high = 0.0, 1.0
+    place: float | None = None
+    for _ in range(steps):
+        here = round((low + high) / 2 if place is None else place, 4)
+        place = None
+        try:
+            good = drop(here) <= most
+        except BudgetError as error:
+            floor = strongest(error, here)
+            if floor is None:
+                high = here
+            elif floor >= high:
+                break
+            else:
+                low, place = here, floor
+            continue
+        low, high = (low, here) if good else (here, high)
+    if high == 1.0:
+        raise OutError("nothing that was tried stays within the drop")
+    return high
+
+
+def strongest(error: BudgetError, left: float) -> float | None:
+    """The smallest fraction left that the method reaches, where `left` was below it; None where it was too mild."""
+    if error.low is not None and left < error.low:
+        return math.ceil(10_000 * error.low) / 10_000
+    if error.high is not None and 1 - left > error.high and error.high < 1:
+        return math.ceil(10_000 * (1 - error.high)) / 10_000
+    return None
+
+
+class Search:
+    """Looks for the best candidate.
+
+    Attributes:
+        tried: a record per measurement, in their order.
+    """
+
+    def __init__(self, trials: Trials, recipe: Recipe, goal: Goal, rounds: int, progress: Progress):
+        self.trials, self.recipe, self.goal, self.rounds = trials, recipe, goal, rounds
+        self.progress = progress
+        self.weights = trials.base.family == "llm-weights"
+        self.limit = recipe.limit or trials.base.default_limit
+        self.tried: list[dict[str, Any]] = []
+        # FLOPs are counted on one sample: a fraction of the dense model's is the same for any batch.
+        self.small = trials.on(replace(recipe, limit=1, batch_size=1))
+        self.dense_flops = self.small.flops(self.small.subject)
+        self.metric = ""
+
+    def run(self, choices: list[Choice]) -> tuple[Candidate | None, list[Candidate]]:
+        """The winner (None where nothing meets the goal) and all candidates."""
+        candidates = [Candidate(choice) for choice in choices]
+        if self.goal.kind == "latency":
+            self.time_dense()
+        if self.goal.kind != "drop":
+            for one in candidates:
+                self.attempt(one, partial(self.meet, one))
+        alive = [one for one in candidates if not one.reason]
+        for limit, places in self.rungs(len(alive)):
+            trials = self.trials.on(replace(self.recipe, limit=limit))
+            dense, reference = trials.dense()
+            self.metric = next((name for name in METRICS if dense.get(name) is not None), "agreement")
+            self.progress.say(f"{len(alive)} of {len(candidates)} candidates on {limit} samples")
+            for one in alive:
+                self.attempt(one, partial(self.judge, one, trials, dense, reference, limit))
+            alive = sorted((one for one in alive if not one.reason), key=self.rank)[:places]
+        return (alive[0] if alive else None), candidates
+
+    def attempt(self, candidate: Candidate, work: Callable[[], None]) -> None:
+        """Do it, or remember why it cannot be done; one broken method does not end the search."""
+        try:
+            work()
+        except (OutError, UserError) as error:
+            candidate.reason = str(error)
+        except Exception as error:
+            candidate.reason = f"{type(error).__name__}: {error}"
+        if candidate.reason:
+            self.progress.say(f"  {candidate.choice.method} is out: {candidate.reason}")
+
+    def rungs(self, count: int) -> list[tuple[int, int]]:
+        """Samples per rung and how many candidates go on from it: half as many on twice the samples, at last one."""
+        number = min(RUNGS, max(1, math.ceil(math.log2(max(count, 1)))))
+        found = []
+        for rung in range(number):
+            limit = max(1, math.ceil(self.limit / 2 ** (number - 1 - rung)))
+            places = max(1, math.ceil(count / 2 ** (rung + 1))) if rung < number - 1 else count
+            found.append((limit, places))
+        return found
+
+    def meet(self, candidate: Candidate) -> None:
+        """Find the budget at which the candidate costs what the goal says."""
+        if self.goal.kind == "flops":
+            cost, target, tolerance = self.flops, self.goal.value, FLOPS_TOLERANCE
+        else:
+            cost, target, tolerance = self.latency, self.goal.value / self.dense_ms, LATENCY_TOLERANCE
+        candidate.left, found = fit_cost(lambda left: cost(candidate, left), target, tolerance)
+        candidate.figures["target_ratio"] = found
+
+    def time_dense(self) -> None:
+        """How long the dense model takes.
+
+        Raises:
+            UserError: no longer than the goal.
+        """
+        self.dense_ms = self.trials.latency_alone(self.rounds)
+        if self.dense_ms <= self.goal.value:
+            raise UserError(
+                f"--target-latency {self.goal.value:g}ms: the dense model takes {self.dense_ms:.1f} ms already"
+            )
+
+    def with_budget(self, candidate: Candidate, left: float) -> Recipe:
+        """The candidate's recipe at a budget."""
+        budget = {"sparsity": round(1 - left, 4)} if self.weights else {"keep": left}
+        choice = candidate.choice
+        stage = replace(self.recipe.stage, method=choice.method, set=choice.settings, **budget)
+        return replace(self.recipe, stages=(stage,))
+
+    def note(self, candidate: Candidate, left: float, **found: Any) -> None:
+        """Remember and tell a measurement."""
+        recipe = self.with_budget(candidate, left)
+        self.tried.append(
+            {"method": candidate.choice.method, "set": candidate.choice.settings, "left": left, **found}
+        )
+        told = ", ".join(
+            f"{name} {value:.4g}" for name, value in found.items() if isinstance(value, int | float)
+        )
+        self.progress.say(f"  {label(recipe)}: {told}")
+
+    def flops(self, candidate: Candidate, left: float) -> float:
+        """FLOPs as a fraction of the dense model's."""
+        with self.small.pruned(self.with_budget(candidate, left)) as trial:
+            found = self.small.flops(trial.subject) / self.dense_flops
+        self.note(candidate, left, flops=found)
+        return found
+
+    def latency(self, candidate: Candidate, left: float) -> float:
+        """Latency as a fraction of the dense model's, medians of calls in turn."""
+        with self.trials.pruned(self.with_budget(candidate, left)) as trial:
+            times = self.trials.latency(trial, self.rounds)
+        found = times["pruned"]["latency_ms"] / times["dense"]["latency_ms"]
+        self.note(candidate, left, latency=found, **times["pruned"])
+        return found
+
+    def judge(
+        self, candidate: Candidate, trials: Trials, dense: dict[str, Any], reference: Quality, limit: int
+    ) -> None:
+        """Measure the candidate on so many samples; for a drop, find its budget there first."""
+
+        def figures(left: float) -> dict[str, Any]:
+            with trials.pruned(self.with_budget(candidate, left)) as trial:
+                found = trials.figures(trial, reference)
+                report = trials.report(trial, dense, found)
+            found["drop"] = drop(self.metric, dense, found)
+            found["cost"] = self.cost(report)
+            told = {name: found[name] for name in (self.metric, "drop", "cost")}
+            self.note(candidate, left, samples=limit, **told)
+            seen[left] = found | {"achieved": report["budget"]["achieved"], "samples": limit}
+            return found
+
+        seen: dict[float, dict[str, Any]] = {}
+        if self.goal.kind == "drop":
+            candidate.left = fit_drop(lambda left: figures(left)["drop"], self.goal.value)
+        else:
+            figures(candidate.left)
+        candidate.figures |= seen[candidate.left]
+
+    def cost(self, report: dict[str, Any]) -> float:
+        """What is spared, as a fraction of the dense model's: FLOPs where tokens leave, else bytes."""
+        dense, pruned = report["dense"], report["pruned"]
+        name = STORAGE[self.trials.base.family].figure
+        return pruned[name] / dense[name] if name in dense else pruned["flops"] / dense["flops"]
+
+    def rank(self, candidate: Candidate) -> tuple[float, float]:
+        """Smaller is better: the quality at equal cost, or the cost at equal quality."""
+        drop, cost = candidate.figures["drop"], candidate.figures["cost"]
+        return (cost, drop) if self.goal.kind == "drop" else (drop, cost)
+
+
+def drop(metric: str, dense: dict[str, Any], pruned: dict[str, Any]) -> float:
+    """Points of accuracy or agreement lost, or percent of perplexity gained."""
+    if pruned[metric] is None or not math.isfinite(pruned[metric]):
+        return math.inf
+    if metric == "perplexity":
+        return 100 * (pruned[metric] / dense[metric] - 1)
+    return 100 * (dense[metric] - pruned[metric])
