@@ -155,3 +155,90 @@ def test_pictures_are_never_put_into_an_artifact(pruned_vit):
     with pytest.raises(UserError, match="an output folder stays as it was written"):
         call("show", pruned_vit, "--sample", 0, "--to", pruned_vit / "pictures")
     assert sorted(pruned_vit.iterdir()) == before
+
+
+def prune_weights(folder, text, out, *words):
+    calibration = ("--calibration", 4, "--length", 24, "--batch-size", 2, "--limit", 2)
+    call("llm-weights", *words, folder, "--data", text, *calibration, "--no-eval", "--out", out, "--quiet")
+    return out
+
+
+def show(folder, to, *words):
+    return json.loads(call("show", folder, "--to", to, *words, "--json").stdout)["pictures"]
+
+
+@pytest.mark.parametrize("stored", [(), ("--by-reference",), ("--loadable", "plain")])
+def test_the_sparsity_drawn_is_that_of_the_weights_however_they_are_stored(stored, folder, text, tmp_path):
+    out = prune_weights(folder, text, tmp_path / "out", "--method", "wanda", "--sparsity", 0.5, *stored)
+    report = json.loads((out / "report.json").read_text())
+    shown = show(out, tmp_path / "to")
+    assert [picture["path"].rpartition("/")[2] for picture in shown] == ["sparsity.png", "sparsity.svg"]
+    for row, recorded in zip(shown[0]["blocks"], report["per_layer"], strict=True):
+        assert row["sparsity"] == pytest.approx(recorded["sparsity"], abs=1e-3)
+        assert list(row["modules"])[:4] == ["q_proj", "k_proj", "v_proj", "o_proj"]
+        assert all(share == pytest.approx(0.5, abs=0.02) for share in row["modules"].values())
+    assert (tmp_path / "to" / "sparsity.svg").read_bytes().startswith(b"<?xml")
+
+
+def test_widths_and_removed_blocks_are_drawn_from_the_report(folder, text, tmp_path):
+    out = prune_weights(folder, text, tmp_path / "flap", "--method", "flap", "--sparsity", 0.4)
+    shown = show(out, tmp_path / "to")
+    assert {picture["path"].rpartition("/")[2] for picture in shown} >= {"widths.png", "widths.svg"}
+    for row, recorded in zip(
+        shown[0]["blocks"], json.loads((out / "report.json").read_text())["per_layer"], strict=True
+    ):
+        assert "{} of {}".format(*row["channels"]) == recorded["channels"]
+        assert row["modules"]["channels"] == pytest.approx(1 - row["channels"][0] / row["channels"][1])
+    out = prune_weights(folder, text, tmp_path / "short", "--method", "shortgpt", "--sparsity", 0.5)
+    gone = [row["block"] for row in show(out, tmp_path / "other")[0]["blocks"] if row["removed"]]
+    recorded = json.loads((out / "report.json").read_text())["per_layer"]
+    assert gone == [row["block"] for row in recorded if row["sparsity"] == 1]
+    assert gone
+
+
+def test_weights_have_no_sample(folder, text, tmp_path):
+    out = prune_weights(folder, text, tmp_path / "out", "--method", "magnitude", "--sparsity", 0.5)
+    with pytest.raises(UserError, match="holds pruned weights, which no sample decides"):
+        call("show", out, "--sample", 0)
+
+
+@pytest.mark.parametrize("method", ["snapkv", "streaming-llm", "lazyllm"])
+def test_the_mean_of_the_shades_of_a_prompt_is_what_was_kept(method, folder, text, tmp_path):
+    words = ("--length", 128, "--data", text, "--no-eval", "--quiet", "--out", tmp_path / "out")
+    call("llm-context", "--method", method, "--keep", 0.6, folder, *words)
+    picture = show(tmp_path / "out", tmp_path / "to", "--sample", 0)[0]
+    shares = [token["kept"] for token in picture["tokens"]]
+    assert len(shares) == 96
+    assert picture["mean"] == pytest.approx(0.6, abs=0.1)
+    assert 0 <= min(shares) < max(shares) <= 1
+    page = (tmp_path / "to" / "sample-0.html").read_text()
+    assert page.count("<span") == 96 + 5
+    assert "http" not in page
+    piped = call(
+        "show", tmp_path / "out", "--prompt", "weights and <masks> " * 4, "--to", tmp_path / "to"
+    ).stdout
+    assert "kept  [ ]: kept by at least half" in piped
+    assert "&lt;" in (tmp_path / "to" / "prompt.html").read_text()
+
+
+def test_a_streaming_window_keeps_the_first_and_the_last_tokens_of_a_prompt(folder, text, tmp_path):
+    words = ("--length", 48, "--data", text, "--no-eval", "--quiet", "--out", tmp_path / "out")
+    call("llm-context", "--method", "streaming-llm", "--keep", 0.5, folder, *words)
+    shares = [token["kept"] for token in show(tmp_path / "out", tmp_path / "to", "--sample", 1)[0]["tokens"]]
+    kept = [place for place, share in enumerate(shares) if share == 1]
+    assert kept == [0, 1, 2, 3, *range(36 - 14, 36)]
+    assert shares.count(0) == 18
+
+
+def test_a_question_is_answered_with_and_without_the_tokens_that_left(tmp_path):
+    out = tmp_path / "out"
+    words = ("--limit", 4, "--batch-size", 4, "--no-eval", "--quiet", "--out", out)
+    call("vlm", "--method", "random", "--keep", 0.5, "digits-llava", *words)
+    picture = show(out, tmp_path / "to", "--sample", 1)[0]
+    assert {"question", "expected", "dense", "pruned"} <= set(picture)
+    assert picture["grid"] == [12, 12]
+    site = picture["sites"][0]
+    kept = [place for place, heir in enumerate(site["stands"]) if heir >= 0]
+    assert len(kept) == site["left"] == 144 - site["dropped"]
+    with pytest.raises(UserError, match="a question needs an image"):
+        call("show", out, "--prompt", "where?")
