@@ -2,16 +2,34 @@
 
 import io
 import json
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import transforms
 
+import tprune
+from tests.conftest import tiny_vit
 from tests.test_cli import call, prune
+from tests.vlm.tiny import KINDS, tiny
+from tprune.core.budget import Site, Stage
 from tprune.core.reduction import Reduction, follow_all
 from tprune.errors import UserError
-from tprune.evaluate.pictures import Panel, draw_patches, patches
+from tprune.evaluate.pictures import Panel, draw_patches, enlarge, fit, patches
+from tprune.methods.base import TokenMethod
+from tprune.models.prompts import noise_prompts
+from tprune.models.source import Source
+from tprune.models.subject import Subject
+from tprune.models.vlm import image_tokens
+from tprune.pipelines.base import Sample
+from tprune.pipelines.pictures import on_grid, panels
+from tprune.pipelines.vit import VitPipeline
+from tprune.pipelines.vlm_pictures import crops
+from tprune.progress import Progress
+from tprune.recipe import ModelSource, Recipe
+from tprune.recipe import Stage as RecipeStage
 
 GRID = (3, 4)
 
@@ -38,8 +56,6 @@ def test_a_known_reduction_dims_exactly_the_patches_that_left():
     kept = [place for place in range(12) if place not in (1, 6, 11)]
     index = torch.tensor([[0, *(prefix + place for place in kept)]])
     stands = follow_all([Reduction.keep(index, 13)])[0][0]
-    from tprune.pipelines.pictures import on_grid
-
     drawn = draw_patches(image, on_grid(stands, prefix + torch.arange(12)), GRID)
     gone = {(0, 1), (1, 2), (2, 3)}
     assert dimmed(image, drawn) == gone
@@ -242,3 +258,59 @@ def test_a_question_is_answered_with_and_without_the_tokens_that_left(tmp_path):
     assert len(kept) == site["left"] == 144 - site["dropped"]
     with pytest.raises(UserError, match="a question needs an image"):
         call("show", out, "--prompt", "where?")
+
+
+@dataclass(frozen=True)
+class Brightest(TokenMethod):
+    """Keeps the tokens with the largest mean: the brightest patches, where the embedding is a mean of pixels."""
+
+    reads = ()
+
+    def stages(self, shape, knob):
+        return [Stage(Site(1), 4)]
+
+    def reduce(self, site, view, count, memory):
+        brightness = view.hidden[:, view.prefix :].mean(2)
+        chosen = view.prefix + brightness.topk(count).indices
+        return Reduction.keep(torch.cat([torch.zeros_like(chosen[:, :1]), chosen], 1), view.hidden.shape[1])
+
+
+def test_the_patches_that_stay_bright_are_where_the_image_was_bright(tmp_path):
+    model = tiny_vit()
+    for parameter in model.parameters():
+        parameter.zero_()
+    model.patch_embed.proj.weight.fill_(1e-3)
+    image = np.zeros((32, 32, 3), np.uint8)
+    image[8:16, 16:32] = image[16:24, 8:16] = image[24:32, 0:8] = 255
+    Image.fromarray(image).save(tmp_path / "corner.png")
+    recipe = Recipe(ModelSource("bright"), (RecipeStage("vit", "brightest"),))
+    driver = VitPipeline(recipe, recipe.stage, Brightest(), Progress())
+    subject = Subject(
+        model, transforms.Compose([transforms.ToTensor()]), Source("bright", "memory", "", "timm")
+    )
+    with driver.apply(subject, None) as handle:
+        picture = driver.pictures(subject, handle, Sample(image=str(tmp_path / "corner.png")))[0]
+    left = np.array(picture.numbers["sites"][0]["stands"]).reshape(4, 4) >= 0
+    assert left.tolist() == (image[4::8, 4::8, 0] == 255).tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_vision_language_model_has_a_grid_of_image_tokens(kind):
+    model = tiny(kind)
+    subject = Subject(model, None, Source(kind, "memory", "", "transformers"))
+    inputs = noise_prompts(model, 1, 0)
+    with tprune.prune(model, "vlm/divprune", keep=0.5) as handle:
+        handle.driver.trace = steps = []
+        model(**inputs, use_cache=True)
+        found = crops(subject, handle, inputs, Image.fromarray(gray()))
+    tokens = image_tokens(model, inputs)[0]
+    places = torch.cat([crop.slots for crop in found])
+    assert tokens[places[places >= 0]].all()
+    assert len(places.unique()) >= 4
+    for crop in found:
+        panel = panels([(site, stands[0]) for site, stands in steps], crop.slots, "layer")[0]
+        drawn = draw_patches(enlarge(fit(crop.pixels, crop.grid)), panel.stands, crop.grid)
+        assert drawn.shape[0] * crop.grid[1] == pytest.approx(drawn.shape[1] * crop.grid[0], rel=0.5)
+    _, stands = steps[-1]
+    left = stands[0][tokens] >= 0
+    assert 0 < left.sum() < tokens.sum()
