@@ -102,6 +102,11 @@ def test_a_panel_counts_groups_and_not_patches():
     assert panel.numbers()["dropped"] == 1
 
 
+def test_a_question_with_dollars_is_no_formula():
+    title = "heading\nwhich costs less, the one for $5 or the one for $\\frac? " + "or another " * 20
+    assert patches("x", title, gray(), GRID, []).title.startswith("heading which costs")
+
+
 def test_pictures_are_equal_bytes_when_drawn_twice():
     draw = [patches("x", "t", gray(), GRID, [Panel("a", np.arange(12))]).content for _ in range(2)]
     assert draw[0] == draw[1]

@@ -91,7 +91,7 @@ def heat_map(found: Sparsity, title: str) -> Figure:
     axis.set_yticks(range(depth) if depth <= 64 else range(0, depth, 8))
     axis.tick_params(length=0, labelsize=8)
     axis.set_ylabel("block")
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title, fontsize=11, parse_math=False)
     figure.tight_layout()
     return figure
 
@@ -131,7 +131,7 @@ def bars(found: Sparsity, title: str) -> Figure:
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     axis.set_xlabel("block (hatched: removed)" if any(whole >= 1 for whole in found.blocks) else "block")
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title, fontsize=11, parse_math=False)
     figure.tight_layout()
     return figure
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -145,7 +146,8 @@ def patches(
     for axis, (label, pixels) in zip(axes, shown, strict=False):
         axis.imshow(pixels, interpolation="antialiased")
         axis.set_title(label, fontsize=9)
-    figure.suptitle(title, fontsize=11)
+    lines = [wrapped for line in title.splitlines() for wrapped in wrap(line, max(40, 32 * columns))]
+    figure.suptitle("\n".join(lines), fontsize=11, parse_math=False)
     figure.tight_layout()
     numbers = {**(answers or {}), "grid": list(grid), "sites": [panel.numbers() for panel in panels]}
     return Picture(f"{name}.png", " ".join(title.split()), rendered(figure, "png"), numbers)
