@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from math import floor
 
 
 @dataclass(frozen=True, order=True)
@@ -73,6 +75,12 @@ def bisect(measure: Callable[[float], float], target: float, steps: int = 40) ->
         middle = (low + high) / 2
         low, high = (middle, high) if measure(middle) < target else (low, middle)
     return min((high, low), key=lambda knob: abs(measure(knob) - target))
+
+
+def whole_steps(rates: Sequence[float]) -> list[int]:
+    """Fractional amounts as whole ones with nearly the same running sum: what rounding leaves over goes to the next."""
+    due = list(accumulate(rates, initial=0.0))
+    return [floor(after) - floor(before) for before, after in pairwise(due)]
 
 
 def scale_layer(layer: int, paper_depth: int, depth: int) -> int:

@@ -180,6 +180,58 @@ def page_rank(attention: Tensor, start: Tensor, steps: int, present: Tensor | No
     return worth.squeeze(-2)
 
 
+def map_rows(attention: Tensor, rows: Tensor | slice | None = None) -> Tensor:
+    """Rows of a map [B, H, N, T] that is already there, as `attention_rows` gives them: [B, H, R, T]."""
+    if rows is None:
+        return attention
+    if isinstance(rows, slice) or rows.dim() == 1:
+        return attention[:, :, rows]
+    return attention.gather(2, rows[:, None, :, None].expand(-1, attention.shape[1], -1, attention.shape[3]))
+
+
+def cls_times_value_norm(row: Tensor, value: Tensor) -> Tensor:
+    """The class token's attention row [B, H, N], summed over heads, times the norm of all heads' values: [B, N].
+
+    `value` is [B, H, N, d] (PPT, eq. 5; ATS).
+    """
+    return row.sum(1) * value.float().square().sum((1, 3)).sqrt()
+
+
+def redundancy(similarity: Tensor, present: Tensor, threshold: float, gamma: float) -> tuple[Tensor, Tensor]:
+    """How redundant tokens are beside others (SAINT): their score [B, R], and how many are like them, int64 [B, R].
+
+    With c others of similarity at least `threshold`, m on average, the score is c · exp(gamma · (m - threshold));
+    without any it is the mean similarity.
+
+    Args:
+        similarity: [B, R, C], of each token with the others.
+        present: bool [B, C], which of the others are there.
+        threshold, gamma: see above.
+    """
+    present = present.unsqueeze(1)
+    alike = (similarity >= threshold) & present
+    count = alike.sum(2)
+    mean = (similarity * alike).sum(2) / count.clamp_min(1)
+    score = count * torch.exp(gamma * (mean - threshold))
+    alone = (similarity * present).sum(2) / present.sum(2).clamp_min(1)
+    return torch.where(count > 0, score, alone), count
+
+
+def transform_weights(features: Tensor, outputs: Tensor, temperature: float) -> Tensor:
+    """How each token is dealt out over some of them: a softmax over the outputs of cosine similarity, [B, K, N].
+
+    Columns sum to 1, so that whatever is dealt out (sizes) is conserved.
+
+    Args:
+        features: [B, N, D].
+        outputs: int64 [B, K], the tokens that receive.
+        temperature: what similarities are divided by.
+    """
+    unit = cosine_normalise(features)
+    receiving = unit.gather(1, outputs.unsqueeze(2).expand(-1, -1, unit.shape[2]))
+    return (receiving @ unit.transpose(1, 2) / temperature).softmax(dim=1)
+
+
 def uniform(shape: tuple[int, ...], seeds: Tensor) -> Tensor:
     """Uniform noise float32 [B, *shape], row b drawn from `seeds[b]` alone, on the CPU."""
     rows = [torch.rand(shape, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds.tolist()]

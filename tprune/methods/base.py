@@ -194,6 +194,18 @@ class TokenMethod(Method):
         """Whether attention after a merge counts a token as often as the tokens it stands for (log-size bias)."""
         return False
 
+    def edits_attention(self) -> bool:
+        """Whether blocks that tokens leave use an attention map that the method has changed."""
+        return False
+
+    def edit_attention(self, attention: Tensor) -> Tensor:
+        """The map that such a block uses instead of its own softmaxed one, float32 [B, H, N, N]."""
+        raise NotImplementedError
+
+    def counted(self) -> TokenMethod:
+        """The method under --keep, where `stages` fixes all counts: itself, unless the data decides without it."""
+        return self
+
     def varies(self) -> bool:
         """Whether the data decides how many tokens each image keeps; `stages` then says how many at most."""
         return False

@@ -25,6 +25,7 @@ class Attention:
         bias: additive, broadcastable to [B, H, N, N] (log sizes, padding), or None.
         causal: whether row i sees only keys up to i.
         softcap: bounds the logits (Gemma 2), or None.
+        map: float32 [B, H, N, N], what a method made of the softmaxed attention, where the block used that instead.
     """
 
     query: Tensor
@@ -34,12 +35,15 @@ class Attention:
     bias: Tensor | None = None
     causal: bool = False
     softcap: float | None = None
+    map: Tensor | None = None
 
     def rows(self, rows: Tensor | slice | None = None) -> Tensor:
         """Softmaxed attention of the query rows `rows` (all by default): float32 [B, H, R, N].
 
         `rows` is a slice, or int64 [R] for all samples, or [B, R].
         """
+        if self.map is not None:
+            return score.map_rows(self.map, rows)
         return score.attention_rows(
             self.query,
             self.key,
@@ -52,6 +56,8 @@ class Attention:
 
     def column_sums(self) -> Tensor:
         """The attention every key received, summed over the queries that see it: float32 [B, H, N]."""
+        if self.map is not None:
+            return self.map.sum(2)
         return score.attention_column_sums(
             self.query, self.key, self.scale, bias=self.bias, causal=self.causal, softcap=self.softcap
         )
@@ -71,6 +77,8 @@ class TokenView:
         prefix: how many leading tokens are never prunable, the same in all rows; behind them everything is
             prunable where `whole` is set.
         depth: how many blocks the model has.
+        has_cls: whether the first token is a class token.
+        grid: rows and columns of the prunable tokens before any left, where they form an image.
         whole: whether all tokens behind the prefix are prunable (no host sync is needed to know it).
         position: int64 [B, N], every token's place in the original sequence.
         real: bool [B, N], False for padding; None where there is none.
@@ -86,6 +94,8 @@ class TokenView:
     prunable: Tensor
     prefix: int = 0
     depth: int = 0
+    has_cls: bool = False
+    grid: tuple[int, int] | None = None
     whole: bool = True
     position: Tensor | None = None
     real: Tensor | None = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -73,7 +74,7 @@ class TokenDriver:
         return planned if measured is None else measured
 
     def _attach(self) -> None:
-        parts = self.parts
+        parts, edited = self.parts, self._edited()
         watched = set()
         if "attention" in self.method.reads:
             watched = {site.layer if site.between else site.layer - 1 for site in self.counts}
@@ -88,7 +89,7 @@ class TokenDriver:
                 self.undo.callback(block.__dict__.pop, "forward", None)
             if layer in watched:
                 attention = parts.attentions[layer]
-                self._hook(attention.register_forward_pre_hook(self._watch))
+                self._hook(attention.register_forward_pre_hook(partial(self._watch, layer in edited)))
                 self._hook(attention.register_forward_hook(self._unwatch, always_call=True))
 
         if hasattr(parts.model, "forward_intermediates") and not parts.dense:
@@ -120,8 +121,18 @@ class TokenDriver:
         if "seeds" in self.method.reads:
             self.seeds = content_seeds(pixels, self.seed)
 
-    def _watch(self, attention: nn.Module, args: tuple) -> None:
-        self.watch = Watch(self.bias if self.mask_name is None else None)
+    def _edited(self) -> set[int]:
+        """The blocks whose attention the method changes: those that tokens leave."""
+        if not self.method.edits_attention():
+            return set()
+        entering = counts_entering(self.stages, self.parts.shape.tokens, self.parts.shape.depth)
+        return {
+            layer for layer in range(self.parts.shape.depth) if entering[2 * layer + 1] < entering[2 * layer]
+        }
+
+    def _watch(self, edited: bool, attention: nn.Module, args: tuple) -> None:
+        bias = self.bias if self.mask_name is None else None
+        self.watch = Watch(bias, self.method.edit_attention if edited else None)
         self.watch.__enter__()
 
     def _unwatch(self, attention: nn.Module, args: tuple, output: Any) -> None:
@@ -172,6 +183,7 @@ class TokenDriver:
         """The block's other arguments for the tokens that are left: rotary tables gathered, sizes as a bias."""
         if self.position is not None and kwargs.get("rope") is not None:
             kwargs = kwargs | {"rope": self._rope(kwargs["rope"])}
+        self.bias = None
         if self.size is not None and self.method.weighs_by_size():
             self.bias = self.size.log()[:, None, None, :]
         if self.ragged is not None:
@@ -201,6 +213,8 @@ class TokenDriver:
             prunable=prunable if real is None else prunable & real,
             prefix=shape.prefix,
             depth=shape.depth,
+            has_cls=shape.has_cls,
+            grid=shape.grid,
             whole=real is None,
             real=real,
             position=self.position,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -11,12 +13,13 @@ from tprune.methods.views import Attention
 class Watch(TorchFunctionMode):
     """Sees the queries and keys of the one fused attention call that happens while it is active.
 
-    `bias`, [B, 1, 1, N] or None, is added to its logits, for blocks that take no mask of their own.
+    `bias`, [B, 1, 1, N] or None, is added to its logits, for blocks that take no mask of their own. Where there is an
+    `edit`, the map is computed beside the kernel, and what `edit` makes of it takes the kernel's place.
     """
 
-    def __init__(self, bias: Tensor | None = None) -> None:
+    def __init__(self, bias: Tensor | None = None, edit: Callable[[Tensor], Tensor] | None = None) -> None:
         super().__init__()
-        self.bias, self.seen = bias, None
+        self.bias, self.edit, self.seen = bias, edit, None
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         """Note what fused attention is given, and let it run."""
@@ -29,4 +32,7 @@ class Watch(TorchFunctionMode):
                 args, kwargs = (), given
             scale = given.get("scale") or given["query"].shape[-1] ** -0.5
             self.seen = Attention(given["query"], given["key"], given["value"], scale, given.get("attn_mask"))
+            if self.edit is not None:
+                self.seen.map = self.edit(self.seen.rows())
+                return self.seen.map.to(self.seen.value.dtype) @ self.seen.value
         return function(*args, **kwargs)

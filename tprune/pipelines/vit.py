@@ -158,8 +158,9 @@ class VitPipeline(Pipeline):
             raise UserError(
                 f"--positions {self.stage.positions}: a vision transformer's tokens keep their positions"
             )
-        stages = solve(self.method, parts.shape, self.stage.keep)
-        self.handle = VitHandle(adapter.TokenDriver(parts, self.method, stages, self.recipe.seed))
+        method = self.method if self.stage.keep is None else self.method.counted()
+        stages = solve(method, parts.shape, self.stage.keep)
+        self.handle = VitHandle(adapter.TokenDriver(parts, method, stages, self.recipe.seed))
         return self.handle
 
     def probe(self, subject: Subject) -> dict[str, Tensor]:

@@ -6,11 +6,9 @@ A merged token is the average weighted by size, and attention counts it as often
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
-from math import floor
 
 from tprune.core import match
-from tprune.core.budget import Site, Stage
+from tprune.core.budget import Site, Stage, whole_steps
 from tprune.core.reduction import Reduction
 from tprune.methods.base import Paper, TokenMethod, param
 
@@ -59,9 +57,7 @@ class ToMe(TokenMethod):
         line = [low + step * layer for layer in range(shape.depth)]
         if knob is None:
             return [int(rate) for rate in line]
-        # A fractional r is spread: what rounding leaves over goes to the next block.
-        due = list(accumulate(line, initial=0.0))
-        return [floor(after) - floor(before) for before, after in pairwise(due)]
+        return whole_steps(line)
 
     def reduce(self, site, view, count, memory):
         """Merge the most similar pairs of this block's keys."""

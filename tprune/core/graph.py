@@ -1,0 +1,36 @@
+"""Graphs over patches: who is next to whom, who is like whom."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tprune.core.score import cosine_normalise
+
+
+def neighbours_on_grid(rows: int, columns: int, device: torch.device | str = "cpu") -> Tensor:
+    """Which patches of a grid touch, corners included, none itself: bool [rows · columns, rows · columns]."""
+    place = torch.arange(rows * columns, device=device)
+    row, column = place // columns, place % columns
+    near = (row - row.unsqueeze(1)).abs() <= 1
+    return near & ((column - column.unsqueeze(1)).abs() <= 1) & (place != place.unsqueeze(1))
+
+
+def similar_neighbours(features: Tensor, count: int) -> Tensor:
+    """Which tokens [B, N, D] are among the `count` most similar to each, by cosine: bool [B, N, N].
+
+    Row i marks the neighbours of token i, never itself; the relation need not be mutual. Of equals the lower index.
+    """
+    unit = cosine_normalise(features)
+    similarity = unit @ unit.transpose(1, 2)
+    similarity.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
+    count = min(count, features.shape[1] - 1)
+    nearest = similarity.argsort(dim=2, descending=True, stable=True)[..., :count]
+    return torch.zeros_like(similarity, dtype=torch.bool).scatter_(2, nearest, True)
+
+
+def normalised(graph: Tensor) -> Tensor:
+    """D^(-1/2) G D^(-1/2) with the row degrees D, of a graph bool [B, N, N]; zeros where there are no edges."""
+    graph = graph.float()
+    root = graph.sum(2).clamp_min(1).rsqrt()
+    return root.unsqueeze(2) * graph * root.unsqueeze(1)
