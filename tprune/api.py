@@ -25,6 +25,8 @@ def prune(
     calibration: int | None = None,
     length: int | None = None,
     batch_size: int = 16,
+    fit: str | None = None,
+    state: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Any:
     """Prune a loaded timm or transformers model.
@@ -37,10 +39,13 @@ def prune(
         positions: "original" or "compact" position ids; the paper's by default.
         loadable: "plain" for widths that stock transformers can load, "any" otherwise.
         data: calibration text, as `--data`; the built-in by default.
-        tokenizer: of a language model, for calibration; its processor for a vision-language model.
+        tokenizer: of a language model, for calibration; its processor for a vision-language model, or for a
+            vision model of transformers that is fitted.
         seed: of everything random.
         calibration, length: how many calibration sequences of how many tokens.
         batch_size: of calibration.
+        fit: what a method that learns is fitted on, as `--fit`: "built-in", or a folder of class folders.
+        state: what such a method learned before, instead: the tensors of its artifact, by name.
         settings: the method's own hyperparameters.
 
     Returns:
@@ -55,7 +60,7 @@ def prune(
     from tprune.pipelines.run import pipeline
 
     fact = registry.find(method)
-    stage = Stage(fact.family, fact.id, keep, sparsity, pattern, settings, positions, loadable)
+    stage = Stage(fact.family, fact.id, keep, sparsity, pattern, settings, positions, loadable, fit)
     check_budget(stage)
     parameter = next(model.parameters())
     library = "transformers" if hasattr(model, "config") else "timm"
@@ -72,7 +77,7 @@ def prune(
     )
     driver = pipeline(recipe, stage, Progress())
     source = Source("a model in memory", "memory", "", library)
-    return driver.apply(Subject(model, tokenizer, source), None)
+    return driver.apply(Subject(model, tokenizer, source), None, state)
 
 
 def load(folder: str, device: str = "cpu") -> Any:

@@ -44,6 +44,7 @@ class Stage:
         set: the method's own hyperparameters where they differ from the paper's.
         positions: "original" or "compact", None for the paper's own.
         loadable: "plain" for shapes that stock transformers loads, "any" otherwise.
+        fit: what a method that learns is fitted on: "built-in", or a folder of class folders.
     """
 
     family: str
@@ -54,6 +55,7 @@ class Stage:
     set: dict[str, Any] = field(default_factory=dict)
     positions: str | None = None
     loadable: str = "any"
+    fit: str | None = None
 
 
 @dataclass(frozen=True)
@@ -212,6 +214,8 @@ def check_budget(stage: Stage) -> None:
         pattern(stage.pattern)
     if stage.positions not in (None, "original", "compact"):
         raise UserError(f"--positions {stage.positions}: expected original or compact")
+    if stage.fit is not None and stage.family != "vit":
+        raise UserError(f"--fit {stage.fit}: only vit methods are fitted; leave it out")
     if stage.loadable not in ("any", "plain"):
         raise UserError(f"--loadable {stage.loadable}: expected any or plain")
 

@@ -84,7 +84,7 @@ def family_command(family: str, help: str) -> click.Command:
                 click.echo(f"no model given: using the built-in {model}", err=True)
         budget = {
             name: options.pop(name)
-            for name in ("keep", "sparsity", "pattern", "positions", "loadable")
+            for name in ("keep", "sparsity", "pattern", "positions", "loadable", "fit")
             if name in options
         }
         budget = {name: value for name, value in budget.items() if value is not None}
@@ -108,6 +108,12 @@ def family_command(family: str, help: str) -> click.Command:
         extra = (
             click.option("--keep", type=float, metavar="R", help="Fraction of tokens or entries kept."),
             click.option("--positions", help="'original' or 'compact' position ids [paper's]."),
+        )
+    if family == "vit":
+        extra += (
+            click.option(
+                "--fit", metavar="DATA", help="Train a method that learns: 'built-in', or a folder."
+            ),
         )
     return functools.reduce(lambda made, option: option(made), reversed(extra), command)
 
@@ -170,7 +176,11 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
         return os.path.abspath(path) if path and os.path.exists(path) else path
 
     model = replace(recipe.model, name=absolute(recipe.model.name), weights=absolute(recipe.model.weights))
-    return replace(recipe, model=model, data=absolute(recipe.data))
+    stages = tuple(
+        stage if stage.fit == "built-in" else replace(stage, fit=absolute(stage.fit))
+        for stage in recipe.stages
+    )
+    return replace(recipe, model=model, data=absolute(recipe.data), stages=stages)
 
 
 def show_plan(recipe: Recipe, out: str | None, force: bool, as_json: bool) -> None:
@@ -183,7 +193,8 @@ def show_plan(recipe: Recipe, out: str | None, force: bool, as_json: bool) -> No
         artifact.check_free(out, force)
     steps = []
     for stage in recipe.stages:
-        method = registry.build(stage.method, stage.family, stage.set)
+        method = registry.build(stage.method, stage.family, stage.set, stage.fit)
+        method.check_fit(stage.fit)
         source = resolve(recipe.model, stage.family)
         steps.append(
             {
@@ -193,6 +204,7 @@ def show_plan(recipe: Recipe, out: str | None, force: bool, as_json: bool) -> No
                 "budget": stage.pattern or (stage.sparsity if stage.family == "llm-weights" else stage.keep),
                 "model": source.name,
                 "from": source.location if source.kind == "folder" else f"{source.kind} {source.location}",
+                "fit": stage.fit,
                 "data": recipe.data or "built-in",
                 "out": out,
             }
@@ -203,6 +215,8 @@ def show_plan(recipe: Recipe, out: str | None, force: bool, as_json: bool) -> No
     for step in steps:
         click.echo(f"would prune {step['model']} ({step['from']})")
         click.echo(f"  with {step['family']} {step['method']} {step['params']}, budget {step['budget']}")
+        if step["fit"]:
+            click.echo(f"  fit on {step['fit']} data")
         click.echo(f"  measure on {step['data']} data, and write {out or 'nothing'}")
 
 

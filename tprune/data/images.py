@@ -11,6 +11,8 @@ from PIL import Image, UnidentifiedImageError
 
 from tprune.errors import UserError
 
+BUILT_IN = "built-in"
+TRAINING_SCENES = 2048
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -27,6 +29,18 @@ class Images:
     items: tuple[Any, ...]
     labels: tuple[int, ...] | None
     protocol: dict[str, Any]
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self.items)
+
+    def fits(self, classes: int) -> bool:
+        """Whether a model with so many classes can learn from the labels."""
+        return self.labels is not None and classes > max(self.labels)
+
+    def sample(self, place: int) -> tuple[Image.Image, int]:
+        """One image as RGB and its class, -1 where there is none."""
+        return self.open(place), -1 if self.labels is None else self.labels[place]
 
     def open(self, place: int) -> Image.Image:
         """One image as RGB.
@@ -51,8 +65,55 @@ def open_file(file: str | Path, option: str) -> Image.Image:
         raise UserError(f"{option} {file} is not a readable image ({reason}); remove or replace it") from None
 
 
-def read(source: str | None, limit: int) -> Images:
+@dataclass(frozen=True)
+class TrainingScenes:
+    """Scenes of the training digits, which share no scan with the evaluation's; drawn when they are needed.
+
+    Attributes:
+        count: how many.
+        seed: which; not the one that the built-in model was trained on.
+    """
+
+    count: int = TRAINING_SCENES
+    seed: int = 10_000
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """Source, split and number, for the report."""
+        return {"source": "digits-vit scenes", "split": "train", "samples": self.count, "seed": self.seed}
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return self.count
+
+    def fits(self, classes: int) -> bool:
+        """Whether a model tells digits apart."""
+        return classes == 10
+
+    def sample(self, place: int) -> tuple[Image.Image, int]:
+        """One scene and its digit."""
+        from tprune.data.scenes import classification_scene
+
+        pixels, label, _ = classification_scene("train", place, self.seed)
+        return Image.fromarray(pixels), label
+
+
+def training(source: str) -> Images | TrainingScenes:
+    """What `--fit` names: `built-in` scenes, or all images of a folder.
+
+    Raises:
+        UserError: missing, unreadable or without images.
+    """
+    return TrainingScenes() if source == BUILT_IN else read(source, None, "--fit")
+
+
+def read(source: str | None, limit: int | None, option: str = "--data") -> Images:
     """The first `limit` images of `source`, dealt evenly over the classes of a folder of class folders.
+
+    Args:
+        source: a folder; None for the built-in scenes.
+        limit: how many at most; None for all.
+        option: begins the errors.
 
     Raises:
         UserError: missing, unreadable or without images.
@@ -62,15 +123,15 @@ def read(source: str | None, limit: int) -> Images:
     root = Path(source)
     if not root.is_dir():
         raise UserError(
-            f"--data {source}: no such folder; give a folder of images, or of one folder per class"
+            f"{option} {source}: no such folder; give a folder of images, or of one folder per class"
         )
     try:
         classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
         groups = [_images(root / name) for name in classes] or [_images(root)]
     except PermissionError:
-        raise UserError(f"--data {source}: no permission to read it") from None
+        raise UserError(f"{option} {source}: no permission to read it") from None
     if not any(groups):
-        raise UserError(f"--data {source}: no images ({', '.join(ENDINGS)}) in it")
+        raise UserError(f"{option} {source}: no images ({', '.join(ENDINGS)}) in it")
     deepest = max(len(group) for group in groups)
     order = [
         (label, group[i]) for i in range(deepest) for label, group in enumerate(groups) if i < len(group)

@@ -88,6 +88,8 @@ def print_report(report: dict[str, Any]) -> None:
     for name, value in budget.items():
         if name not in ("asked", "achieved"):
             console.print(f"  {name.replace('_', ' ')}: {number(value)}")
+    if report.get("fit"):
+        console.print(fit_line(report["fit"]))
     table = new_table(console, None, "", "dense", "pruned", "")
     dense, pruned = flat(report["dense"]), flat(report["pruned"])
     for name, value in dense.items():
@@ -103,6 +105,15 @@ def print_report(report: dict[str, Any]) -> None:
     print_layers(console, report["per_layer"])
     if report["out"]:
         console.print(f"written: {report['out']} ({report['kind']})")
+
+
+def fit_line(fit: dict[str, Any]) -> str:
+    """What was fitted, in one line."""
+    losses = ", ".join(f"{name} {first:.3g} to {last:.3g}" for name, (first, last) in fit["losses"].items())
+    return (
+        f"fit: {fit['steps']} steps of {fit['batch']} images ({fit['data']['source']}), "
+        f"{fit['seconds']:,.0f} s, loss {losses}"
+    )
 
 
 def print_layers(console: Console, rows: list[dict[str, Any]]) -> None:
@@ -155,14 +166,9 @@ def span(reach: tuple[float | None, float | None]) -> str:
 def print_sweep(group: Group) -> None:
     """The rows of one protocol, budget by budget, the best first; the floor is marked."""
     console = make_console()
-    protocol, data = group.protocol, group.protocol["data"]
-    count = data.get("samples") or data.get("windows")
-    console.print(
-        f"[bold]{protocol['family']}[/bold] on {protocol['model']['name']}, {data.get('source')} "
-        f"({count} {'samples' if 'samples' in data else 'windows'}); costs in percent of the dense model's"
-    )
+    console.print(f"[bold]{group.title}[/bold]; costs in percent of the dense model's")
     drawn = [axis for axis in ("flops", "latency", "storage") if group.cost(axis) is None]
-    names = {"flops": "FLOPs", "latency": "latency", "storage": STORAGE[protocol["family"]].short}
+    names = {"flops": "FLOPs", "latency": "latency", "storage": STORAGE[group.protocol["family"]].short}
     heads = [group.metric, "agreement", *(names[axis] for axis in drawn)]
     table = new_table(console, None, "budget", "method", "achieved", *heads, "")
     table.columns[1].justify = "left"

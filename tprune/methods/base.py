@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from tprune.core.cache import Evict, Replace
     from tprune.core.reduction import Reduction
     from tprune.core.weights import WeightEdit
-    from tprune.methods.views import LayerView, LinearView, ModelView, TokenView
+    from tprune.methods.fit import Fit
+    from tprune.methods.views import LayerView, LinearView, ModelView, StepView, TokenView
 
 
 @dataclass(frozen=True)
@@ -62,18 +63,35 @@ def param(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+class State(dict[str, Any]):
+    """Learned tensors by name; equal only to itself, so that methods that learned differently differ."""
+
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
+
+
 @dataclass(frozen=True)
 class Method:
-    """Every method: hyperparameters and where it comes from."""
+    """Every method: hyperparameters and where it comes from.
+
+    Attributes:
+        state: what was learned, for methods that learn (`bind`); None before.
+    """
 
     paper: ClassVar[Paper]
     kind: ClassVar[str] = "training-free"
     id: ClassVar[str] = ""
     family: ClassVar[str] = ""
+    learns: ClassVar[str] = "no"
+    """Whether there is something to fit: "no", "optional" (it runs without) or "required"."""
+    built_in: ClassVar[dict[str, Any]] = {}
+    """Training hyperparameters for `--fit built-in`, where the paper's need more images than there are."""
+
+    state: State | None = dataclasses.field(default=None, kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
-        for field in dataclasses.fields(self):
+        for field in self.hyperparameters():
             value = _typed(field.name, getattr(self, field.name), hints[field.name], field.metadata)
             object.__setattr__(self, field.name, value)
 
@@ -84,7 +102,7 @@ class Method:
         Raises:
             UserError: an unknown name, or a value of the wrong type or out of bounds.
         """
-        known = [field.name for field in dataclasses.fields(cls)]
+        known = [field.name for field in cls.hyperparameters()]
         for name in settings:
             if name.replace("-", "_") not in known:
                 offer = ", ".join(known) or "none"
@@ -93,8 +111,27 @@ class Method:
 
     def settings(self) -> dict[str, Any]:
         """The hyperparameters and their values, as a recipe stores them."""
-        values = dataclasses.asdict(self)
+        values = {field.name: getattr(self, field.name) for field in self.hyperparameters()}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    @classmethod
+    def hyperparameters(cls) -> list[dataclasses.Field]:
+        """The fields that a recipe stores."""
+        return [field for field in dataclasses.fields(cls) if field.name != "state"]
+
+    def bind(self, tensors: typing.Mapping[str, Tensor]) -> typing.Self:
+        """The same method with what was learned."""
+        return dataclasses.replace(self, state=State(tensors))
+
+    def check_fit(self, fit: str | None) -> None:
+        """Refuse to fit what learns nothing, and to run unfitted what must learn first."""
+        if fit is not None and self.learns == "no":
+            raise UserError(f"--fit {fit}: {self.id} learns nothing; leave it out")
+        if fit is None and self.state is None and self.learns == "required":
+            raise UserError(
+                f"{self.id} must be trained: add --fit DATA (--fit built-in for the digit scenes), or run a "
+                "folder that was fitted"
+            )
 
 
 BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
@@ -152,6 +189,8 @@ class Shape:
         heads: attention heads of one block.
         has_cls: whether the first token is a class token.
         grid: rows and columns of the prunable tokens, where they form an image.
+        width: of a token's hidden state.
+        classes: how many the model tells apart; 0 for a bare tower.
     """
 
     depth: int
@@ -160,6 +199,8 @@ class Shape:
     heads: int = 1
     has_cls: bool = False
     grid: tuple[int, int] | None = None
+    width: int = 0
+    classes: int = 0
 
 
 @dataclass(frozen=True)
@@ -210,6 +251,27 @@ class TokenMethod(Method):
         """Whether the data decides how many tokens each image keeps; `stages` then says how many at most."""
         return False
 
+    def fit(self, shape: Shape, keep: float | None, seed: int) -> Fit:
+        """The method in training (`learns` is not "no").
+
+        Args:
+            shape: of the model.
+            keep: the budget, as `--keep` means it; None for the hyperparameters as they stand.
+            seed: of initial values.
+
+        Raises:
+            UserError: a budget or hyperparameters that cannot be fitted to.
+        """
+        raise NotImplementedError
+
+    def neutral_state(self, shape: Shape, seed: int) -> dict[str, Tensor]:
+        """What `state` is before any step of a fit, for contract tests."""
+        return self.fit(shape, 0.5, seed).state()
+
+    def loosened(self, knob: float, shape: Shape) -> typing.Self:
+        """The fitted method keeping more: 0 keeps least, 0.5 is as learned, 1 keeps all; for counts that vary."""
+        raise NotImplementedError
+
     def reduce(self, site: Site, view: TokenView, count: int | Tensor, memory: dict[str, Any]) -> Reduction:
         """What happens at `site`.
 
@@ -251,7 +313,7 @@ class CacheMethod(Method):
         """After the prompt went through `layer`: which `count` entries stay (all of them at --keep 1)."""
         raise NotImplementedError
 
-    def step(self, layer: LayerView) -> Replace:
+    def step(self, view: StepView) -> Replace:
         """After each later token: which entry leaves for it; never asked at --keep 1. Without it they all stay."""
         raise NotImplementedError
 

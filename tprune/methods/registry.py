@@ -95,9 +95,15 @@ def load(name: str, family: str | None = None) -> type[Method]:
     return kinds[0]
 
 
-def build(name: str, family: str | None = None, settings: dict[str, Any] | None = None) -> Method:
-    """A method with the given hyperparameters, the others at the paper's values."""
-    return load(name, family).build(settings or {})
+def build(
+    name: str, family: str | None = None, settings: dict[str, Any] | None = None, fit: str | None = None
+) -> Method:
+    """A method with the given hyperparameters, the others at the paper's values.
+
+    Those that `fit`, what it is fitted on, asks for stand between both.
+    """
+    method, settings = load(name, family), settings or {}
+    return method.build({**method.built_in, **settings} if fit == "built-in" else settings)
 
 
 def _sources() -> Iterator[tuple[str, str, str, Path]]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, cat
 
 from tprune.core import score
 from tprune.errors import UserError
@@ -87,6 +87,8 @@ class TokenView:
         encoder: the vision tower's view of the same image, at a VLM's projector.
         pool: scores of the encoder's patches [B, P] as scores of these tokens [B, N], where several make one.
         seeds: int64 per sample, for methods that draw at random: equal samples draw equally in any batch.
+        present: float [B, N], while a method is fitted: 1 for tokens that would still be there, else 0, with a
+            gradient; None before the first site that marks any.
         signals: rarer signals, by name, each computed at its first use.
     """
 
@@ -104,6 +106,7 @@ class TokenView:
     encoder: TokenView | None = None
     pool: Callable[[Tensor], Tensor] | None = None
     seeds: Tensor | None = None
+    present: Tensor | None = None
     signals: dict[str, Callable[[], Any]] = field(default_factory=dict)
 
     def signal(self, name: str) -> Any:
@@ -121,22 +124,16 @@ class TokenView:
 
 @dataclass(eq=False)
 class LayerView:
-    """One layer's cache after the prompt went through it, or after a generated token did.
-
-    After the prompt a view holds one row or rows of equal length, without padding. After a generated token it holds
-    the whole batch; rows that keep fewer entries begin with fillers.
+    """One layer's cache after the prompt went through it: one row or rows of equal length, without padding.
 
     Attributes:
         layer, depth: which of how many.
-        attention: of the queries that just ran (all of the prompt's, or one) over the entries of the cache.
+        attention: of the prompt's queries over the entries of the cache.
         key, value: [B, G, T, d], the cache; keys as the attention uses them (rotated).
-        position: int64 [B, G, T], the place of every entry in its sequence, counted without padding. After the prompt
-            entries are in this order; later only the latest is known to be in the last slot.
-        fillers: how many leading entries of a row are fillers, to be kept and never read; int64 [B] where rows
-            differ.
-        state: what the method carries from call to call for this layer; empty after the prompt. A tensor [B, G, T]
-            holds a number per entry and follows evictions, new entries start at zero; an int is for all rows,
-            and becomes int64 [B] where the rows of a padded batch differ.
+        position: int64 [B, G, T], the place of every entry in its sequence, ascending.
+        state: what the method carries to its later steps for this layer; empty now. A tensor [B, G, T] holds a number
+            per entry and follows evictions, new entries start at zero; an int is for all rows, and becomes int64 [B]
+            where the rows of a padded batch differ.
         seeds: int64 [B], for methods that draw at random.
     """
 
@@ -146,7 +143,6 @@ class LayerView:
     key: Tensor
     value: Tensor
     position: Tensor
-    fillers: int | Tensor
     state: dict[str, int | Tensor]
     seeds: Tensor | None = None
 
@@ -159,6 +155,39 @@ class LayerView:
     def length(self) -> int:
         """T, how many entries."""
         return self.key.shape[2]
+
+
+@dataclass(eq=False)
+class StepView:
+    """Caches after a later token, before an entry of every key-value head leaves for it.
+
+    Layers of equal size are stacked along the batch, so that B is layers · rows: choosing for all of them at once
+    costs little more than for one. Rows that keep fewer entries begin with fillers.
+
+    Attributes:
+        attentions: per layer, of the new token's query over the entries.
+        newest: [B, G, d], the value of the new entry, which is in the last slot.
+        position: int64 [B, G, T], the place of every entry in its sequence, counted without padding; in any order
+            but for the last slot's.
+        fillers: how many leading entries of a row are fillers, to be kept and never read; int64 [B] where rows
+            differ.
+        state: what the method carries, see `LayerView`.
+    """
+
+    attentions: list[Attention]
+    newest: Tensor
+    position: Tensor
+    fillers: int | Tensor
+    state: dict[str, int | Tensor]
+
+    @property
+    def groups(self) -> int:
+        """G, how many key-value heads."""
+        return self.position.shape[1]
+
+    def attention_rows(self) -> Tensor:
+        """What the new query pays to every entry: float32 [B, H, T]."""
+        return cat([attention.rows().squeeze(2) for attention in self.attentions])
 
 
 @dataclass(eq=False)

@@ -67,8 +67,17 @@ def anatomy(model: nn.Module) -> Anatomy:
         heads=first.attn.num_heads,
         has_cls=getattr(model, "cls_token", None) is not None,
         grid=(rows, columns),
+        width=model.embed_dim,
+        classes=classes(model),
     )
     return Anatomy(model.patch_embed, model.blocks, [block.attn for block in model.blocks], shape, model)
+
+
+def classes(model: nn.Module) -> int:
+    """How many classes the model tells apart; 0 for a bare tower."""
+    if hasattr(model, "config"):
+        return model.config.num_labels if hasattr(model, "classifier") else 0
+    return model.num_classes
 
 
 def _transformers(model: nn.Module) -> Anatomy:
@@ -95,6 +104,8 @@ def _transformers(model: nn.Module) -> Anatomy:
         heads=config.num_attention_heads,
         has_cls=has_cls,
         grid=grid,
+        width=config.hidden_size,
+        classes=classes(model),
     )
     entrance = next(module for name, module in model.named_modules() if name.endswith("embeddings"))
     dense = type(model).__name__.endswith(DENSE_HEADS)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from tprune.errors import UserError
 from tprune.models.source import PACKAGED, Source, cache_folder
@@ -43,7 +44,6 @@ def load(source: Source, family: str, *, device: str, dtype: str, seed: int) -> 
 
 def _timm(source: Source, seed: int) -> Subject:
     import timm
-    from timm.data import create_transform, resolve_model_data_config
 
     name = f"local-dir:{source.location}" if source.kind == "folder" else source.location
     if source.kind == "timm" and not timm.is_model(name):
@@ -55,8 +55,17 @@ def _timm(source: Source, seed: int) -> Subject:
             model = _guard(source, lambda: timm.create_model(name, pretrained=True))
     if source.weights:
         _replace_weights(model, source.weights)
-    transform = create_transform(**resolve_model_data_config(model), is_training=False)
-    return Subject(model, transform, source)
+    return Subject(model, timm_transform(model), source)
+
+
+def timm_transform(model: nn.Module) -> Callable[[Any], torch.Tensor]:
+    """What a timm model's evaluation makes of an image, [3, H, W], of the size the model was built for."""
+    from timm.data import create_transform, resolve_model_data_config
+
+    patches = getattr(model, "patch_embed", None)
+    built = getattr(patches, "img_size", None)
+    size = {} if built is None else {"input_size": (patches.proj.in_channels, *built)}
+    return create_transform(**resolve_model_data_config(model, size), is_training=False)
 
 
 def _transformers(source: Source, family: str, dtype: torch.dtype, seed: int) -> Subject:

@@ -75,11 +75,7 @@ class TokenDriver:
 
     def _attach(self) -> None:
         parts, edited = self.parts, self._edited()
-        watched = set()
-        if "attention" in self.method.reads:
-            watched = {site.layer if site.between else site.layer - 1 for site in self.counts}
-        if self.mask_name is None and (self.method.weighs_by_size() or self.ragged is not None):
-            watched = set(range(parts.shape.depth))
+        watched = self._watched()
         self._hook(parts.entrance.register_forward_pre_hook(self._begin, with_kwargs=True))
         for layer, block in enumerate(parts.blocks):
             self._hook(block.register_forward_pre_hook(self._before(layer), with_kwargs=True))
@@ -95,6 +91,14 @@ class TokenDriver:
         if hasattr(parts.model, "forward_intermediates") and not parts.dense:
             parts.model.forward_intermediates = self._densely(parts.model.forward_intermediates)
             self.undo.callback(parts.model.__dict__.pop, "forward_intermediates", None)
+
+    def _watched(self) -> set[int]:
+        """The blocks whose attention is seen."""
+        if self.mask_name is None and (self.method.weighs_by_size() or self.ragged is not None):
+            return set(range(self.parts.shape.depth))
+        if "attention" in self.method.reads:
+            return {site.layer if site.between else site.layer - 1 for site in self.counts}
+        return set()
 
     def _densely(self, forward: Callable) -> Callable:
         def forward_intermediates(*args: Any, **kwargs: Any) -> Any:
@@ -199,7 +203,8 @@ class TokenDriver:
         per_head = table if table.dim() == 3 else table.unsqueeze(0)
         return per_head[:, place].transpose(0, 1)
 
-    def _reduce(self, site: Site, x: Tensor) -> Tensor:
+    def _view(self, site: Site, x: Tensor) -> TokenView:
+        """What the method sees at `site`."""
         shape, length = self.parts.shape, x.shape[1]
         if self.ragged is None and length < shape.prefix + self.counts[site]:
             raise UserError(
@@ -208,7 +213,7 @@ class TokenDriver:
             )
         real = None if self.ragged is None else self.ragged.real
         prunable = torch.arange(length, device=x.device).ge(shape.prefix).expand(x.shape[:2])
-        view = TokenView(
+        return TokenView(
             hidden=x,
             prunable=prunable if real is None else prunable & real,
             prefix=shape.prefix,
@@ -222,9 +227,14 @@ class TokenDriver:
             attention=self.attention,
             seeds=self.seeds,
         )
-        reduction = self.method.reduce(site, view, self.counts[site], self.memory)
+
+    def _reduce(self, site: Site, x: Tensor) -> Tensor:
+        reduction = self.method.reduce(site, self._view(site, x), self.counts[site], self.memory)
+        return self._apply(site, reduction, x)
+
+    def _apply(self, site: Site, reduction: Reduction, x: Tensor) -> Tensor:
         if self.position is None:
-            self.position = torch.arange(length, device=x.device).expand(x.shape[:2])
+            self.position = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
         if self.canvas is not None:
             self.canvas.follow(reduction, x)
         self.position = reduction.gather(self.position)

@@ -85,6 +85,8 @@ class Handle(ABC):
 
     kind: str = "wrapped"
     """The artifact it makes: plain, masked or wrapped."""
+    fitted: dict[str, Any] | None = None
+    """What was fitted, on what, in how many steps and seconds."""
 
     def __enter__(self) -> Handle:
         return self

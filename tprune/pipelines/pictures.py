@@ -15,12 +15,13 @@ from tprune.core.reduction import follow_all
 from tprune.data import images
 from tprune.errors import UserError
 from tprune.evaluate.pictures import Panel, Picture, patches
+from tprune.models.anatomy import classes
 from tprune.models.decoder import DecoderDriver
 from tprune.models.pixels import as_image
 from tprune.models.run import Tally
 from tprune.models.subject import Subject
 from tprune.pipelines.base import Pipeline, Sample
-from tprune.pipelines.vit import VitHandle, VitPipeline, classes
+from tprune.pipelines.vit import VitHandle, VitPipeline
 
 
 def opened(read: Callable[[int], Any], place: int) -> Any:

@@ -26,7 +26,7 @@ SILLY_PERPLEXITY = 10_000
 def pipeline(recipe: Recipe, stage: Stage, progress: Progress) -> Pipeline:
     """The driver of a stage, with its method built and its budget checked."""
     check_budget(stage)
-    method = registry.build(stage.method, stage.family, stage.set)
+    method = registry.build(stage.method, stage.family, stage.set, stage.fit)
     clash = [name for name in stage.set if name.replace("-", "_") in getattr(method, "native", ())]
     if clash and stage.keep is not None:
         raise UserError(f"--keep and --set {clash[0]} are both budgets of {stage.method}; give one of them")
@@ -154,6 +154,7 @@ def describe(
         "dense": dense,
         "pruned": pruned,
         "per_layer": handle.per_layer(),
+        "fit": handle.fitted,
         "out": None,
         "kind": next(kind for kind in ("wrapped", "masked", "plain") if kind in kinds),
         "parameters": sum(p.numel() for p in subject.model.parameters()),

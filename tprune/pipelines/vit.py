@@ -12,12 +12,16 @@ from torch import Tensor, nn
 
 from tprune.data import images
 from tprune.errors import UserError
+from tprune.methods.base import TokenMethod
 from tprune.models import load as loaders
 from tprune.models import vit as adapter
-from tprune.models.anatomy import anatomy
+from tprune.models.anatomy import Anatomy, anatomy, classes
 from tprune.models.subject import Subject
 from tprune.pipelines.base import Achieved, Handle, Pipeline, Quality, Sample, Workload
 from tprune.pipelines.tokens import solve
+
+TUNED = "model."
+"""Begins the names of the model's own weights among the tensors of an artifact by reference."""
 
 
 class VitHandle(Handle):
@@ -25,8 +29,8 @@ class VitHandle(Handle):
 
     kind = "wrapped"
 
-    def __init__(self, driver: adapter.TokenDriver):
-        self.driver = driver
+    def __init__(self, driver: adapter.TokenDriver, fitted: dict[str, Any] | None = None):
+        self.driver, self.fitted = driver, fitted
         self.counted: list[float] | None = None
 
     @property
@@ -42,6 +46,13 @@ class VitHandle(Handle):
         yield
         if self.driver.ragged is not None:
             self.counted = self.driver.entering
+
+    def tensors(self, by_reference: bool) -> dict[str, Tensor]:
+        """What the method learned; of the model's own weights those that were tuned, where it is only named."""
+        found = dict(self.driver.method.state or {})
+        if by_reference and self.fitted is not None and self.fitted["tuned"]:
+            found |= {TUNED + name: p.detach() for name, p in self.driver.parts.model.named_parameters()}
+        return found
 
     def remove(self) -> None:
         """Take all hooks out again."""
@@ -73,6 +84,11 @@ class VitPipeline(Pipeline):
     family = "vit"
     default_limit = 500
     handle: VitHandle | None = None
+    fitted: dict[str, Any] | None = None
+
+    def check(self) -> None:
+        """A fit is asked for where there is one to make."""
+        self.method.check_fit(self.stage.fit)
 
     def load(self) -> Subject:
         """A timm model, or a vision model of transformers."""
@@ -117,6 +133,7 @@ class VitPipeline(Pipeline):
     def pixels(self, subject: Subject, image: Any) -> Tensor:
         """One image as the model's own preprocessing makes it, [3, H, W]."""
         if subject.source.library == "timm":
+            subject.processor = subject.processor or loaders.timm_transform(subject.model)
             return subject.processor(image)
         if subject.processor is None:
             raise UserError(
@@ -158,10 +175,34 @@ class VitPipeline(Pipeline):
             raise UserError(
                 f"--positions {self.stage.positions}: a vision transformer's tokens keep their positions"
             )
-        method = self.method if self.stage.keep is None else self.method.counted()
-        stages = solve(method, parts.shape, self.stage.keep)
-        self.handle = VitHandle(adapter.TokenDriver(parts, method, stages, self.recipe.seed))
+        if state or (state is not None and self.stage.fit is not None):
+            self.method = self.method.bind(untuned(subject, state))
+        self.method.check_fit(self.stage.fit)
+        if self.method.state is None and self.stage.fit is not None:
+            self.method, self.fitted = self.fit(subject, parts, work)
+        learned = self.method.state is not None
+        method = self.method if learned or self.stage.keep is None else self.method.counted()
+        stages = solve(method, parts.shape, None if learned and method.varies() else self.stage.keep)
+        self.handle = VitHandle(adapter.TokenDriver(parts, method, stages, self.recipe.seed), self.fitted)
         return self.handle
+
+    def fit(self, subject: Subject, parts: Anatomy, work: Path | None) -> tuple[TokenMethod, dict[str, Any]]:
+        """The method with what it learned from `--fit`, and the facts of the fit."""
+        from tprune.pipelines.fit import Fitting
+
+        data = images.training(self.stage.fit)
+        fitting = Fitting(
+            self.method,
+            self.stage.keep,
+            self.recipe.seed,
+            parts,
+            data,
+            prepare=lambda image: self.pixels(subject, image),
+            logits=lambda pixels: self.outputs(subject, pixels),
+            work=work,
+            progress=self.progress,
+        )
+        return fitting.run()
 
     def probe(self, subject: Subject) -> dict[str, Tensor]:
         """Two noise images and their outputs."""
@@ -186,11 +227,14 @@ class VitPipeline(Pipeline):
         return found | {"items": len(batch), "unit": "images"}
 
 
-def classes(model: nn.Module) -> int:
-    """How many classes the model tells apart; 0 for a bare tower."""
-    if hasattr(model, "config"):
-        return model.config.num_labels if hasattr(model, "classifier") else 0
-    return model.num_classes
+def untuned(subject: Subject, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a method learned, of an artifact's tensors; the model's own weights among them go where they belong."""
+    own = {name.removeprefix(TUNED): t for name, t in state.items() if name.startswith(TUNED)}
+    with torch.no_grad():
+        for name, parameter in subject.model.named_parameters():
+            if name in own:
+                parameter.copy_(own[name])
+    return {name: t.to(subject.device) for name, t in state.items() if not name.startswith(TUNED)}
 
 
 def input_size(model: nn.Module) -> tuple[int, int, int]:

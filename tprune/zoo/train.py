@@ -20,11 +20,11 @@ from typing import ClassVar
 import torch
 import torch.distributed as dist
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-_SAVE_EVERY_SECONDS = 120
+from tprune import training
+
+_CHECKPOINT = "state.safetensors"
 _LOG_EVERY_STEPS = 20
 
 
@@ -103,7 +103,7 @@ def train(name: str, out: Path, steps: int | None, seed: int, workers: int, eval
         with tempfile.TemporaryDirectory() as meeting:
             torch.multiprocessing.spawn(_work, (settings, f"file://{meeting}/workers"), nprocs=workers)
     learner = new_learner(name, seed)
-    _load(scratch, learner)
+    training.load(scratch / _CHECKPOINT, dict(learner.named_parameters()))
     facts = ship(name, learner, out, seed, evaluate_on)
     shutil.rmtree(scratch)
     return facts
@@ -132,7 +132,8 @@ def _work(rank: int, settings: tuple, meeting: str) -> None:
         dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=workers)
     learner = new_learner(name, seed)
     stages = scaled(learner.stages, steps)
-    at_stage, at_step, moments = _load(scratch, learner)
+    place, moments = training.load(scratch / _CHECKPOINT, dict(learner.named_parameters()))
+    at_stage, at_step = int(place.get("stage", 0)), int(place.get("step", 0))
     seen = 0
     with Progress(
         TextColumn("{task.description}"),
@@ -161,10 +162,11 @@ def _run_stage(learner, stage, begin, moments, seen, seed, place, report) -> Non
     plain = [p for p in named.values() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=stage.lr, betas=(0.9, 0.98))
-    _restore_moments(optimizer, named, moments, begin)
+    training.restore_moments(optimizer, named, moments, begin)
+    warmup = min(stage.warmup, max(1, stage.steps // 10))
     for step in range(begin, stage.steps):
         for group in optimizer.param_groups:
-            group["lr"] = stage.lr * _schedule(step, stage)
+            group["lr"] = stage.lr * training.warm_cosine(step, stage.steps, warmup, 0.01)
         first = seen + step * stage.batch
         loss = learner.loss(stage.name, range(first + rank, first + stage.batch, workers), seed)
         optimizer.zero_grad()
@@ -173,15 +175,6 @@ def _run_stage(learner, stage, begin, moments, seen, seed, place, report) -> Non
         nn.utils.clip_grad_norm_(named.values(), 1.0)
         optimizer.step()
         report(step + 1, loss.item(), learner, optimizer, named)
-
-
-def _schedule(step: int, stage: Stage) -> float:
-    """Share of the peak learning rate at a step: linear warm-up, then a cosine down to one hundredth."""
-    warmup = min(stage.warmup, max(1, stage.steps // 10))
-    if step < warmup:
-        return (step + 1) / warmup
-    done = (step - warmup) / max(1, stage.steps - warmup)
-    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def _average_gradients(parameters, workers: int) -> None:
@@ -225,47 +218,9 @@ class _Reporter:
             }
             with open(self.scratch / "log.jsonl", "a") as log:
                 log.write(json.dumps(line) + "\n")
-        if step == self.stage.steps or time.monotonic() - self.saved > _SAVE_EVERY_SECONDS:
+        if step == self.stage.steps or time.monotonic() - self.saved > training.SAVE_EVERY_SECONDS:
             done = step == self.stage.steps
-            place = (self.number + 1, 0) if done else (self.number, step)
-            _save(self.scratch, learner, {} if done else _moments(optimizer, named), place)
+            place = {"stage": str(self.number + done), "step": str(0 if done else step)}
+            moments = {} if done else training.moments(optimizer, named)
+            training.save(self.scratch / _CHECKPOINT, dict(learner.named_parameters()), moments, place)
             self.saved = time.monotonic()
-
-
-def _moments(optimizer, named: dict) -> dict[str, Tensor]:
-    """AdamW's two running moments by parameter name."""
-    kept = {}
-    for name, parameter in named.items():
-        state = optimizer.state.get(parameter)
-        if state:
-            kept[f"mean.{name}"], kept[f"square.{name}"] = state["exp_avg"], state["exp_avg_sq"]
-    return kept
-
-
-def _restore_moments(optimizer, named: dict, moments: dict[str, Tensor], step: int) -> None:
-    for name, parameter in named.items():
-        if f"mean.{name}" in moments:
-            optimizer.state[parameter] = {
-                "step": torch.tensor(float(step)),
-                "exp_avg": moments[f"mean.{name}"],
-                "exp_avg_sq": moments[f"square.{name}"],
-            }
-
-
-def _save(scratch: Path, learner: Learner, moments: dict[str, Tensor], place: tuple[int, int]) -> None:
-    weights = {f"weight.{name}": p.detach() for name, p in learner.named_parameters()}
-    tensors = {name: tensor.contiguous().clone() for name, tensor in (weights | moments).items()}
-    save_file(tensors, scratch / "state.new", {"stage": str(place[0]), "step": str(place[1])})
-    os.replace(scratch / "state.new", scratch / "state.safetensors")
-
-
-def _load(scratch: Path, learner: Learner) -> tuple[int, int, dict[str, Tensor]]:
-    """Fill the learner from a checkpoint, if there is one: (stage, step, moments) to go on from."""
-    path = scratch / "state.safetensors"
-    if not path.exists():
-        return 0, 0, {}
-    with safe_open(path, "pt") as file, torch.no_grad():
-        for name, parameter in learner.named_parameters():
-            parameter.copy_(file.get_tensor(f"weight.{name}"))
-        moments = {key: file.get_tensor(key) for key in file.keys() if not key.startswith("weight.")}  # noqa: SIM118
-        return int(file.metadata()["stage"]), int(file.metadata()["step"]), moments

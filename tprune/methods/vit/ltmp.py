@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from math import floor
+from typing import Any, ClassVar
 
 import torch
 
@@ -17,6 +18,7 @@ from tprune.core.budget import Site, Stage
 from tprune.core.reduction import Reduction
 from tprune.errors import UserError
 from tprune.methods.base import Paper, TokenMethod, param
+from tprune.methods.vit._ltmp_fit import Thresholds
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,14 @@ class LTMP(TokenMethod):
         arxiv="2307.10780",
         code="Mxbonn/ltmp",
         checked="code",
-        notes="--keep sets the counts of the authors' variant without thresholds, a fractional r spread over the "
-        "blocks. Thresholds are given, one for all blocks or one per block; with them an image's tokens differ in "
-        "number and a batch is padded.",
+        notes="--keep without --fit sets the counts of the authors' variant without thresholds, a fractional r spread "
+        "over the blocks. Thresholds are learned, or given, one for all blocks or one per block; with them an image's "
+        "tokens differ in number and a batch is padded. The fit's penalty is on the mean fraction of tokens "
+        "entering, the authors' on FLOPs.",
     )
     native = ("r", "merge_threshold", "prune_threshold")
+    learns = "optional"
+    built_in: ClassVar[dict[str, Any]] = {"epochs": 2.0, "batch": 16, "lr": 1e-4}
 
     r: int = param(13, "tokens that leave each block", low=0)
     merge_threshold: tuple[float, ...] | None = param(
@@ -43,6 +48,12 @@ class LTMP(TokenMethod):
     prune_threshold: tuple[float, ...] | None = param(
         None, "keep what receives more attention than it: one number, or one per block", low=0
     )
+    epochs: float = param(1.0, "of a fit", low=0)
+    batch: int = param(128, "images per step of a fit", low=1)
+    lr: float = param(5e-6, "of the prune thresholds", low=0)
+    merge_lr: float = param(5e-3, "of the merge thresholds", low=0)
+    temperature: float = param(0.1, "of the gates", low=1e-6)
+    penalty: float = param(10.0, "on the square of what the fit keeps beside the budget", low=0)
 
     def weighs_by_size(self):
         """Proportional attention."""
@@ -50,7 +61,8 @@ class LTMP(TokenMethod):
 
     def varies(self):
         """Whether thresholds decide."""
-        return self.merge_threshold is not None or self.prune_threshold is not None
+        given = self.merge_threshold, self.prune_threshold
+        return self.state is not None or given != (None, None)
 
     def check(self, shape):
         """Thresholds fit the depth, and something is left when all patches go."""
@@ -115,16 +127,32 @@ class LTMP(TokenMethod):
         received[:, : view.prefix] = torch.inf
         return received
 
+    def thresholds(self):
+        """Of merging and of pruning: what was learned, or given, or changes nothing; one, or one per block."""
+        if self.state is not None:
+            return self.state["merge_threshold"], self.state["prune_threshold"]
+        return self.merge_threshold or (1.0,), self.prune_threshold or (0.0,)
+
+    def loosened(self, knob, shape):
+        """Below 0.5 all prune thresholds rise, in units of what a token receives on average; above, both relax."""
+        merge, prune = self.thresholds()
+        more, less = max(0.0, 2 * knob - 1), max(0.0, 1 - 2 * knob)
+        prune = prune * (1 - more) + less / max(1 - less, 1e-9) / shape.tokens
+        return self.bind({"merge_threshold": merge + more * (1 - merge), "prune_threshold": prune})
+
+    def fit(self, shape, keep, seed):
+        """Both thresholds of every block, from the given ones or the authors' first values."""
+        if keep is None or keep == 1:
+            raise UserError("ltmp is fitted to a budget: give --keep below 1")
+        return Thresholds(self, shape, keep)
+
     def by_threshold(self, layer, view, metric):
         """Rows keep what their thresholds say, in the order [even tokens, odd tokens], padded on the right."""
         batch, length = metric.shape[:2]
         place = torch.arange(length, device=metric.device)
         real = view.prunable if view.real is None else view.real
         real = real | (place < view.prefix)
-        merge_above, prune_below = (
-            default if given is None else given[layer % len(given)]
-            for given, default in ((self.merge_threshold, 1.0), (self.prune_threshold, 0.0))
-        )
+        merge_above, prune_below = (values[layer % len(values)] for values in self.thresholds())
         unit = score.cosine_normalise(metric)
         usable = real & (place >= view.prefix)
         alike = unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)

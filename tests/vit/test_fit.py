@@ -1,0 +1,218 @@
+"""Methods that learn: the loop, its checkpoints, the budget it meets, and what is left of it on disk."""
+
+import json
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+import tprune
+from tests.conftest import tiny_vit
+from tests.golden_values import golden, under
+from tests.test_cli import call
+from tprune import artifact, training
+from tprune.core.relax import gate, mask_attention
+from tprune.data import images as pictures
+from tprune.errors import UserError
+from tprune.methods import registry
+from tprune.models.anatomy import anatomy
+from tprune.models.load import timm_transform
+from tprune.models.relaxed import FitDriver
+from tprune.models.source import Source
+from tprune.models.subject import Subject
+from tprune.pipelines import fit_loop
+from tprune.pipelines.run import pipeline
+from tprune.progress import Progress
+from tprune.recipe import ModelSource, Recipe, Stage
+
+LEARNERS = [fact.id for fact in registry.facts("vit") if registry.load(fact.id, "vit").learns != "no"]
+REQUIRED = [name for name in LEARNERS if registry.load(name, "vit").learns == "required"]
+every_learner = pytest.mark.parametrize("method", LEARNERS)
+STEPS = {"epochs": 3 * 4 / 2048, "batch": 4}
+
+
+def neutral(method, model):
+    return registry.build(method, "vit").neutral_state(anatomy(model).shape, 0)
+
+
+def learned(method, model, keep=0.6, seed=0, **settings):
+    with tprune.prune(
+        model, f"vit/{method}", keep=keep, fit="built-in", seed=seed, **STEPS, **settings
+    ) as handle:
+        return handle.tensors(False), handle
+
+
+def same(one, two):
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+@every_learner
+def test_a_neutral_state_runs_batched_as_alone_and_the_model_is_restored(method, vit, images):
+    dense, state = vit(images), neutral(method, vit)
+    with tprune.prune(vit, f"vit/{method}", keep=0.6, state=state) as handle:
+        together = vit(images)
+        alone = torch.cat([vit(image[None]) for image in images])
+        assert same(handle.tensors(False), state)
+    assert torch.allclose(together, alone, atol=1e-5)
+    assert torch.equal(vit(images), dense)
+
+
+@every_learner
+def test_three_steps_change_what_is_stored_and_the_same_seed_gives_the_same_bytes(method):
+    model = tiny_vit(num_classes=10)
+    before, (first, handle) = dict(model.named_parameters()), learned(method, model)
+    again, _ = learned(method, tiny_vit(num_classes=10))
+    assert not same(first, neutral(method, model))
+    assert same(first, again)
+    assert handle.fitted["steps"] == 3
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    if not handle.fitted["tuned"]:
+        assert same(dict(model.named_parameters()), {name: before[name] for name in before})
+
+
+class StoppedError(Exception):
+    """What ends a run that is interrupted."""
+
+
+@every_learner
+def test_an_interrupted_fit_goes_on_to_the_same_bytes(method, monkeypatch, tmp_path):
+    whole, _ = learned(method, tiny_vit(num_classes=10))
+    monkeypatch.setattr(training, "SAVE_EVERY_SECONDS", 0)
+    stage = Stage("vit", method, keep=0.6, set=STEPS, fit="built-in")
+    recipe = Recipe(ModelSource("a model in memory"), (stage,))
+
+    def run():
+        subject = Subject(tiny_vit(num_classes=10), None, Source("a model in memory", "memory", "", "timm"))
+        with pipeline(recipe, stage, Progress()).apply(subject, tmp_path) as handle:
+            return handle.tensors(False)
+
+    note = fit_loop.Loop._note
+
+    def stop(loop, found):
+        note(loop, found)
+        if loop.begin == 0 and len(list(tmp_path.iterdir())) == 1:
+            raise StoppedError
+
+    monkeypatch.setattr(fit_loop.Loop, "_note", stop)
+    with pytest.raises(StoppedError):
+        run()
+    assert same(run(), whole)
+
+
+def test_training_scenes_share_no_scan_with_the_evaluation():
+    """The splits are disjoint by construction; here, that the fit's are of the training split."""
+    scenes = pictures.training("built-in")
+    assert scenes.protocol["split"] == "train"
+    assert len(scenes) == scenes.protocol["samples"]
+    image, label = scenes.sample(3)
+    assert image.size == (96, 96)
+    assert 0 <= label <= 9
+
+
+def test_every_step_sees_its_share_of_one_order_and_every_epoch_all_images():
+    data = pictures.TrainingScenes(count=6)
+    whole = fit_loop.Batches(data, None, 4, seed=0)
+    halves = [fit_loop.Batches(data, None, 4, seed=0, share=(rank, 2)) for rank in (0, 1)]
+    steps = [whole.places(step) for step in range(3)]
+    assert sorted(sum(steps, [])[:6]) == list(range(6))
+    assert sorted(sum(steps, [])[6:]) == list(range(6))
+    for step, places in enumerate(steps):
+        assert [half.places(step) for half in halves] == [places[0::2], places[1::2]]
+    assert whole.places(0) == steps[0]
+
+
+def test_absent_tokens_get_no_attention_but_a_gradient():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, 5, 5, generator=generator)
+    present = torch.tensor([[1.0, 1, 0, 1, 0], [1, 1, 1, 1, 1]]).requires_grad_()
+    rows = mask_attention(logits.softmax(-1), present, 0.0)
+    bias = present.detach().log()[:, None, None, :]
+    assert torch.allclose(rows, (logits + bias).softmax(-1), atol=1e-6)
+    assert rows[0, :, :, 2].eq(0).all()
+    (rows[..., 2].sum()).backward()
+    assert present.grad[0, 2] > 0
+    own = mask_attention(logits.softmax(-1), present.detach(), 1e-6, keep_self=True)
+    assert own[0, :, 2, 2].gt(0).all()
+    assert own.sum(-1).allclose(torch.ones(2, 3, 5))
+
+
+def test_a_gate_is_hard_forward_and_smooth_backward():
+    threshold = torch.tensor(0.5, requires_grad=True)
+    values = torch.tensor([0.2, 0.5, 0.9, torch.inf])
+    gates = gate(values, threshold, 0.1)
+    assert gates.tolist() == [0, 0, 1, 1]
+    gates.sum().backward()
+    assert threshold.grad < 0
+
+
+def test_ltmp_training_block_gives_the_authors_outputs_and_gradients():
+    tensors, told = golden("vit", "ltmp")
+    setting = told["settings"]["relaxed"]
+    model = VisionTransformer(**told["settings"]["model"]).eval().requires_grad_(False)
+    model.load_state_dict(under(tensors, "model."))
+    chosen = {name: setting[name] for name in ("merge_threshold", "prune_threshold")}
+    method = registry.build("ltmp", "vit", chosen | {"temperature": setting["tau"]})
+    parts = anatomy(model)
+    fit = method.fit(parts.shape, 0.5, 0)
+    driver = FitDriver(parts, method, fit, 0)
+    driver._begin(None, (tensors["relaxed.x"],), {})
+    driver.present, driver.size = tensors["relaxed.mask"].float(), tensors["relaxed.size"].float()
+    out = model.blocks[0](tensors["relaxed.x"].float())
+    assert torch.allclose(out, tensors["relaxed.out"], atol=1e-5)
+    assert torch.allclose(driver.size, tensors["relaxed.size_out"], atol=1e-6)
+    assert torch.equal(driver.present, tensors["relaxed.mask_out"])
+    (driver.present * tensors["relaxed.weight"]).sum().backward()
+    found = torch.stack([fit.merge_threshold.grad[0], fit.prune_threshold.grad[0]])
+    assert torch.allclose(found, tensors["relaxed.grad"], rtol=1e-4)
+
+
+def test_where_counts_vary_the_fit_ends_at_the_budget_on_the_training_images():
+    model = tiny_vit(num_classes=10)
+    state, _ = learned("ltmp", model, keep=0.5)
+    scenes = pictures.training("built-in")
+    prepare = timm_transform(model)
+    batch = torch.stack([prepare(scenes.sample(place)[0]) for place in range(64)])
+    with tprune.prune(model, "ltmp", state=state) as handle:
+        model(batch)
+        assert abs(handle.achieved().value - 0.5) < 0.03
+
+
+def test_without_labels_that_fit_the_dense_model_teaches():
+    _, handle = learned("ltmp", tiny_vit(num_classes=7))
+    assert handle.fitted["labels"] == "the dense model's"
+
+
+@pytest.mark.parametrize("method", REQUIRED)
+def test_a_method_that_must_learn_says_so_in_one_line(method, vit_folder):
+    for extra in ([], ["--dry-run"]):
+        with pytest.raises(UserError, match=f"{method} must be trained: add --fit"):
+            call("vit", "--method", method, "--keep", "0.6", vit_folder, *extra)
+
+
+def test_what_learns_nothing_is_not_fitted(vit):
+    with pytest.raises(UserError, match="tome learns nothing"):
+        tprune.prune(vit, "vit/tome", keep=0.6, fit="built-in")
+    with pytest.raises(UserError, match="--fit nowhere: no such folder"):
+        tprune.prune(vit, "ltmp", keep=0.6, fit="nowhere")
+    with pytest.raises(UserError, match="give --keep below 1"):
+        tprune.prune(vit, "ltmp", fit="built-in")
+
+
+@every_learner
+def test_a_fit_is_written_loaded_and_run_again_to_the_same_bytes(method, vit_folder, tmp_path):
+    out, again = tmp_path / "out", tmp_path / "again"
+    settings = [part for name, value in STEPS.items() for part in ("--set", f"{name}={value}")]
+    asked = ["vit", "--method", method, "--keep", "0.6", "--fit", "built-in", *settings, vit_folder]
+    assert "fit on built-in data" in call(*asked, "--dry-run").output
+    report = json.loads(call(*asked, "--limit", 8, "--out", out, "--json").stdout)
+    assert report["fit"]["steps"] == 3
+    assert report["fit"]["data"]["split"] == "train"
+    stored = artifact.read_tensors(out / artifact.TENSORS)
+    assert {name: list(tensor.shape) for name, tensor in stored.items()} == report["fit"]["learned"]
+
+    model, probe = tprune.load(out), artifact.read_tensors(out / artifact.PROBE)
+    with torch.no_grad():
+        assert torch.allclose(model(probe["input"]), probe["output"], atol=1e-5)
+    assert same(model.tprune_handle.tensors(False), stored)
+    assert "fit: 3 steps of 4 images" in call("run", out / "recipe.yaml", "--out", again, "--quiet").output
+    assert (again / artifact.TENSORS).read_bytes() == (out / artifact.TENSORS).read_bytes()

@@ -1,0 +1,37 @@
+"""Choices that a gradient can pass: hard in the forward pass, smooth in the backward, nothing leaves."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
+    """`hard` forward, the gradient of `soft` backward; same shapes."""
+    return soft + (hard - soft).detach()
+
+
+def gate(value: Tensor, threshold: Tensor, temperature: float) -> Tensor:
+    """1 where `value` exceeds `threshold`, else 0, with the gradient of sigmoid((value - threshold) / temperature)."""
+    soft = torch.sigmoid((value - threshold) / temperature)
+    return straight_through((soft > 0.5).to(soft.dtype), soft)
+
+
+def mask_attention(rows: Tensor, present: Tensor, epsilon: float, keep_self: bool = False) -> Tensor:
+    """Attention as if only the present tokens were keys, with a gradient for those that are absent.
+
+    With w = exp(logit - largest logit) · present, a row becomes (w + ε/N) / (Σ w + ε), as DynamicViT has it. Absent
+    tokens as an infinitely negative bias give the same values without the gradient.
+
+    Args:
+        rows: softmaxed attention over all tokens, [B, H, N, N].
+        present: [B, N], 1 or 0.
+        epsilon: ε; keeps a row finite whose keys are all absent.
+        keep_self: whether an absent token still attends to itself.
+    """
+    seen = present[:, None, None, :]
+    if keep_self:
+        eye = torch.eye(rows.shape[-1], dtype=rows.dtype, device=rows.device)
+        seen = seen + (1 - seen) * eye
+    weight = rows / rows.amax(-1, keepdim=True) * seen
+    return (weight + epsilon / rows.shape[-1]) / (weight.sum(-1, keepdim=True) + epsilon)

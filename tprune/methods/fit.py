@@ -1,0 +1,124 @@
+"""How a method learns: what is learned, what happens at a site while it is, the loss, and what is kept of it.
+
+A method that learns gives a `Fit` (`Method.fit`). The loop, the data, the optimizer, the checkpoints and the budget
+are the same for all (`tprune.pipelines.fit`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tprune.core.budget import Site, mean_entering
+from tprune.core.reduction import Reduction
+from tprune.methods.base import Shape
+from tprune.methods.views import TokenView
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and how fast: AdamW, linear warm-up, cosine decay.
+
+    Attributes:
+        epochs: passes over the training images; fractions are allowed.
+        batch: images per step, over all processes.
+        lr: peak learning rate, of groups that have none of their own.
+        floor: what is left of every learning rate at the end, as a fraction of its peak.
+        warmup: fraction of the steps.
+        weight_decay: of all groups that have none of their own.
+    """
+
+    epochs: float
+    batch: int
+    lr: float
+    floor: float = 0.0
+    warmup: float = 0.0
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Relaxed:
+    """Tokens after a site at which none leaves.
+
+    Attributes:
+        hidden: [B, N, D].
+        present: [B, N], 1 for tokens that would still be there, 0 for those that would not, with a gradient; it
+            weighs the keys of the attention from here on.
+        size: [B, N], how many tokens each stands for, or None.
+        index: int64 [B, N], which token each slot was before, or None where the order is the same.
+    """
+
+    hidden: Tensor
+    present: Tensor
+    size: Tensor | None = None
+    index: Tensor | None = None
+
+
+class Fit(nn.Module):
+    """A method in training. Its parameters are what is learned.
+
+    A subclass sets `sites` and `plan`, and defines `at` and `state`; the rest where it differs.
+
+    Attributes:
+        depth: number of blocks.
+        sites: where `at` is called.
+        plan: how long and how fast.
+        generator: of this step's random draws, on the tokens' device; the loop sets it.
+    """
+
+    tunes: ClassVar[str] = "nothing"
+    """What of the model trains with it: "nothing", or "all"."""
+    epsilon: ClassVar[float] = 1e-5
+    keep_self: ClassVar[bool] = False
+    """How attention weighs present tokens (`core.relax.mask_attention`)."""
+
+    depth: int
+    sites: tuple[Site, ...]
+    plan: Plan
+    generator: torch.Generator
+
+    def __init__(self, shape: Shape):
+        super().__init__()
+        self.depth = shape.depth
+
+    def at(self, site: Site, view: TokenView, memory: dict[str, Any]) -> Reduction | Relaxed | Tensor:
+        """What happens at `site`: tokens leave, tokens are marked, or become what a module made of them, [B, K, D].
+
+        Args:
+            site: one of `sites`.
+            view: as the method's `reduce` gets it; `view.present` says what is still there.
+            memory: what this forward carries from site to site and to `losses`.
+        """
+        raise NotImplementedError
+
+    def losses(
+        self, outputs: Tensor, labels: Tensor, memory: dict[str, Any], dense: Any
+    ) -> dict[str, Tensor]:
+        """The parts of the loss by name; their sum is minimised.
+
+        Args:
+            outputs: the model's logits [B, C].
+            labels: int64 [B], or the dense model's probabilities [B, C] where the data has none that fit.
+            memory: of this forward; "left" holds the fraction of tokens left after each site.
+            dense: a function without arguments, the unpruned model's logits for the same images, with a gradient.
+        """
+        return {"task": functional.cross_entropy(outputs, labels)}
+
+    def kept(self, memory: dict[str, Any]) -> Tensor:
+        """What `--keep` means, of this forward: the mean fraction of tokens entering a sublayer, with a gradient."""
+        return mean_entering(memory["left"], 1, self.depth)
+
+    def groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Parameter groups of the optimizer; `lr` and `weight_decay` where they differ from the plan's."""
+        return [{"params": [p for p in [*self.parameters(), *model.parameters()] if p.requires_grad]}]
+
+    def settle(self, done: float) -> None:
+        """After every step: `done` of the fit, above 0 and up to 1, is over. Clamps, anneals."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What is kept: the tensors that the method reads as `self.state`."""
+        raise NotImplementedError

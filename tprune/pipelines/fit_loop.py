@@ -1,0 +1,200 @@
+"""The one training loop of everything that is fitted: batches, losses, AdamW, checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from tprune import training
+from tprune.data.images import Images, TrainingScenes
+from tprune.methods.fit import Fit, Plan
+from tprune.models.relaxed import FitDriver
+from tprune.progress import Progress
+
+READERS = max(1, min(8, (os.cpu_count() or 1) - 1))
+SMOOTH = 0.9
+"""What the loss that is told keeps of itself at every step."""
+
+
+class Batches:
+    """What every step sees: a pure function of the seed, so that a run resumes without going through its past.
+
+    Args:
+        data: what to draw from; every pass over it has its own order.
+        prepare: an image as the model wants it, [3, H, W].
+        size: images per step, over all processes.
+        seed: of the order.
+        share: (this process, processes).
+    """
+
+    def __init__(
+        self,
+        data: Images | TrainingScenes,
+        prepare: Callable[[Any], Tensor],
+        size: int,
+        seed: int,
+        share: tuple[int, int] = (0, 1),
+    ):
+        self.data, self.prepare, self.size, self.seed, self.share = data, prepare, size, seed, share
+        self.epoch, self.order = -1, []
+
+    def read(self, steps: Iterable[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images [b, 3, H, W] and classes [b] of every step, read while the step before is worked on."""
+        with ThreadPoolExecutor(READERS) as pool:
+            waiting: deque[list[Future]] = deque()
+            for step in steps:
+                waiting.append([pool.submit(self._one, place) for place in self.places(step)])
+                if len(waiting) > 1:
+                    yield _collected(waiting.popleft())
+            while waiting:
+                yield _collected(waiting.popleft())
+
+    def places(self, step: int) -> list[int]:
+        """Where this process's images of a step are in the data."""
+        first, (rank, processes) = step * self.size, self.share
+        return [self._place(draw) for draw in range(first + rank, first + self.size, processes)]
+
+    def _place(self, draw: int) -> int:
+        epoch, place = divmod(draw, len(self.data))
+        if epoch != self.epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self.epoch, self.order = epoch, torch.randperm(len(self.data), generator=generator).tolist()
+        return self.order[place]
+
+    def _one(self, place: int) -> tuple[Tensor, int]:
+        image, label = self.data.sample(place)
+        return self.prepare(image), label
+
+
+def _collected(read: list[Future]) -> tuple[Tensor, Tensor]:
+    images, labels = zip(*(one.result() for one in read), strict=True)
+    return torch.stack(images), torch.tensor(labels)
+
+
+class Learner(nn.Module):
+    """A model with what is fitted in it, as one module: images and classes in, losses out.
+
+    Args:
+        model: the model.
+        fit: what is fitted.
+        driver: puts it into the model.
+        logits: the model's outputs for images, [B, C].
+        labelled: whether the classes of the data are the model's; if not, it learns from its own dense outputs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        fit: Fit,
+        driver: FitDriver,
+        logits: Callable[[Tensor], Tensor],
+        labelled: bool,
+    ):
+        super().__init__()
+        self.model, self.fit = model, fit
+        self.driver, self.logits, self.labelled = driver, logits, labelled
+
+    def forward(self, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """The losses by name."""
+
+        def dense() -> Tensor:
+            with self.driver.away():
+                return self.logits(pixels)
+
+        if not self.labelled:
+            with torch.no_grad():
+                labels = dense().softmax(-1)
+        outputs = self.logits(pixels)
+        return self.fit.losses(outputs, labels.to(outputs.device), self.driver.memory, dense)
+
+
+class Loop:
+    """The steps of a plan, from the checkpoint on where there is one.
+
+    Args:
+        learner: what is trained.
+        plan: how long and how fast.
+        file: of the checkpoint, or None.
+        progress: where to say what goes on.
+
+    Attributes:
+        steps: how many there are.
+        seconds: spent on them, over all interruptions.
+        losses: by name, the first and a running mean of the last.
+    """
+
+    def __init__(self, learner: Learner, plan: Plan, images: int, file: Path | None, progress: Progress):
+        self.learner, self.plan, self.file, self.progress = learner, plan, file, progress
+        self.steps = max(1, round(plan.epochs * images / plan.batch))
+        self.named = {name: p for name, p in learner.named_parameters() if p.requires_grad}
+        common = {"lr": plan.lr, "weight_decay": plan.weight_decay}
+        groups = [common | group for group in learner.fit.groups(learner.model)]
+        self.peaks = [group["lr"] for group in groups]
+        self.optimizer = torch.optim.AdamW(groups)
+        told, moments = ({}, {}) if file is None else training.load(file, self.named)
+        training.restore_moments(self.optimizer, self.named, moments, int(told.get("step", 0)))
+        self.begin, self.seconds = int(told.get("step", 0)), float(told.get("seconds", 0))
+        self.losses: dict[str, tuple] = json.loads(told.get("losses", "{}"))
+
+    def run(self, batches: Batches, accelerator: Accelerator, seed: int) -> None:
+        """All steps that are left."""
+        learner, optimizer = accelerator.prepare(self.learner, self.optimizer)
+        device, began, saved = (
+            next(self.learner.model.parameters()).device,
+            time.monotonic(),
+            time.monotonic(),
+        )
+        left = range(self.begin, self.steps)
+        self.progress.say(f"fitting: {len(left)} steps of {self.plan.batch} images")
+        pairs = zip(left, batches.read(left), strict=True)
+        for step, (pixels, labels) in self.progress.track(pairs, "fitting", len(left)):
+            warmup = round(self.plan.warmup * self.steps)
+            share = training.warm_cosine(step, self.steps, warmup, self.plan.floor)
+            for group, peak in zip(optimizer.param_groups, self.peaks, strict=True):
+                group["lr"] = peak * share
+            draw = (seed * 1_000_003 + step) * accelerator.num_processes + accelerator.process_index
+            self.learner.fit.generator = torch.Generator(device).manual_seed(draw)
+            found = learner(pixels, labels)
+            optimizer.zero_grad()
+            accelerator.backward(sum(found.values()))
+            optimizer.step()
+            done = step + 1
+            self.learner.fit.settle(done / self.steps)
+            self._note(found)
+            if done % max(1, self.steps // 10) == 0:
+                self.progress.say(f"step {done} of {self.steps}: {self._told()}")
+            now = time.monotonic()
+            due = done == self.steps or now - saved > training.SAVE_EVERY_SECONDS
+            if due and self.file is not None and accelerator.is_main_process:
+                self._save(done, self.seconds + now - began)
+                saved = now
+        self.seconds += time.monotonic() - began
+        accelerator.free_memory()
+
+    def _note(self, found: dict[str, Tensor]) -> None:
+        for name, value in found.items():
+            value = value.detach()
+            first, last = self.losses.get(name, (value, value))
+            self.losses[name] = first, SMOOTH * last + (1 - SMOOTH) * value
+
+    def _told(self) -> str:
+        return ", ".join(f"{name} {float(last):.4f}" for name, (_, last) in self.losses.items())
+
+    def figures(self) -> dict[str, Any]:
+        """Steps, and the losses at both ends, as numbers."""
+        ends = {name: [float(first), float(last)] for name, (first, last) in self.losses.items()}
+        return {"steps": self.steps, "batch": self.plan.batch, "losses": ends}
+
+    def _save(self, step: int, seconds: float) -> None:
+        told = {"step": str(step), "seconds": str(seconds), "losses": json.dumps(self.figures()["losses"])}
+        training.save(self.file, self.named, training.moments(self.optimizer, self.named), told)

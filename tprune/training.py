@@ -1,0 +1,65 @@
+"""Checkpoints of a training run in one safetensors file: weights, AdamW's running moments, and how far it is."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+SAVE_EVERY_SECONDS = 120
+
+
+def warm_cosine(step: int, steps: int, warmup: int, floor: float) -> float:
+    """Share of the peak learning rate at `step` of `steps`: linear over `warmup` steps, then a cosine to `floor`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def moments(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """AdamW's two running moments by parameter name."""
+    kept = {}
+    for name, parameter in named.items():
+        state = optimizer.state.get(parameter)
+        if state:
+            kept[f"mean.{name}"], kept[f"square.{name}"] = state["exp_avg"], state["exp_avg_sq"]
+    return kept
+
+
+def restore_moments(
+    optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor], kept: Mapping[str, Tensor], step: int
+) -> None:
+    """Give `optimizer` back what `moments` read from it after `step` steps."""
+    for name, parameter in named.items():
+        if f"mean.{name}" in kept:
+            optimizer.state[parameter] = {
+                "step": torch.tensor(float(step)),
+                "exp_avg": kept[f"mean.{name}"].to(parameter.device),
+                "exp_avg_sq": kept[f"square.{name}"].to(parameter.device),
+            }
+
+
+def save(path: Path, named: Mapping[str, Tensor], kept: Mapping[str, Tensor], facts: dict[str, str]) -> None:
+    """Write parameters and moments, and `facts` beside them; the file appears whole or not at all."""
+    tensors = {f"weight.{name}": parameter.detach() for name, parameter in named.items()} | dict(kept)
+    beside = path.with_suffix(".new")
+    save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, beside, facts)
+    os.replace(beside, path)
+
+
+def load(path: Path, named: Mapping[str, Tensor]) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Fill parameters from a checkpoint, if there is one: its facts and moments, else nothing."""
+    if not path.exists():
+        return {}, {}
+    with safe_open(path, "pt") as file, torch.no_grad():
+        for name, parameter in named.items():
+            parameter.copy_(file.get_tensor(f"weight.{name}"))
+        rest = {key: file.get_tensor(key) for key in file.keys() if not key.startswith("weight.")}  # noqa: SIM118
+        return file.metadata(), rest
