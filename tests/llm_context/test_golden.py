@@ -13,6 +13,7 @@ from tprune.methods import registry
 from tprune.methods.views import Attention, LayerView
 from tprune.models.cache_layer import Owner, PrunedLayer
 from tprune.models.decoder import DecoderDriver
+from tprune.models.room import Arrival, make_room
 from tprune.models.rope import Rotation
 from tprune.pipelines.llm_context import prompt_tokens
 
@@ -27,9 +28,7 @@ class Played:
 
     def view(self, attention, state):
         layer = self.layer
-        return LayerView(
-            0, 1, attention, layer.keys, layer.values, layer.places, layer.fillers(), state, None
-        )
+        return LayerView(0, 1, attention, layer.keys, layer.values, layer.places, state)
 
     def start(self, length, count):
         self.layer.update(self.key[:, :, :length], self.value[:, :, :length])
@@ -54,7 +53,7 @@ class Played:
         attention = Attention(self.query[:, :, one], layer.keys, layer.values, self.scale)
         rows = attention.rows()
         output = rows @ layer.values.repeat_interleave(rows.shape[1] // layer.values.shape[1], dim=1)
-        layer.replace(self.method.step(self.view(attention, layer.state)), self.turn)
+        make_room(self.method, [Arrival(layer, attention, self.turn)])
         return output[0, :, 0]
 
 

@@ -8,7 +8,7 @@ from transformers import DynamicCache
 
 import tprune
 from tests.decoders import decoder, tokens
-from tprune.core.cache import Evict, Replace
+from tprune.core.cache import Evict, Replace, per_entry
 from tprune.core.select import worst_between
 from tprune.methods import registry
 from tprune.methods.base import CacheMethod
@@ -27,13 +27,17 @@ every_evicting_method = pytest.mark.parametrize("method", EVICTING)
 class Ordered(PrunedLayer):
     """Keeps temporal order by copying what is left at every step."""
 
-    def replace(self, edit, turn=None):
-        places = self.places
+    def replace(self, edit, places, turn=None):
+        after, state, places = places, self.state, self.places
         slots = torch.arange(self.length).expand_as(places)
         left = slots[slots != edit.slot.unsqueeze(-1)].view(*places.shape[:2], -1)
         if self._cached is not None:
             self.keys = torch.cat([self._cached, self.keys[:, :, self._cached.shape[2] :]], dim=2)
+        self.state = {}
         self.evict(Evict(left))
+        # Numbers per entry come in the order of slots; here entries are in the order they came.
+        order = after.argsort(dim=-1, stable=True)
+        self.state = {name: v.gather(2, order) if per_entry(v) else v for name, v in state.items()}
         assert (self.places.diff() >= 0).all()
         if self.shift is not None:
             self.shift_to_compact(turn)

@@ -127,7 +127,10 @@ class PrunedLayer(DynamicLayer):
         return self.keys, self.values
 
     def append(self, keys: Tensor, values: Tensor, real: Tensor | None) -> None:
-        """New entries at the end: [B, G, q, d]; a number per entry starts at zero."""
+        """New entries at the end: [B, G, q, d]; a number per entry starts at zero.
+
+        Where entries leave for later ones, whoever chooses them sees to the numbers.
+        """
         held, new = self.length, keys.shape[-2]
         if held == 0:
             super().update(keys, values)
@@ -142,7 +145,8 @@ class PrunedLayer(DynamicLayer):
             real = real if real is not None else keys.new_ones(batch, new, dtype=torch.bool)
             self.valid = torch.cat([old, real], dim=1)
         self._real = self._real + (new if self.valid is None else real.sum(1))
-        self._each_number(lambda value: torch.nn.functional.pad(value, (0, new)))
+        if self.limit is None:
+            self._each_number(lambda value: torch.nn.functional.pad(value, (0, new)))
 
     def _reserve(self, count: int) -> None:
         """Make `keys` and `values` the beginning of memory that nobody else reads, with room for `count` entries."""
@@ -175,23 +179,25 @@ class PrunedLayer(DynamicLayer):
         self._left = self.length
         self._each_number(edit.apply)
 
-    def replace(self, edit: Replace, turn: Turn | None = None) -> None:
-        """Apply an edit in place. Rows whose latest entry is padding must forget that one.
+    def replace(self, edit: Replace, places: Tensor, turn: Turn | None = None) -> None:
+        """Apply an edit to keys and values, in place. Rows whose latest entry is padding must forget that one.
 
-        `turn` is needed once `shift_to_compact` was called.
+        Args:
+            edit: what leaves.
+            places: int64 [B, G, T - 1], what `edit.apply(self.places)` gives; `state` is the caller's too.
+            turn: needed once `shift_to_compact` was called.
         """
-        places = self.places
-        self._places = edit.apply(places)
+        before = self.places
         self._reserve(self.length)
         if self._cached is not None:
             self.keys[:, :, : self._cached.shape[2]] = self._cached
         self.keys, self.values = edit.write(self.keys), edit.write(self.values)
         if self.shift is not None:
-            self._shift_older(edit, places)
+            self._shift_older(edit, before)
             self._turn(turn)
+        self._places = places
         self.valid = None if self.valid is None else self.valid[:, :-1]
         self._left = self.length
-        self._each_number(edit.apply)
 
     def shift_to_compact(self, turn: Turn) -> None:
         """Turn keys so that entries stand one behind the other, up to the latest token's place.

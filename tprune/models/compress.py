@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import inspect
 import zlib
+from collections.abc import Sequence
 from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tprune.core.cache import Evict, Replace, merge_rows, per_entry
+from tprune.core.cache import Evict, merge_rows, per_entry
 from tprune.errors import BudgetError, UserError
 from tprune.methods.base import CacheMethod
 from tprune.methods.views import Attention, LayerView
 from tprune.models.cache import prunable_layers, take_over
 from tprune.models.cache_layer import Owner, PrunedLayer, Turn
+from tprune.models.room import Arrival, make_room
 from tprune.models.rope import Rotation
 from tprune.models.taps import AttentionCall, Output, Tap
 
@@ -48,7 +50,7 @@ class Compression:
         self.kept: dict[int, tuple[int, int]] = {}
         self.count = lru_cache(maxsize=64)(self._count)
         self.cache: Any = None
-        self.waiting: list[tuple[int, PrunedLayer, AttentionCall, Tensor]] = []
+        self.waiting: list[Arrival] = []
         self.arriving: Tensor | None = None
         self.seeds: Tensor | None = None
         self.owner = Owner()
@@ -91,13 +93,9 @@ class Compression:
         return (), kwargs
 
     def _after(self, base: nn.Module, args: tuple, output: Any) -> None:
-        """Choose what leaves for a generated token; let go of the cache; refuse models whose attention we never saw.
-
-        Between two layers their weights have gone through the processor's caches, and every small operation would
-        start cold: in one row after the last layer the choices take a fraction of the time.
-        """
-        for token in self.waiting:
-            self.make_room(*token)
+        """Choose what leaves for a generated token; let go of the cache; refuse models whose attention we never saw."""
+        if self.waiting:
+            self.make_room(self.waiting)
         cache, self.cache = self.cache, None
         if cache is not None and not cache.layers[self.places[0]].started:
             raise UserError(
@@ -118,7 +116,7 @@ class Compression:
         if layer.coming is None:
             output = self._answer(layer, call, call.query)
             if layer.limit is not None:
-                self.waiting.append((place, layer, call, call.query))
+                self.waiting.append(self._arrival(place, layer, call, call.query))
             return output
         (keys, values), layer.coming = layer.coming, None
         outputs = []
@@ -128,7 +126,7 @@ class Compression:
             real = None if self.arriving is None else self.arriving[:, one]
             layer.append(keys[:, :, one], values[:, :, one], real)
             outputs.append(self._answer(layer, call, query)[0])
-            self.make_room(place, layer, call, query)
+            self.make_room([self._arrival(place, layer, call, query)])
         return torch.cat(outputs, dim=1), None
 
     def _answer(self, layer: PrunedLayer, call: AttentionCall, query: Tensor) -> Output:
@@ -199,22 +197,16 @@ class Compression:
             keys, values = keys[one, :, column], values[one, :, column]
         attention = Attention(query, keys, values, call.scale, causal=True, softcap=call.softcap)
         position = torch.arange(keys.shape[2], device=keys.device).expand(keys.shape[:3])
-        return LayerView(place, len(self.kinds), attention, keys, values, position, 0, {}, seeds)
+        return LayerView(place, len(self.kinds), attention, keys, values, position, {}, seeds)
 
-    def make_room(self, place: int, layer: PrunedLayer, call: AttentionCall, query: Tensor) -> None:
-        """One token came: let the method choose what leaves for it. Where it is padding, that is itself."""
+    def make_room(self, arrivals: Sequence[Arrival]) -> None:
+        """One token came in each of some layers: let the method choose what leaves for it."""
+        make_room(self.method, arrivals)
+
+    def _arrival(self, place: int, layer: PrunedLayer, call: AttentionCall, query: Tensor) -> Arrival:
         bias = None if layer.valid is None else layer.valid[:, None, None]
         attention = Attention(query, layer.keys, layer.values, call.scale, bias=bias, softcap=call.softcap)
-        before = None if self.arriving is None else dict(layer.state)
-        cached = layer.keys, layer.values, layer.places, layer.fillers(), layer.state
-        edit = self.method.step(LayerView(place, len(self.kinds), attention, *cached))
-        if before is not None:
-            real = layer.valid[:, -1:]
-            for name, value in before.items():
-                if per_entry(value):
-                    layer.state[name] = torch.where(real.unsqueeze(-1), layer.state[name], value)
-            edit = Replace(torch.where(real, edit.slot, layer.length - 1))
-        layer.replace(edit, self._turn(place))
+        return Arrival(layer, attention, self._turn(place))
 
     def _count(self, place: int, length: int) -> int:
         """How many entries of a prompt of `length` tokens a layer keeps.

@@ -12,7 +12,7 @@ from tprune.core.cache import Evict, Replace
 from tprune.core.score import sum_over_group
 from tprune.core.select import keep_ends_and_top, worst_between
 from tprune.methods.base import CacheMethod, Paper, param
-from tprune.methods.views import LayerView
+from tprune.methods.views import LayerView, StepView
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class H2O(CacheMethod):
         layer.state["received"], layer.state["recent"] = received, recent
         return Evict(keep_ends_and_top(received, count, 0, recent))
 
-    def step(self, layer: LayerView) -> Replace:
+    def step(self, view: StepView) -> Replace:
         """Add the new query's attention; the entry that received least, and is not recent, goes."""
-        paid = sum_over_group(layer.attention.rows(), layer.groups).squeeze(2)  # [B, G, T]
-        received = layer.state["received"] = layer.state["received"] + paid
-        return Replace(worst_between(received, layer.position, layer.fillers, layer.state["recent"]))
+        received = view.state["received"] + sum_over_group(view.attention_rows(), view.groups)  # [B, G, T]
+        view.state["received"] = received
+        return Replace(worst_between(received, view.position, view.fillers, view.state["recent"]))

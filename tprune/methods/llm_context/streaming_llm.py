@@ -12,7 +12,7 @@ from tprune.core.cache import Evict, Replace
 from tprune.core.select import keep_ends_and_top, worst_between
 from tprune.errors import UserError
 from tprune.methods.base import CacheMethod, Paper, param
-from tprune.methods.views import LayerView
+from tprune.methods.views import LayerView, StepView
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class StreamingLLM(CacheMethod):
         sink = layer.state["first"] = min(self.sink, count)
         return Evict(keep_ends_and_top(layer.position, count, sink, count - sink))
 
-    def step(self, layer: LayerView) -> Replace:
+    def step(self, view: StepView) -> Replace:
         """The oldest entry of the window goes."""
-        age = layer.position.double()
-        return Replace(worst_between(age, layer.position, layer.fillers + layer.state["first"], 0))
+        age = view.position.double()
+        return Replace(worst_between(age, view.position, view.fillers + view.state["first"], 0))

@@ -15,7 +15,7 @@ from tprune.core.score import sum_over_group
 from tprune.core.select import keep_ends_and_top, worst_between
 from tprune.errors import UserError
 from tprune.methods.base import CacheMethod, Paper, param
-from tprune.methods.views import LayerView
+from tprune.methods.views import LayerView, StepView
 
 
 @dataclass(frozen=True)
@@ -53,15 +53,15 @@ class VATP(CacheMethod):
         layer.state["recent"], layer.state["first"] = recent, self.sink
         return Evict(keep_ends_and_top(received * layer.state["norm"], count, self.sink, recent))
 
-    def step(self, layer: LayerView) -> Replace:
+    def step(self, view: StepView) -> Replace:
         """Add the new query's attention; the entry of least worth between sinks and recent ones goes."""
-        paid = sum_over_group(layer.attention.rows(), layer.groups).squeeze(2)  # [B, G, T]
-        received = layer.state["received"] = layer.state["received"] + paid
-        norm = layer.state["norm"] = cat([layer.state["norm"][..., :-1], _norm(layer.value[:, :, -1:])], -1)
-        first = layer.fillers + layer.state["first"]
-        return Replace(worst_between(received * norm, layer.position, first, layer.state["recent"]))
+        received = view.state["received"] + sum_over_group(view.attention_rows(), view.groups)  # [B, G, T]
+        norm = cat([view.state["norm"][..., :-1], _norm(view.newest).unsqueeze(-1)], -1)
+        view.state["received"], view.state["norm"] = received, norm
+        first = view.fillers + view.state["first"]
+        return Replace(worst_between(received * norm, view.position, first, view.state["recent"]))
 
 
 def _norm(value: Tensor) -> Tensor:
-    """L1 norm of every value vector, float32 [B, G, T]."""
+    """L1 norm of every value vector, float32: [..., d] -> [...]."""
     return value.float().abs().sum(dim=-1)
