@@ -186,6 +186,8 @@ def test_latency_is_measured_in_turn_with_the_dense_model_and_has_quartiles(vit_
     for point in stored(out).values():
         for figures in (point["dense"], point["pruned"]):
             assert figures["latency_q1_ms"] <= figures["latency_ms"] <= figures["latency_q3_ms"]
+        ratios = [point["pruned"][f"latency{part}_ratio"] for part in ("_q1", "", "_q3")]
+        assert ratios == sorted(ratios)
         assert point["protocol"]["latency"] == {"rounds": 3}
     assert (out / "pareto-latency.png").exists()
     assert all(float(row["latency"]) > 0 for row in rows(out))

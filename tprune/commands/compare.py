@@ -25,7 +25,8 @@ def command(one: str, other: str, as_json: bool) -> None:
     """
     reports = [read(one), read(other)]
     differences = differing([report["protocol"] for report in reports])
-    asked = differing([choice(report) for report in reports])
+    same = reports[0]["method"] == reports[1]["method"]
+    asked = differing([choice(report, same) for report in reports])
     barred = incomparable(differences)
     if as_json:
         content = {
@@ -69,9 +70,10 @@ def read(path: str) -> dict[str, Any]:
     return report
 
 
-def choice(report: dict[str, Any]) -> dict[str, Any]:
-    """What was done, in the terms of the command line."""
-    return {"method": report["method"], "budget": report["budget"]["asked"], "set": report["params"]}
+def choice(report: dict[str, Any], settings: bool) -> dict[str, Any]:
+    """What was done, in the terms of the command line; hyperparameters of two methods have nothing in common."""
+    told = {"method": report["method"], "budget": report["budget"]["asked"]}
+    return told | ({"set": report["params"]} if settings else {})
 
 
 def figures(reports: list[dict[str, Any]]) -> dict[str, list[Any]]:
@@ -102,7 +104,8 @@ def show(
     console = make_console()
     console.print(f"A: {one}\nB: {other}\n", highlight=False)
     if differences:
-        table = new_table(console, "what differs in the protocol", "field", "A", "B")
+        console.print("what differs in the protocol")
+        table = new_table(console, None, "", "A", "B")
         for name, values in differences.items():
             table.add_row(name, *(str(value) for value in values))
         console.print(table)
@@ -111,7 +114,8 @@ def show(
     for kind, fields in barred.items():
         if fields:
             console.print(f"[bold]not comparable[/bold] in {kind}: {', '.join(fields)} differ")
-    table = new_table(console, "\nwhat came out", "", "A", "B", "B to A")
+    console.print("\nwhat came out")
+    table = new_table(console, None, "", "A", "B", "B to A")
     for name, values in asked.items():
         table.add_row(name, *(str(value) for value in values), "")
     for name, values in figures.items():
@@ -132,6 +136,8 @@ def difference(name: str, a: Any, b: Any, ratio: Any) -> str:
     """B in terms of A."""
     if a is None or b is None:
         return ""
+    if a == b:
+        return "equal"
     if name in ("accuracy", "agreement"):
         return f"{100 * (b - a):+.2f} points"
     if name == "perplexity":

@@ -55,7 +55,9 @@ def pictures(out: Path, groups: list[Group]) -> dict[str, list[tuple[str, str]]]
     found: dict[str, list[tuple[str, str]]] = {}
     for row in (row for group in groups for row in group.rows):
         for one in row.pictures:
-            found.setdefault(row.budget, []).append((f"{row.name}: {one['title']}", str(out / one["file"])))
+            found.setdefault(row.budget, []).append(
+                (f"{one['title']} {row.settings}".strip(), str(out / one["file"]))
+            )
     return found
 
 
@@ -100,7 +102,7 @@ def _section(group: Group, number: int) -> dict[str, Any]:
     looks = plots.looks(group.lines)
     return {
         "number": number,
-        "title": plots.title(group),
+        "title": group.title,
         "metric": group.metric,
         "lower": group.lower,
         "dense": table.quality(group.metric, group.dense.get(group.metric)),
@@ -127,7 +129,7 @@ def _row(group: Group, row: Any, drawn: list[str]) -> dict[str, Any]:
         ("-" if row.achieved is None else f"{row.achieved:.4g}", row.achieved),
         (table.quality(group.metric, row.quality, row.spread), row.quality),
         ("-" if row.agreement is None else f"{row.agreement:.1%}", row.agreement),
-        *((table.percent(getattr(row, axis)), getattr(row, axis)) for axis in drawn),
+        *((row.cost(axis), getattr(row, axis)) for axis in drawn),
     ]
     return {
         "method": row.method,

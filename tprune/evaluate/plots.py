@@ -96,16 +96,9 @@ def pareto(group: Group, axis: str, *, embedded: bool = False) -> Figure:
         axes = figure.add_subplot()
         draw(axes, group, axis, ink)
         if not embedded:
-            figure.suptitle(title(group), fontsize=10, x=0.01, ha="left")
+            figure.suptitle(group.title, fontsize=10, x=0.01, ha="left")
             figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     return figure
-
-
-def title(group: Group) -> str:
-    """Family, model and data."""
-    protocol, data = group.protocol, group.protocol["data"]
-    count = f"{data['samples']} samples" if "samples" in data else f"{data.get('windows')} windows"
-    return f"{protocol['family']} on {protocol['model']['name']}: {data.get('source')}, {count}"
 
 
 def draw(axes: Axes, group: Group, axis: str, ink: str) -> None:

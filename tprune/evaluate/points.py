@@ -58,7 +58,7 @@ class Row:
         budget: as asked, as text; `order` sorts budgets from little to much pruning.
         status, reason, reach: "ok", or why there are no figures and what the method can reach.
         quality, spread: mean and sample standard deviation over `seeds` seeds; no spread of one.
-        latency, latency_low, latency_high: medians in turn with the dense model, and its quartiles.
+        latency, latency_low, latency_high: median and quartiles over rounds of the ratio to the dense call before.
         recipe: YAML of the first seed.
         front: costs for which nothing measured is both better and cheaper.
     """
@@ -85,6 +85,15 @@ class Row:
     pictures: tuple[dict[str, str], ...] = ()
     front: tuple[str, ...] = ()
 
+    def cost(self, axis: str) -> str:
+        """A cost as it is shown, with its quartiles where it was timed."""
+        value = getattr(self, axis)
+        if value is None:
+            return "-"
+        if axis != "latency":
+            return f"{value:.1%}"
+        return f"{value:.0%} ({100 * self.latency_low:.0f} to {100 * self.latency_high:.0f})"
+
     @property
     def name(self) -> str:
         """The method and what is set of it."""
@@ -108,6 +117,15 @@ class Group:
     rows: tuple[Row, ...] = field(default=())
 
     @property
+    def title(self) -> str:
+        """Family, model and data."""
+        protocol, data = self.protocol, self.protocol["data"]
+        unit = "samples" if "samples" in data else "windows"
+        count = data.get(unit)
+        unit = unit if count != 1 else unit[:-1]
+        return f"{protocol['family']} on {protocol['model']['name']}: {data.get('source')}, {count} {unit}"
+
+    @property
     def lower(self) -> bool:
         """Whether less of the metric is better."""
         return METRICS[self.metric]
@@ -128,7 +146,7 @@ class Group:
         if not values:
             return "not measured"
         if axis != "latency" and all(abs(value - 1) < 0.005 for value in values):
-            return "no method changes it"
+            return "every method leaves it as it is"
         return None
 
 
@@ -182,9 +200,6 @@ def _row(
         values = [value(point) for point in points]
         return None if None in values else statistics.fmean(values)
 
-    def relative(name: str) -> float | None:
-        return mean(lambda point: _ratio(point["pruned"].get(name), point["dense"].get(name)))
-
     qualities = [point["pruned"].get(metric) for point in points]
     whole = None not in qualities
     held = (lambda p: p["pruned"].get(storage)) if storage in dense else (lambda p: p["budget"].get(storage))
@@ -195,10 +210,10 @@ def _row(
         quality=statistics.fmean(qualities) if whole else None,
         spread=statistics.stdev(qualities) if whole and len(points) > 1 else None,
         agreement=mean(lambda point: point["pruned"]["agreement"]),
-        flops=relative("flops"),
-        latency=relative("latency_ms"),
-        latency_low=mean(lambda p: _ratio(p["pruned"].get("latency_q1_ms"), p["dense"].get("latency_ms"))),
-        latency_high=mean(lambda p: _ratio(p["pruned"].get("latency_q3_ms"), p["dense"].get("latency_ms"))),
+        flops=mean(lambda point: _ratio(point["pruned"]["flops"], point["dense"]["flops"])),
+        latency=mean(lambda point: point["pruned"].get("latency_ratio")),
+        latency_low=mean(lambda point: point["pruned"].get("latency_q1_ratio")),
+        latency_high=mean(lambda point: point["pruned"].get("latency_q3_ratio")),
         latency_ms=mean(lambda point: point["pruned"].get("latency_ms")),
         storage=mean(lambda point: _ratio(held(point), dense.get("storage"))),
         pictures=tuple(points[0].get("pictures", ())),

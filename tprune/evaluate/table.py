@@ -187,7 +187,7 @@ def print_sweep(group: Group) -> None:
             "-" if row.achieved is None else f"{row.achieved:.4g}",
             quality(group.metric, row.quality, row.spread),
             "-" if row.agreement is None else f"{row.agreement:.2%}",
-            *(percent(getattr(row, axis)) for axis in drawn),
+            *(row.cost(axis) for axis in drawn),
             note.get(row.status, f"{row.status}: {row.reason}"),
             style="dim" if row.method == FLOOR else None,
         )

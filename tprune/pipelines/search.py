@@ -253,7 +253,7 @@ class Search:
         """Latency as a fraction of the dense model's, medians of calls in turn."""
         with self.trials.pruned(self.with_budget(candidate, left)) as trial:
             times = self.trials.latency(trial, self.rounds)
-        found = times["pruned"]["latency_ms"] / times["dense"]["latency_ms"]
+        found = times["pruned"]["latency_ratio"]
         self.note(candidate, left, latency=found, **times["pruned"])
         return found
 

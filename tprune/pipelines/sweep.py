@@ -190,5 +190,5 @@ def outcome(point: dict[str, Any]) -> str:
     told = [f"{name} {figures[name]:.4g}" for name in ("accuracy", "perplexity") if figures.get(name)]
     told.append(f"{figures['flops'] / point['dense']['flops']:.1%} of FLOPs")
     if "latency_ms" in figures:
-        told.append(f"{figures['latency_ms'] / point['dense']['latency_ms']:.1%} of latency")
+        told.append(f"{figures['latency_ratio']:.1%} of latency")
     return ", ".join(told)

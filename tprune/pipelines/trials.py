@@ -112,19 +112,29 @@ class Trials:
         )
 
     def latency(self, trial: Trial, rounds: int) -> dict[str, dict[str, float]]:
-        """Milliseconds of one call, dense and pruned in turn: median and quartiles of each."""
+        """One call timed on the dense and on the pruned model in turn.
+
+        Returns:
+            Of each, milliseconds: median and quartiles. Of the pruned model also its ratio to the dense call just
+            before it, median and quartiles over the rounds: what slows the machine for a while slows both.
+        """
         runs = {
             "dense": self.base.workload(self.subject).run,
             "pruned": self.base.workload(trial.subject).run,
         }
         times = interleaved(runs, self.subject.device, rounds)
-        told = {}
-        for name, seconds in times.items():
-            low, middle, high = (1000 * value for value in quartiles(seconds))
-            told[name] = {"latency_ms": middle, "latency_q1_ms": low, "latency_q3_ms": high}
+        told = {name: spread("latency", [1000 * t for t in each], "_ms") for name, each in times.items()}
+        pairs = zip(times["pruned"], times["dense"], strict=True)
+        told["pruned"] |= spread("latency", [pruned / dense for pruned, dense in pairs], "_ratio")
         return told
 
     def latency_alone(self, rounds: int) -> float:
         """Milliseconds of the dense model's call: the median."""
         times = interleaved({"dense": self.base.workload(self.subject).run}, self.subject.device, rounds)
         return 1000 * quartiles(times["dense"])[1]
+
+
+def spread(name: str, values: list[float], unit: str) -> dict[str, float]:
+    """Median and quartiles: name + unit, name_q1 + unit, name_q3 + unit."""
+    low, middle, high = quartiles(values)
+    return {f"{name}{unit}": middle, f"{name}_q1{unit}": low, f"{name}_q3{unit}": high}
