@@ -162,6 +162,13 @@ def test_a_reach_ends_the_bisection_at_its_end():
         fit_cost(cost, 0.3, 0.01)
 
 
+def test_a_drop_is_looked_for_near_an_earlier_answer_first():
+    drop = counted(lambda left: 10 * (1 - left))
+    assert fit_drop(drop, 4.0, start=0.62) == pytest.approx(0.6, abs=0.01)
+    assert drop.places[:2] == [0.62, 0.57]
+    assert all(0.57 <= place <= 0.62 for place in drop.places)
+
+
 def test_a_drop_ends_at_the_smallest_good_budget_and_at_the_reach():
     drop = counted(lambda left: 10 * (1 - left))
     assert fit_drop(drop, 4.0, steps=10) == pytest.approx(0.6, abs=0.01)

@@ -76,6 +76,14 @@ def test_seeds_become_a_mean_and_a_deviation(swept):
     assert float(row["spread"]) == pytest.approx(abs(measured[0] - measured[1]) / 2**0.5)
 
 
+def test_methods_that_draw_nothing_are_measured_with_one_seed(swept):
+    assert {(row["method"], row["seeds"]) for row in rows(swept[0]) if row["status"] == "ok"} == {
+        ("tome", "1"),
+        ("evit", "1"),
+        ("random", "2"),
+    }
+
+
 def test_every_point_carries_its_whole_protocol_and_its_recipe(swept):
     from tprune import recipe
 

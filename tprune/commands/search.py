@@ -71,10 +71,10 @@ def command(
     if not as_json:
         show(search, candidates, winner)
     if winner is None:
-        raise UserError(f"nothing meets {told(goal)}: {reasons(candidates)}")
+        raise UserError(f"nothing meets {told(goal, family)}: {reasons(candidates)}")
     recipe = search.with_budget(winner, winner.left)
     if out is not None:
-        words = f"# {told(goal)}: found by tprune search among {len(candidates)} candidates\n"
+        words = f"# {told(goal, family)}: found by tprune search among {len(candidates)} candidates\n"
         Path(out).write_text(words + recipe.to_yaml(), encoding="utf-8")
     if as_json:
         best = {"method": winner.choice.method, "left": winner.left, **winner.figures}
@@ -144,13 +144,14 @@ def pairs(tries: tuple[str, ...]) -> list[tuple[str, str]]:
     return [tuple(text.split("=", 1)) for text in tries]
 
 
-def told(goal: Goal) -> str:
+def told(goal: Goal, family: str) -> str:
     """The constraint in words."""
     if goal.kind == "flops":
         return f"at most {goal.value:.0%} of the dense FLOPs"
     if goal.kind == "latency":
         return f"at most {goal.value:g} ms"
-    return f"a drop of at most {goal.value:g} (points of accuracy, percent of perplexity)"
+    unit = "percent of perplexity" if family.startswith("llm") else "points of accuracy"
+    return f"a drop of at most {goal.value:g} {unit}"
 
 
 def reasons(candidates: list[Candidate]) -> str:
@@ -164,10 +165,11 @@ def show(search: Search, candidates: list[Candidate], winner: Candidate | None) 
 
     console = make_console()
     metric, goal = search.metric, search.goal
-    console.print(f"[bold]{search.trials.base.family}[/bold] on {search.recipe.model.name}, {told(goal)}")
+    family = search.trials.base.family
+    console.print(f"[bold]{family}[/bold] on {search.recipe.model.name}, {told(goal, family)}")
     unit = "% more" if metric == "perplexity" else "points lost"
     costs = {"vit": "FLOPs", "vlm": "FLOPs", "llm-context": "cache", "llm-weights": "weights"}
-    cost = costs[search.trials.base.family]
+    cost = costs[family]
     target = {"flops": "FLOPs", "latency": "latency"}.get(goal.kind, cost)
     beside = [cost] if target != cost else []
     table = new_table(console, None, "method", "budget", "achieved", metric, unit, target, *beside, "")
@@ -199,17 +201,23 @@ def show(search: Search, candidates: list[Candidate], winner: Candidate | None) 
 
 
 def caution(search: Search, candidates: list[Candidate], winner: Candidate) -> None:
-    """Say so where the winner's lead is less than chance makes of so many samples."""
-    count, accuracy = winner.figures["samples"], winner.figures.get("accuracy")
+    """What chance does to an accuracy of so many samples: to the drop, or to the lead over the next best."""
+    found = winner.figures
+    count, accuracy = found["samples"], found.get("accuracy")
     rivals = [
-        one.figures["drop"] - winner.figures["drop"]
+        one.figures["drop"] - found["drop"]
         for one in candidates
         if one is not winner and not one.reason and one.figures.get("samples") == count
     ]
-    if accuracy is None or not rivals or search.goal.kind == "drop":
+    if accuracy is None:
+        return
+    if search.goal.kind == "drop":
+        # Only samples that are answered differently can move the difference to the dense model.
+        error = 200 * math.sqrt((1 - found["agreement"]) / count)
+        click.echo(f"on {count} samples its drop of {found['drop']:.2f} points is uncertain by {error:.1f}")
         return
     error = 200 * math.sqrt(accuracy * (1 - accuracy) / count)
-    if min(rivals) < error:
+    if rivals and min(rivals) < error:
         click.echo(
             f"its lead of {min(rivals):.2f} points is within what chance does on {count} samples (up to {error:.1f}): "
             "take a larger --limit to be sure"

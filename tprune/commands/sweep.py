@@ -26,7 +26,7 @@ from tprune.recipe import ModelSource, Recipe, Stage
 @click.option("--grid", "grid_file", metavar="FILE", help="Methods, settings and budgets from a YAML file.")
 @click.option("--positions", help="'original' or 'compact' position ids [paper's].")
 @click.option("--loadable", default="any", help="'plain': only shapes that stock loaders read.")
-@click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Seeds of every point.")
+@click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Of methods that draw.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Timed calls of each.")
 @click.option("--no-latency", is_flag=True, help="Time nothing: quicker, and independent of the machine.")
 @click.option(

@@ -11,7 +11,8 @@ from typing import Any
 from tprune.errors import UserError
 from tprune.evaluate.points import FLOOR
 from tprune.methods import registry
-from tprune.recipe import Recipe, check_budget
+from tprune.methods.base import Method, TokenMethod
+from tprune.recipe import Recipe, Stage, check_budget
 
 BUDGETS = ("keep", "sparsity", "pattern")
 
@@ -144,6 +145,8 @@ def with_floor(chosen: list[Choice]) -> list[Choice]:
 def recipes(base: Recipe, chosen: list[Choice], seeds: int) -> list[Recipe]:
     """A recipe per choice and seed, each once; what cannot be built is refused before anything runs.
 
+    Methods to which a seed makes no difference get one.
+
     Args:
         base: everything but the method, its settings and its budget; its seed is the first.
     """
@@ -152,8 +155,13 @@ def recipes(base: Recipe, chosen: list[Choice], seeds: int) -> list[Recipe]:
         blank = dict.fromkeys(BUDGETS)
         stage = replace(base.stage, method=choice.method, set=choice.settings, **blank | choice.budget)
         check_budget(stage)
-        registry.build(stage.method, stage.family, stage.set)
-        for seed in range(base.seed, base.seed + seeds):
+        method = registry.build(stage.method, stage.family, stage.set)
+        for seed in range(base.seed, base.seed + (seeds if draws(method, stage) else 1)):
             recipe = replace(base, stages=(stage,), seed=seed)
             made[recipe.key()] = recipe
     return list(made.values())
+
+
+def draws(method: Method, stage: Stage) -> bool:
+    """Whether the seed may change what the method does: it draws, is fitted, or is calibrated on drawn sequences."""
+    return not isinstance(method, TokenMethod) or "seeds" in method.reads or stage.fit is not None

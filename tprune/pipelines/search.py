@@ -22,6 +22,8 @@ UNCHANGED = 0.995
 FLOPS_TOLERANCE, LATENCY_TOLERANCE = 0.01, 0.03
 STEPS, DROP_STEPS = 10, 6
 RUNGS = 4
+NEAR = 0.05
+"""How far from an earlier answer the next rung looks for its own."""
 
 
 @dataclass(frozen=True)
@@ -108,17 +110,23 @@ def fit_cost(
     return best
 
 
-def fit_drop(drop: Callable[[float], float], most: float, steps: int = DROP_STEPS) -> float:
+def fit_drop(
+    drop: Callable[[float], float], most: float, start: float | None = None, steps: int = DROP_STEPS
+) -> float:
     """The smallest fraction left at which `drop` is at most `most`, by bisection.
+
+    Args:
+        drop: falls as the fraction rises, up to 0 for the dense model.
+        most: how much of it is allowed.
+        start: where fewer samples put the answer; it and a place near it are looked at first.
+        steps: places to look at.
 
     Raises:
         OutError: only the dense model is that good.
     """
-    low, high = 0.0, 1.0
-    place: float | None = None
+    low, high, ahead = 0.0, 1.0, [0.5 if start is None else start]
     for _ in range(steps):
-        here = round((low + high) / 2 if place is None else place, 4)
-        place = None
+        here = round(ahead.pop() if ahead else (low + high) / 2, 4)
         try:
             good = drop(here) <= most
         except BudgetError as error:
@@ -128,9 +136,12 @@ def fit_drop(drop: Callable[[float], float], most: float, steps: int = DROP_STEP
             elif floor >= high:
                 break
             else:
-                low, place = here, floor
+                low, ahead = here, [floor]
             continue
         low, high = (low, here) if good else (here, high)
+        if here == start:
+            near = here - NEAR if good else here + NEAR
+            ahead = [near] if low < near < high else []
     if high == 1.0:
         raise OutError("nothing that was tried stays within the drop")
     return high
@@ -275,7 +286,7 @@ class Search:
 
         seen: dict[float, dict[str, Any]] = {}
         if self.goal.kind == "drop":
-            candidate.left = fit_drop(lambda left: figures(left)["drop"], self.goal.value)
+            candidate.left = fit_drop(lambda left: figures(left)["drop"], self.goal.value, candidate.left)
         else:
             figures(candidate.left)
         candidate.figures |= seen[candidate.left]
