@@ -8,7 +8,7 @@ from tests.test_cli import call
 from tprune import recipe
 from tprune.errors import BudgetError, UserError
 from tprune.pipelines import search, trials
-from tprune.pipelines.search import OutError, fit_cost, fit_drop
+from tprune.pipelines.bisection import OutError, fit_cost, fit_drop
 
 
 def look(model, *words, family="vit"):
