@@ -41,6 +41,17 @@ def tiny_vit(**changes):
     return model
 
 
+def start(method, model):
+    """Arguments of `prune`: the tensors that a method which must learn starts from, nothing for the others."""
+    from tprune.methods import registry
+    from tprune.models.anatomy import anatomy
+
+    method = registry.build(method, "vit")
+    if method.learns != "required":
+        return {}
+    return {"state": method.neutral_state(anatomy(model).shape, 0)}
+
+
 @pytest.fixture
 def vit():
     return tiny_vit()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import tprune
-from tests.conftest import tiny_vit
+from tests.conftest import start, tiny_vit
 from tprune.errors import UserError
 from tprune.methods import registry
 from tprune.models.anatomy import anatomy
@@ -37,7 +37,7 @@ def test_keeping_all_is_bitwise_the_dense_model(method, kind, images):
     if model is None:
         return
     dense = model(images)
-    with tprune.prune(model, f"vit/{method}", keep=1.0) as handle:
+    with tprune.prune(model, f"vit/{method}", keep=1.0, **start(method, model)) as handle:
         assert torch.equal(model(images), dense)
         assert handle.achieved().value == 1.0
 
@@ -49,7 +49,7 @@ def test_counts_are_exactly_the_planned_ones_and_the_model_is_restored(method, k
     if model is None:
         return
     dense, before = model(images), set(vars(model.blocks[0]))
-    with tprune.prune(model, f"vit/{method}", keep=0.6) as handle:
+    with tprune.prune(model, f"vit/{method}", keep=0.6, **start(method, model)) as handle:
         pruned = model(images)
         driver = handle.driver
         assert driver.trace.entering == driver.entering[::2]
@@ -61,7 +61,7 @@ def test_counts_are_exactly_the_planned_ones_and_the_model_is_restored(method, k
 
 @every_method
 def test_a_batch_equals_its_samples(method, vit, images):
-    with tprune.prune(vit, f"vit/{method}", keep=0.6):
+    with tprune.prune(vit, f"vit/{method}", keep=0.6, **start(method, vit)):
         together = vit(images)
         alone = torch.cat([vit(image[None]) for image in images])
     assert torch.allclose(together, alone, atol=1e-5)
@@ -70,7 +70,7 @@ def test_a_batch_equals_its_samples(method, vit, images):
 @every_method
 def test_prefix_tokens_are_neither_dropped_nor_merged_away(method, images):
     model = tiny_vit(reg_tokens=3)
-    with tprune.prune(model, f"vit/{method}", keep=0.6) as handle:
+    with tprune.prune(model, f"vit/{method}", keep=0.6, **start(method, model)) as handle:
         handle.driver.record = True
         model(images)
         for _, reduction in handle.driver.trace.reductions:
@@ -90,7 +90,7 @@ def test_prefix_tokens_are_neither_dropped_nor_merged_away(method, images):
 def test_the_same_seed_gives_the_same_outputs(method, vit, images):
     outputs = []
     for _ in range(2):
-        with tprune.prune(vit, f"vit/{method}", keep=0.6, seed=3):
+        with tprune.prune(vit, f"vit/{method}", keep=0.6, seed=3, **start(method, vit)):
             outputs.append(vit(images))
     assert torch.equal(*outputs)
 
@@ -98,19 +98,19 @@ def test_the_same_seed_gives_the_same_outputs(method, vit, images):
 @every_method
 def test_a_half_precision_model_works_in_its_own_precision(method, images):
     model = tiny_vit().bfloat16()
-    with tprune.prune(model, f"vit/{method}", keep=0.6):
+    with tprune.prune(model, f"vit/{method}", keep=0.6, **start(method, model)):
         assert model(images.bfloat16()).dtype == torch.bfloat16
 
 
 @every_method
 def test_a_budget_that_rounds_to_nothing_is_refused(method, vit):
     with pytest.raises(UserError, match="rounds to keeping all"):
-        tprune.prune(vit, f"vit/{method}", keep=0.9999)
+        tprune.prune(vit, f"vit/{method}", keep=0.9999, **start(method, vit))
 
 
 @every_method
 def test_the_paper_settings_run_without_a_budget(method, vit, images):
-    with tprune.prune(vit, f"vit/{method}") as handle:
+    with tprune.prune(vit, f"vit/{method}", **start(method, vit)) as handle:
         vit(images)
         # What the data decides may be nothing on random weights.
         assert 0 < handle.achieved().value <= (1 if handle.driver.method.varies() else 1 - 1e-9)

@@ -5,7 +5,7 @@ import torch
 from transformers import DPTConfig, DPTForSemanticSegmentation
 
 import tprune
-from tests.conftest import tiny_vit
+from tests.conftest import start, tiny_vit
 from tprune.methods import registry
 
 METHODS = [fact.id for fact in registry.facts("vit")]
@@ -40,7 +40,7 @@ def tiny_dpt():
 
 @every_method
 def test_intermediate_features_come_at_full_length_and_the_last_ones_classify_as_before(method, vit, images):
-    with tprune.prune(vit, f"vit/{method}", keep=0.6):
+    with tprune.prune(vit, f"vit/{method}", keep=0.6, **start(method, vit)):
         final, features = vit.forward_intermediates(images, output_fmt="NLC", return_prefix_tokens=True)
         pruned = vit(images)
         assert torch.allclose(vit.forward_head(final), pruned, atol=1e-5)
@@ -53,7 +53,7 @@ def test_intermediate_features_come_at_full_length_and_the_last_ones_classify_as
 @every_method
 def test_keeping_all_leaves_intermediate_features_bitwise_dense(method, vit, images):
     dense = vit.forward_intermediates(images, intermediates_only=True)
-    with tprune.prune(vit, f"vit/{method}", keep=1.0):
+    with tprune.prune(vit, f"vit/{method}", keep=1.0, **start(method, vit)):
         kept = vit.forward_intermediates(images, intermediates_only=True)
     assert all(torch.equal(a, b) for a, b in zip(kept, dense, strict=True))
 
@@ -90,9 +90,9 @@ def test_get_intermediate_layers_gives_full_grids(vit, images, layers):
 def test_a_segmentation_model_of_transformers_sees_all_patches(method, images):
     model = tiny_dpt()
     dense = model(images).logits
-    with tprune.prune(model, f"vit/{method}", keep=1.0):
+    with tprune.prune(model, f"vit/{method}", keep=1.0, **start(method, model)):
         assert torch.equal(model(images).logits, dense)
-    with tprune.prune(model, f"vit/{method}", keep=0.6) as handle:
+    with tprune.prune(model, f"vit/{method}", keep=0.6, **start(method, model)) as handle:
         pruned = model(images).logits
         assert min(handle.driver.trace.entering) < 16
         assert torch.allclose(model(images[:1]).logits, pruned[:1], rtol=1e-3, atol=1e-12)

@@ -222,3 +222,45 @@ def test_a_fit_is_written_loaded_and_run_again_to_the_same_bytes(method, vit_fol
     assert same(model.tprune_handle.tensors(False), stored)
     assert "fit: 3 steps of 4 images" in call("run", out / "recipe.yaml", "--out", again, "--quiet").output
     assert (again / artifact.TENSORS).read_bytes() == (out / artifact.TENSORS).read_bytes()
+
+
+def tnt_model():
+    tensors, told = golden("vit", "tnt")
+    model = VisionTransformer(**told["settings"]["model"]).eval().requires_grad_(False)
+    model.load_state_dict(under(tensors, "model."))
+    return model, tensors, {"heads": tensors["heads"].float()}
+
+
+def test_tnt_in_training_gives_the_authors_logits(monkeypatch):
+    model, tensors, state = tnt_model()
+    parts, method = anatomy(model), registry.build("tnt", "vit")
+    fit = method.fit(parts.shape, None, 0)
+    fit.heads.data.copy_(state["heads"])
+    fit.generator, noise = None, iter(tensors["train.noise"])
+    monkeypatch.setattr(torch, "randn", lambda *_, **__: next(noise))
+    driver = FitDriver(parts, method, fit, 0)
+    assert torch.allclose(model(tensors["image"].float()), tensors["train.logits"], atol=1e-4)
+    driver.remove()
+
+
+TNT_CASES = {
+    "sequential": {"partition": "sequential"},
+    "random": {},
+    "several": {"layers": (2, 3, 4), "rate": 0.8},
+}
+
+
+@pytest.mark.parametrize("case", TNT_CASES)
+def test_a_tnt_model_gives_the_authors_logits(case, monkeypatch):
+    model, tensors, state = tnt_model()
+    if case != "sequential":
+        order = tensors[f"{case}.order"]
+        middle = len(order) // 2
+
+        def halves(method, ranked, seeds):
+            return ranked[:, order[:middle]], ranked[:, order[middle:]]
+
+        monkeypatch.setattr(registry.load("tnt", "vit"), "halves", halves)
+    with tprune.prune(model, "tnt", state=state, similar=37, **TNT_CASES[case]):
+        logits = model(tensors["image"].float())
+    assert torch.allclose(logits, tensors[f"{case}.logits"], atol=1e-4)
