@@ -1,10 +1,12 @@
 """The registry and the contract of a method's hyperparameters."""
 
-import dataclasses
+import json
 
 import pytest
+from click.testing import CliRunner
 
 import tprune
+from tprune.cli import command
 from tprune.errors import UserError
 from tprune.methods import registry
 
@@ -16,7 +18,7 @@ def test_the_facts_read_from_source_are_those_of_the_class(fact):
     kind = registry.load(fact.id, fact.family)
     assert kind.paper == fact.paper
     assert kind.kind == fact.kind
-    fields = {field.name: field for field in dataclasses.fields(kind)}
+    fields = {field.name: field for field in kind.hyperparameters()}
     assert list(fields) == [parameter.name for parameter in fact.parameters]
     for parameter in fact.parameters:
         assert fields[parameter.name].metadata["help"] == parameter.help
@@ -75,6 +77,46 @@ def test_a_method_of_another_package_joins_by_its_entry_point(tmp_path, monkeypa
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [entry])
     assert registry.find("theirs").module == "their_method"
     assert registry.build("theirs", settings={"r": 3}).id == "theirs"
+
+
+ANSWERS = {
+    "dit-routing": ("vit", "vit/diffrate"),
+    "adatoken-3d": ("vlm", "--method fastv"),
+    "sentinel-tokens": ("llm-context", "llm-context/streaming-llm"),
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_a_paper_that_is_no_method_is_answered_and_never_run(name):
+    family, piece = ANSWERS[name]
+    call = CliRunner().invoke
+    told = call(command, ["methods", name]).output
+    entry = json.loads(call(command, ["methods", family, name, "--json"]).output)
+    assert entry["kind"] == "not a method"
+    assert piece in entry["piece"]
+    for fact in (
+        entry["kind"],
+        entry["why"],
+        entry["piece"],
+        entry["paper"]["title"],
+        entry["paper"]["arxiv"],
+    ):
+        assert fact in told
+    listed = [line for line in call(command, ["methods", family]).output.splitlines() if f" {name} " in line]
+    assert len(listed) == 1
+    assert "not a method" in listed[0]
+
+    result = call(command, [family, "--method", name, "--keep", "0.5"], standalone_mode=False)
+    assert isinstance(result.exception, UserError)
+    assert str(result.exception) == (
+        f"{family}/{name} is not a method: {entry['why']}; what can be used of it is {entry['piece']}"
+    )
+
+
+def test_every_answer_is_tested_and_none_is_a_method():
+    answers = {entry.id for entry in registry.entries() if isinstance(entry, registry.Answer)}
+    assert answers == set(ANSWERS)
+    assert not answers & {fact.id for fact in FACTS}
 
 
 def test_the_changelog_tells_what_every_method_is_checked_against():

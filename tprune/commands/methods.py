@@ -18,18 +18,18 @@ def command(family: str | None, id: str | None, as_json: bool) -> None:
     if family is not None and family not in registry.FAMILIES and id is None:
         family, id = None, family
     if id is not None:
-        fact = registry.find(id, family)
-        click.echo(json.dumps(dataclasses.asdict(fact))) if as_json else detail(fact)
+        entry = registry.ask(id, family)
+        click.echo(json.dumps(dataclasses.asdict(entry))) if as_json else detail(entry)
         return
-    found = registry.facts(family)
+    found = registry.entries(family)
     if not found:
         raise UserError(f"no methods in {family}")
     if as_json:
-        click.echo(json.dumps({"methods": [dataclasses.asdict(fact) for fact in found]}))
+        click.echo(json.dumps({"methods": [dataclasses.asdict(entry) for entry in found]}))
         return
     rows = [
-        (fact.family, fact.id, fact.kind, str(fact.paper.year), fact.paper.checked, fact.paper.title)
-        for fact in found
+        (entry.family, entry.id, entry.kind, str(entry.paper.year), entry.paper.checked, entry.paper.title)
+        for entry in found
     ]
     columns(("family", "id", "kind", "year", "checked", "paper"), rows)
 
@@ -42,8 +42,8 @@ def columns(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
         click.echo("  ".join([*cells, row[-1]]))
 
 
-def detail(fact: registry.Facts) -> None:
-    """Everything about one method."""
+def detail(fact: registry.Facts | registry.Answer) -> None:
+    """Everything about one method, or about a paper that is none."""
     paper = fact.paper
     click.echo(f"{fact.family}/{fact.id}: {fact.summary}")
     click.echo(f"  paper    {paper.title} ({paper.venue}, {paper.year})")
@@ -51,6 +51,10 @@ def detail(fact: registry.Facts) -> None:
         if value:
             click.echo(f"  {label:<8} {value}")
     click.echo(f"  kind     {fact.kind}")
+    if isinstance(fact, registry.Answer):
+        click.echo(f"  why      {fact.why}")
+        click.echo(f"  use      {fact.piece}")
+        return
     click.echo(f"  checked  {CHECKED[paper.checked]}")
     click.echo(f"  file     {fact.module.replace('.', '/')}.py")
     if not fact.parameters:
@@ -65,4 +69,5 @@ CHECKED = {
     "code": "golden values from the authors' code",
     "port": "golden values from a public re-implementation",
     "paper": "against the paper's formulas",
+    "abstract": "a reconstruction of what the abstract commits to",
 }

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tprune.errors import UserError
+from tprune.methods.answer import NotAMethod
 from tprune.methods.base import Method, Paper
 
 FAMILIES = ("vit", "vlm", "llm-context", "llm-weights")
@@ -44,6 +45,23 @@ class Facts:
     parameters: tuple[Parameter, ...]
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What is known of a paper that is no method (`answer.NotAMethod`)."""
+
+    id: str
+    family: str
+    module: str
+    paper: Paper
+    kind: str
+    summary: str
+    why: str
+    piece: str
+
+    def __str__(self) -> str:
+        return f"{self.family}/{self.id} is not a method: {self.why}; what can be used of it is {self.piece}"
+
+
 def folder(family: str) -> str:
     """The folder and module name of a family: llm-weights -> llm_weights."""
     return family.replace("-", "_")
@@ -55,26 +73,48 @@ def facts(family: str | None = None) -> list[Facts]:
     Raises:
         UserError: no such family.
     """
+    return [entry for entry in entries(family) if isinstance(entry, Facts)]
+
+
+def entries(family: str | None = None) -> list[Facts | Answer]:
+    """All methods, and the papers that are none, or those of one family; sorted by family and id.
+
+    Raises:
+        UserError: no such family.
+    """
     if family is not None and family not in FAMILIES:
         raise UserError(f"no family '{family}'; there are {', '.join(FAMILIES)}")
     found = [_read(*place) for place in _sources() if family in (None, place[0])]
-    return sorted(found, key=lambda fact: (FAMILIES.index(fact.family), fact.id))
+    return sorted(found, key=lambda entry: (FAMILIES.index(entry.family), entry.id))
 
 
 def find(name: str, family: str | None = None) -> Facts:
     """The facts of `name`: an id, or "family/id" where several families have it.
 
     Raises:
-        UserError: no such method, or an id that several families have.
+        UserError: no such method, one that is not a method, or an id that several families have.
+    """
+    entry = ask(name, family)
+    if isinstance(entry, Answer):
+        raise UserError(str(entry))
+    return entry
+
+
+def ask(name: str, family: str | None = None) -> Facts | Answer:
+    """What there is to say of `name`, a method or not; as `find`, which takes methods only.
+
+    Raises:
+        UserError: nothing of this name, or an id that several families have.
     """
     if "/" in name:
         family, name = name.split("/", 1)
-    matches = [fact for fact in facts(family) if fact.id == name]
+    known = entries(family)
+    matches = [entry for entry in known if entry.id == name]
     if len(matches) > 1:
-        offer = ", ".join(f"{fact.family}/{fact.id}" for fact in matches)
+        offer = ", ".join(f"{entry.family}/{entry.id}" for entry in matches)
         raise UserError(f"several families have '{name}'; say which: {offer}")
     if not matches:
-        offer = ", ".join(fact.id for fact in facts(family))
+        offer = ", ".join(entry.id for entry in known if isinstance(entry, Facts))
         where = f" in {family}" if family else ""
         raise UserError(f"no method '{name}'{where}; there are: {offer}")
     return matches[0]
@@ -123,8 +163,11 @@ def _sources() -> Iterator[tuple[str, str, str, Path]]:
         yield family, name, entry.value, Path(spec.origin)
 
 
-def _read(family: str, name: str, module: str, file: Path) -> Facts:
-    """The facts in a method's source: its class with a `paper = Paper(...)` of literals and its `param` fields."""
+def _read(family: str, name: str, module: str, file: Path) -> Facts | Answer:
+    """The facts in a method's source: its class with a `paper = Paper(...)` of literals and its `param` fields.
+
+    Of a class that derives from `NotAMethod`, what it answers.
+    """
     tree = ast.parse(file.read_text(encoding="utf-8"))
     for node in tree.body:
         if not isinstance(node, ast.ClassDef):
@@ -139,8 +182,11 @@ def _read(family: str, name: str, module: str, file: Path) -> Facts:
         if "paper" not in constants:
             continue
         paper = Paper(**{word.arg: ast.literal_eval(word.value) for word in constants["paper"].keywords})
-        kind = ast.literal_eval(constants["kind"]) if "kind" in constants else Method.kind
         summary = (ast.get_docstring(tree) or "").split("\n\n")[0].replace("\n", " ")
+        if any(isinstance(base, ast.Name) and base.id == NotAMethod.__name__ for base in node.bases):
+            why, piece = (ast.literal_eval(constants[part]) for part in ("why", "piece"))
+            return Answer(name, family, module, paper, NotAMethod.kind, summary, why, piece)
+        kind = ast.literal_eval(constants["kind"]) if "kind" in constants else Method.kind
         return Facts(name, family, module, paper, kind, summary, tuple(_parameters(node)))
     raise UserError(f"{file} has no class with a paper = Paper(...)")
 
