@@ -197,6 +197,15 @@ def cls_times_value_norm(row: Tensor, value: Tensor) -> Tensor:
     return row.sum(1) * value.float().square().sum((1, 3)).sqrt()
 
 
+def cls_times_head_norm(row: Tensor, output: Tensor) -> Tensor:
+    """The class token's attention row [B, H, N], its heads weighed for every token by how much they read there: [B, N].
+
+    A head's weight is the norm of its `output` [B, H, N, d] at the token, over the sum of all heads' (EET's code).
+    """
+    norm = output.float().norm(dim=-1)
+    return (row * norm).sum(1) / (norm.sum(1) + 1e-8)
+
+
 def redundancy(similarity: Tensor, present: Tensor, threshold: float, gamma: float) -> tuple[Tensor, Tensor]:
     """How redundant tokens are beside others (SAINT): their score [B, R], and how many are like them, int64 [B, R].
 

@@ -26,6 +26,7 @@ class Attention:
         causal: whether row i sees only keys up to i.
         softcap: bounds the logits (Gemma 2), or None.
         map: float32 [B, H, N, N], what a method made of the softmaxed attention, where the block used that instead.
+        output: [B, H, N, d], what every head read for every token, before the projection; None where it was not seen.
     """
 
     query: Tensor
@@ -36,6 +37,7 @@ class Attention:
     causal: bool = False
     softcap: float | None = None
     map: Tensor | None = None
+    output: Tensor | None = None
 
     def rows(self, rows: Tensor | slice | None = None) -> Tensor:
         """Softmaxed attention of the query rows `rows` (all by default): float32 [B, H, R, N].

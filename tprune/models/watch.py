@@ -11,7 +11,7 @@ from tprune.methods.views import Attention
 
 
 class Watch(TorchFunctionMode):
-    """Sees the queries and keys of the one fused attention call that happens while it is active.
+    """Sees what goes into and comes out of the one fused attention call that happens while it is active.
 
     `bias`, [B, 1, 1, N] or None, is added to its logits, for blocks that take no mask of their own. Where there is an
     `edit`, the map is computed beside the kernel, and what `edit` makes of it takes the kernel's place.
@@ -34,5 +34,8 @@ class Watch(TorchFunctionMode):
             self.seen = Attention(given["query"], given["key"], given["value"], scale, given.get("attn_mask"))
             if self.edit is not None:
                 self.seen.map = self.edit(self.seen.rows())
-                return self.seen.map.to(self.seen.value.dtype) @ self.seen.value
+                self.seen.output = self.seen.map.to(self.seen.value.dtype) @ self.seen.value
+            else:
+                self.seen.output = function(*args, **kwargs)
+            return self.seen.output
         return function(*args, **kwargs)
