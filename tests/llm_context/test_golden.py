@@ -53,7 +53,7 @@ class Played:
         attention = Attention(self.query[:, :, one], layer.keys, layer.values, self.scale)
         rows = attention.rows()
         output = rows @ layer.values.repeat_interleave(rows.shape[1] // layer.values.shape[1], dim=1)
-        make_room(self.method, [Arrival(layer, attention, self.turn)])
+        make_room(self.method, [Arrival(layer, attention, self.turn if self.rotation else None)])
         return output[0, :, 0]
 
 

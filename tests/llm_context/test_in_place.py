@@ -25,9 +25,11 @@ every_evicting_method = pytest.mark.parametrize("method", EVICTING)
 
 
 class Ordered(PrunedLayer):
-    """Keeps temporal order by copying what is left at every step."""
+    """Keeps temporal order by copying what is left at every step, and works shifts out anew."""
 
-    def replace(self, edit, places, turn=None):
+    moved = False
+
+    def replace(self, edit, places):
         after, state, places = places, self.state, self.places
         slots = torch.arange(self.length).expand_as(places)
         left = slots[slots != edit.slot.unsqueeze(-1)].view(*places.shape[:2], -1)
@@ -39,8 +41,18 @@ class Ordered(PrunedLayer):
         order = after.argsort(dim=-1, stable=True)
         self.state = {name: v.gather(2, order) if per_entry(v) else v for name, v in state.items()}
         assert (self.places.diff() >= 0).all()
-        if self.shift is not None:
-            self.shift_to_compact(turn)
+        self.moved = True
+
+    def shift_to_compact(self, turn):
+        self.turn = turn
+        super().shift_to_compact(turn)
+
+    def turned(self, shift, cached, keys):
+        if not self.moved:
+            super().turned(shift, cached, keys)
+            return
+        self.moved = False
+        self.shift_to_compact(self.turn)
 
 
 def prune(model, method, positions=None):

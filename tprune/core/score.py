@@ -58,17 +58,19 @@ def attention_rows(
         softcap: bounds the logits (Gemma 2).
     """
     length, keys = query.shape[2], key.shape[2]
-    if rows is None:
-        rows = slice(None)
+    chosen = query
     if isinstance(rows, slice):
         rows = torch.arange(length, device=query.device)[rows]
-    if rows.dim() == 1:
+    if rows is None:
+        if causal:
+            rows = torch.arange(length, device=query.device)
+    elif rows.dim() == 1:
         chosen = query[:, :, rows] if len(rows) < length else query
     else:
         chosen = query.gather(2, rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
     logits = _logits(chosen, key, scale, softcap)
     if bias is not None:
-        if bias.shape[-2] != 1:
+        if bias.shape[-2] != 1 and rows is not None:
             if rows.dim() == 1:
                 bias = bias[..., rows, :]
             else:
@@ -79,6 +81,13 @@ def attention_rows(
     if causal:
         logits = _mask_future(logits, rows + (keys - length))
     return logits.softmax(dim=-1)
+
+
+def attend(attention: Tensor, value: Tensor) -> Tensor:
+    """What attention [B, H, R, T] reads of grouped values [B, G, T, d]: [B, H, R, d], in the dtype of `value`."""
+    batch, heads, rows, keys = attention.shape
+    grouped = attention.to(value.dtype).reshape(batch, value.shape[1], -1, keys) @ value
+    return grouped.view(batch, heads, rows, -1)
 
 
 def attention_column_sums(

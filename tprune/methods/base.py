@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -215,6 +215,8 @@ class TokenMethod(Method):
     native: ClassVar[tuple[str, ...]] = ()
     """The hyperparameters that are themselves a budget; --keep takes their place, so both is a contradiction."""
     positions: ClassVar[str] = "original"
+    calibrates: ClassVar[bool] = False
+    """Whether `state` comes from a look at calibration images, `images` of them, before anything is pruned or fitted."""
 
     def check(self, shape: Shape) -> None:
         """Raise UserError where the model lacks what the method reads."""
@@ -242,6 +244,27 @@ class TokenMethod(Method):
     def edit_attention(self, attention: Tensor) -> Tensor:
         """The map that such a block uses instead of its own softmaxed one, float32 [B, H, N, N]."""
         raise NotImplementedError
+
+    def skip_scale(self) -> float:
+        """What a block multiplies its input by where a stage skips its attention, before the MLP adds to it."""
+        return 1.0
+
+    def calibrate(
+        self, shape: Shape, keep: float | None, outputs: Callable[[Sequence[int]], Tensor]
+    ) -> dict[str, Tensor]:
+        """What `state` shall be, where `calibrates`.
+
+        Args:
+            shape: of the model.
+            keep: the budget, as `--keep` means it; None for the hyperparameters as they stand.
+            outputs: what the model makes of the calibration images while the attention of these blocks is skipped:
+                float [S, C].
+        """
+        raise NotImplementedError
+
+    def rejoins(self, shape: Shape) -> Site | None:
+        """The site, the last of `stages`, where all that left comes back with the values it left with; None: never."""
+        return None
 
     def counted(self) -> TokenMethod:
         """The method under --keep, where `stages` fixes all counts: itself, unless the data decides without it."""
@@ -296,6 +319,8 @@ class CacheMethod(Method):
     """
 
     positions: ClassVar[str] = "original"
+    reads: ClassVar[tuple[str, ...]] = ("attention",)
+    """What `step` reads and costs something to provide: "attention" or nothing."""
 
     @property
     def evicts_while_decoding(self) -> bool:

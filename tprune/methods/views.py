@@ -25,7 +25,8 @@ class Attention:
         bias: additive, broadcastable to [B, H, N, N] (log sizes, padding), or None.
         causal: whether row i sees only keys up to i.
         softcap: bounds the logits (Gemma 2), or None.
-        map: float32 [B, H, N, N], what a method made of the softmaxed attention, where the block used that instead.
+        map: float32 [B, H, N, N], the softmaxed attention, where it is there anyway: a method has edited it, or it is
+            the single row of a generated token.
         output: [B, H, N, d], what every head read for every token, before the projection; None where it was not seen.
     """
 

@@ -179,22 +179,19 @@ class PrunedLayer(DynamicLayer):
         self._left = self.length
         self._each_number(edit.apply)
 
-    def replace(self, edit: Replace, places: Tensor, turn: Turn | None = None) -> None:
+    def replace(self, edit: Replace, places: Tensor) -> None:
         """Apply an edit to keys and values, in place. Rows whose latest entry is padding must forget that one.
+
+        Numbers per entry are the caller's, and so are compact positions (`turned`): the keys are as they were cached.
 
         Args:
             edit: what leaves.
-            places: int64 [B, G, T - 1], what `edit.apply(self.places)` gives; `state` is the caller's too.
-            turn: needed once `shift_to_compact` was called.
+            places: int64 [B, G, T - 1], what `edit.apply(self.places)` gives.
         """
-        before = self.places
         self._reserve(self.length)
         if self._cached is not None:
             self.keys[:, :, : self._cached.shape[2]] = self._cached
         self.keys, self.values = edit.write(self.keys), edit.write(self.values)
-        if self.shift is not None:
-            self._shift_older(edit, before)
-            self._turn(turn)
         self._places = places
         self.valid = None if self.valid is None else self.valid[:, :-1]
         self._left = self.length
@@ -202,29 +199,22 @@ class PrunedLayer(DynamicLayer):
     def shift_to_compact(self, turn: Turn) -> None:
         """Turn keys so that entries stand one behind the other, up to the latest token's place.
 
-        Entries must be in temporal order, just left by `evict`; `replace` keeps positions compact from then on.
+        Entries must be in temporal order, just left by `evict`.
         """
         came = self._real if isinstance(self._real, int) else self._real[:, None, None]
         compact = came - torch.arange(self.length, 0, -1, device=self.keys.device)
         shift = (compact - self.places).clamp_min(0)
-        self.shift = shift[..., : int((shift > 0).sum(-1).max())]
-        self._turn(turn)
+        shift = shift[..., : int((shift > 0).sum(-1).max())]
+        cached = self.keys[:, :, : shift.shape[-1]].clone()
+        self.turned(shift, cached, turn(cached, shift) if shift.shape[-1] else cached)
 
-    def _shift_older(self, edit: Replace, places: Tensor) -> None:
-        """What is older than the entry that leaves moves up by one; before `places` [B, G, T] change."""
-        older = places < places.gather(2, edit.slot.unsqueeze(2))
-        if self.valid is not None:
-            older &= self.valid[:, None, -1:]
-        turned = self.shift.shape[-1]
-        shift = edit.apply(older + torch.nn.functional.pad(self.shift, (0, places.shape[-1] - turned)))
-        self.shift = shift if bool(shift[..., turned:].any()) else shift[..., :turned]
+    def turned(self, shift: Tensor, cached: Tensor, keys: Tensor) -> None:
+        """The first keys are used as `keys` [B, G, m, d], `cached` turned by `shift` [B, G, m] positions.
 
-    def _turn(self, turn: Turn) -> None:
-        """Turn the first keys by `shift`; where shifts will change, keep them as they were cached."""
-        turned = self.shift.shape[-1]
-        cached = self.keys[:, :, :turned].clone()
-        if turned:
-            self.keys[:, :, :turned] = turn(cached, self.shift)
+        Where shifts will change, they are kept as they were cached.
+        """
+        self.shift = shift
+        self.keys[:, :, : shift.shape[-1]] = keys
         self._cached = None if self.limit is None else cached
 
     def _each_number(self, change: Callable[[Tensor], Tensor]) -> None:

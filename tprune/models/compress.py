@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tprune.core.cache import Evict, merge_rows, per_entry
+from tprune.core.score import attend
 from tprune.errors import BudgetError, UserError
 from tprune.methods.base import CacheMethod
 from tprune.methods.views import Attention, LayerView
@@ -46,7 +47,11 @@ class Compression:
                 "load the model with attn_implementation='sdpa'"
             )
         self.additive = implementation == "eager"
-        self.rotation = Rotation(model) if compact else None
+        rotation = Rotation(model) if compact else None
+        self.turns: dict[str | None, Turn | None] = {
+            kind: None if rotation is None else partial(rotation.turn, layer_type=kind)
+            for kind in set(self.kinds)
+        }
         self.kept: dict[int, tuple[int, int]] = {}
         self.count = lru_cache(maxsize=64)(self._count)
         self.cache: Any = None
@@ -113,31 +118,48 @@ class Compression:
             output = call.attend(call.query, call.key, call.value, call.mask)
             self.prune_prompt(place, layer, call)
             return output
+        if layer.limit is None:
+            return self._answer(layer, call)
         if layer.coming is None:
-            output = self._answer(layer, call, call.query)
-            if layer.limit is not None:
-                self.waiting.append(self._arrival(place, layer, call, call.query))
-            return output
+            arrival, output = self._arrive(place, layer, call, call.query)
+            self.waiting.append(arrival)
+            return output, None
         (keys, values), layer.coming = layer.coming, None
         outputs = []
         for token in range(keys.shape[2]):
             one = slice(token, token + 1)
-            query = call.query[:, :, one]
             real = None if self.arriving is None else self.arriving[:, one]
             layer.append(keys[:, :, one], values[:, :, one], real)
-            outputs.append(self._answer(layer, call, query)[0])
-            self.make_room([self._arrival(place, layer, call, query)])
+            arrival, output = self._arrive(place, layer, call, call.query[:, :, one])
+            outputs.append(output)
+            self.make_room([arrival])
         return torch.cat(outputs, dim=1), None
 
-    def _answer(self, layer: PrunedLayer, call: AttentionCall, query: Tensor) -> Output:
-        """Attention of the latest tokens over what the layer holds."""
-        mask = layer.visible(query.shape[2])
-        if mask is not None and self.additive:
-            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, torch.finfo(query.dtype).min)
-        return call.attend(query, layer.keys, layer.values, mask)
+    def _answer(self, layer: PrunedLayer, call: AttentionCall) -> Output:
+        """Attention of the latest tokens over what the layer holds, where nothing leaves for them."""
+        mask = self._mask(layer.visible(call.query.shape[2]), call.query)
+        return call.attend(call.query, layer.keys, layer.values, mask)
 
-    def _turn(self, place: int) -> Turn | None:
-        return None if self.rotation is None else partial(self.rotation.turn, layer_type=self.kinds[place])
+    def _arrive(
+        self, place: int, layer: PrunedLayer, call: AttentionCall, query: Tensor
+    ) -> tuple[Arrival, Tensor]:
+        """One token's attention [B, 1, H, d], where something will leave for it; its row is computed once for both."""
+        mask = layer.visible(1)
+        attention = Attention(query, layer.keys, layer.values, call.scale, bias=mask, softcap=call.softcap)
+        if "attention" in self.method.reads:
+            attention.map = attention.rows()
+            output = attend(attention.map, layer.values).transpose(1, 2)
+        else:
+            output = call.attend(query, layer.keys, layer.values, self._mask(mask, query))[0]
+        return Arrival(layer, attention, self.turns[self.kinds[place]]), output
+
+    def _mask(self, visible: Tensor | None, query: Tensor) -> Tensor | None:
+        """A mask as the implementation takes it."""
+        if visible is None or not self.additive:
+            return visible
+        return torch.zeros_like(visible, dtype=query.dtype).masked_fill_(
+            ~visible, torch.finfo(query.dtype).min
+        )
 
     def prune_prompt(self, place: int, layer: PrunedLayer, call: AttentionCall) -> None:
         """Prune what the prompt left: all rows at once, or row by row without their padding."""
@@ -166,8 +188,8 @@ class Compression:
             layer.limit = layer.length
         layer.state = self._merge(states, columns, layer.length if kept == lengths else None)
         self.kept[place] = (sum(kept), sum(lengths))
-        if self.rotation is not None:
-            layer.shift_to_compact(self._turn(place))
+        if self.turns[self.kinds[place]] is not None:
+            layer.shift_to_compact(self.turns[self.kinds[place]])
 
     def _merge(
         self, states: list[dict[str, Any]], columns: list[Tensor | None], width: int | None
@@ -202,11 +224,6 @@ class Compression:
     def make_room(self, arrivals: Sequence[Arrival]) -> None:
         """One token came in each of some layers: let the method choose what leaves for it."""
         make_room(self.method, arrivals)
-
-    def _arrival(self, place: int, layer: PrunedLayer, call: AttentionCall, query: Tensor) -> Arrival:
-        bias = None if layer.valid is None else layer.valid[:, None, None]
-        attention = Attention(query, layer.keys, layer.values, call.scale, bias=bias, softcap=call.softcap)
-        return Arrival(layer, attention, self._turn(place))
 
     def _count(self, place: int, length: int) -> int:
         """How many entries of a prompt of `length` tokens a layer keeps.

@@ -23,7 +23,7 @@ class Arrival:
 
     Attributes:
         attention: of the new token's query over the entries.
-        turn: for layers with compact positions.
+        turn: how keys move on by some positions, for layers with compact ones; equal layers have the same.
     """
 
     layer: PrunedLayer
@@ -35,9 +35,10 @@ def make_room(method: CacheMethod, arrivals: Sequence[Arrival]) -> None:
     """Let `method` choose what leaves each layer, and overwrite it. Where the new token is padding, that leaves."""
     alike: dict[tuple, list[Arrival]] = {}
     for arrival in arrivals:
-        state = arrival.layer.state
-        numbers = tuple(value for value in state.values() if isinstance(value, int))
-        alike.setdefault((arrival.layer.keys.shape, numbers), []).append(arrival)
+        layer = arrival.layer
+        numbers = tuple(value for value in layer.state.values() if isinstance(value, int))
+        turned = None if layer.shift is None else layer.shift.shape[-1]
+        alike.setdefault((layer.keys.shape, numbers, turned, arrival.turn), []).append(arrival)
     for group in alike.values():
         _make_room(method, group)
 
@@ -59,8 +60,8 @@ def _make_room(method: CacheMethod, group: Sequence[Arrival]) -> None:
         dict(before),
     )
     edit = method.step(view)
-    if layers[0].valid is not None:
-        real = _stack([layer.valid[:, -1:] for layer in layers])
+    real = None if layers[0].valid is None else _stack([layer.valid[:, -1:] for layer in layers])
+    if real is not None:
         edit = Replace(torch.where(real, edit.slot, places.shape[2] - 1))
         for name, value in before.items():
             if per_entry(value):
@@ -69,9 +70,30 @@ def _make_room(method: CacheMethod, group: Sequence[Arrival]) -> None:
     count = len(layers)
     states = {name: _split(value, count) for name, value in after.items()}
     slots, moved = _split(edit.slot, count), _split(edit.apply(places), count)
-    for place, arrival in enumerate(group):
-        arrival.layer.state = {name: parts[place] for name, parts in states.items()}
-        arrival.layer.replace(Replace(slots[place]), moved[place], arrival.turn)
+    for place, layer in enumerate(layers):
+        layer.state = {name: parts[place] for name, parts in states.items()}
+        layer.replace(Replace(slots[place]), moved[place])
+    if layers[0].shift is not None:
+        _keep_compact(layers, edit, places, real, group[0].turn)
+
+
+def _keep_compact(
+    layers: Sequence[PrunedLayer], edit: Replace, places: Tensor, real: Tensor | None, turn: Turn
+) -> None:
+    """What is older than the entry that left, at `places` [B, G, T] before, moves up by one position."""
+    older = places < places.gather(2, edit.slot.unsqueeze(2))
+    if real is not None:
+        older &= real.unsqueeze(2)
+    before = _stack([layer.shift for layer in layers])
+    turned = before.shape[-1]
+    shift = edit.apply(older + torch.nn.functional.pad(before, (0, places.shape[-1] - turned)))
+    if not bool(shift[..., turned:].any()):
+        shift = shift[..., :turned]
+    cached = _stack([layer.keys[:, :, : shift.shape[-1]] for layer in layers])
+    keys = turn(cached, shift) if shift.shape[-1] else cached
+    parts = (_split(value, len(layers)) for value in (shift, cached, keys))
+    for layer, *values in zip(layers, *parts, strict=True):
+        layer.turned(*values)
 
 
 def _stack(values: Sequence[int | Tensor]) -> int | Tensor:

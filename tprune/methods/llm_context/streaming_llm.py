@@ -30,6 +30,7 @@ class StreamingLLM(CacheMethod):
         "window instead, which gives the same distances. --positions original leaves them where they were.",
     )
     positions = "compact"
+    reads = ()
     sink: int = param(4, "first tokens that always stay", low=0)
 
     def check_length(self, length: int, count: int) -> None:
