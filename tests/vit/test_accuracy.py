@@ -5,7 +5,9 @@ import torch
 
 import tprune
 from tprune.data import images
+from tprune.methods import registry
 from tprune.models import load as loaders
+from tprune.models.anatomy import anatomy
 from tprune.models.source import resolve
 from tprune.recipe import ModelSource
 
@@ -45,3 +47,13 @@ def test_it_beats_random_at_the_same_budget(method, model_and_scenes, floor):
     model, pixels, labels = model_and_scenes
     with tprune.prune(model, method, keep=KEEP):
         assert accuracy(model, pixels, labels) > floor + 0.05
+
+
+def test_heads_that_tnt_has_fitted_beat_untrained_ones_and_random(model_and_scenes, floor):
+    model, pixels, labels = model_and_scenes
+    first = registry.build("tnt", "vit").neutral_state(anatomy(model).shape, 0)
+    with tprune.prune(model, "tnt", keep=KEEP, state=first):
+        untrained = accuracy(model, pixels, labels)
+    with tprune.prune(model, "tnt", keep=KEEP, fit="built-in", epochs=0.25) as handle:
+        assert handle.fitted["steps"] == 32
+        assert accuracy(model, pixels, labels) > max(untrained, floor) + 0.05

@@ -264,3 +264,17 @@ def test_a_tnt_model_gives_the_authors_logits(case, monkeypatch):
     with tprune.prune(model, "tnt", state=state, similar=37, **TNT_CASES[case]):
         logits = model(tensors["image"].float())
     assert torch.allclose(logits, tensors[f"{case}.logits"], atol=1e-4)
+
+
+def test_ltmp_thresholds_leave_all_prefix_tokens_in_front(images):
+    model = tiny_vit(reg_tokens=3)
+    given = {"merge_threshold": 0.5, "prune_threshold": 0.05}
+    with tprune.prune(model, "ltmp", **given) as handle:
+        handle.driver.record = True
+        together = model(images)
+        found = [reduction for _, reduction in handle.driver.trace.reductions]
+        alone = torch.cat([model(image[None]) for image in images])
+    assert torch.allclose(together, alone, atol=1e-5)
+    assert found[-1].count < found[0].length
+    for reduction in found:
+        assert torch.equal(reduction.index[:, :4], torch.arange(4).expand(3, 4))

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tprune.core.budget import Stage
 from tprune.data import images
 from tprune.errors import UserError
-from tprune.methods.base import TokenMethod
+from tprune.methods.base import Shape, TokenMethod
 from tprune.models import load as loaders
 from tprune.models import vit as adapter
 from tprune.models.anatomy import Anatomy, anatomy, classes
@@ -101,7 +102,7 @@ class VitPipeline(Pipeline):
         """Read the images; refuse a method or a budget that does not fit before anything is measured."""
         shape = anatomy(subject.model).shape
         self.method.check(shape)
-        solve(self.method, shape, self.stage.keep)
+        self.plan(shape)
         self.images = images.read(self.recipe.data, self.recipe.limit or self.default_limit)
         self.classes = classes(subject.model)
         labels = self.images.labels
@@ -180,11 +181,15 @@ class VitPipeline(Pipeline):
         self.method.check_fit(self.stage.fit)
         if self.method.state is None and self.stage.fit is not None:
             self.method, self.fitted = self.fit(subject, parts, work)
-        learned = self.method.state is not None
-        method = self.method if learned or self.stage.keep is None else self.method.counted()
-        stages = solve(method, parts.shape, None if learned and method.varies() else self.stage.keep)
+        method, stages = self.plan(parts.shape)
         self.handle = VitHandle(adapter.TokenDriver(parts, method, stages, self.recipe.seed), self.fitted)
         return self.handle
+
+    def plan(self, shape: Shape) -> tuple[TokenMethod, tuple[Stage, ...]]:
+        """The method as it runs at this budget, and its stages; counts that vary have met it when they were learned."""
+        learned, keep = self.method.state is not None, self.stage.keep
+        method = self.method if learned or keep is None else self.method.counted()
+        return method, solve(method, shape, None if learned and method.varies() else keep)
 
     def fit(self, subject: Subject, parts: Anatomy, work: Path | None) -> tuple[TokenMethod, dict[str, Any]]:
         """The method with what it learned from `--fit`, and the facts of the fit."""

@@ -61,8 +61,7 @@ class Thresholds(Fit):
         left[:, ::2] = remains
         pruned = relax.gate(worth, self.prune_threshold[site.layer], gates)
         left = torch.where(left.detach() > 0, pruned, left)
-        rest = place[prefix:]
-        order = torch.cat([place[:prefix], rest[rest % 2 == 0], rest[rest % 2 == 1]]).expand(batch, -1)
+        order = even_odd(place, prefix).expand(batch, -1)
         return Relaxed(gather_tokens(hidden, order), left.gather(1, order), grown.gather(1, order), order)
 
     def losses(self, outputs, labels, memory, dense):
@@ -78,3 +77,8 @@ class Thresholds(Fit):
     def state(self):
         """Both, one number per block."""
         return {name: threshold.detach().clone() for name, threshold in self.named_parameters()}
+
+
+def even_odd(place, prefix):
+    """`place` [N], 0 to N - 1, in the order [prefix, even, odd]."""
+    return torch.cat([place[:prefix], place[prefix + prefix % 2 :: 2], place[prefix | 1 :: 2]])

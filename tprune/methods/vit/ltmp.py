@@ -18,7 +18,7 @@ from tprune.core.budget import Site, Stage
 from tprune.core.reduction import Reduction
 from tprune.errors import UserError
 from tprune.methods.base import Paper, TokenMethod, param
-from tprune.methods.vit._ltmp_fit import Thresholds
+from tprune.methods.vit._ltmp_fit import Thresholds, even_odd
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class LTMP(TokenMethod):
         stays = real & (worth > prune_below)
         stays[:, ::2] &= ~merges
 
-        order = torch.cat([place[::2], place[1::2]])
+        order = even_odd(place, view.prefix)
         slots = (~stays[:, order]).to(torch.int8).argsort(dim=1, stable=True)
         counts = stays.sum(1)
         index = order[slots[:, : int(counts.max())]]
