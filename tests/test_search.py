@@ -75,17 +75,38 @@ def test_methods_that_leave_flops_alone_are_out_after_one_look(folder, text):
     assert "sparsity" in result["recipe"]
 
 
-def test_a_latency_target_is_measured_beside_the_dense_model(vit_folder, monkeypatch):
+UNITS = (("ms", 1), ("ratio", 10))
+
+
+@pytest.mark.parametrize(("scatter", "rounds"), [(0.01, {2, 8}), (0.4, {2, 4, 8})])
+def test_a_latency_target_is_timed_beside_the_dense_model_and_longer_on_a_noisy_machine(
+    scatter, rounds, vit_folder, monkeypatch
+):
+    seen = []
+
     def times(self, trial, rounds):
         # As if time were in proportion to the tokens that are kept.
         kept = 10 * trial.recipe.stage.keep
         middle = {"dense": 10.0, "pruned": kept}
-        return {name: {"latency_ms": ms, "latency_ratio": ms / 10} for name, ms in middle.items()}
+        seen.append(rounds)
+        parts = {"": 1.0, "_q1": 1 - scatter, "_q3": 1 + scatter}
+        return {
+            name: {
+                f"latency{part}_{unit}": ms * much / scale
+                for part, much in parts.items()
+                for unit, scale in UNITS
+            }
+            for name, ms in middle.items()
+        }
 
     monkeypatch.setattr(trials.Trials, "latency", times)
     monkeypatch.setattr(trials.Trials, "latency_alone", lambda self, rounds: 10.0)
-    result = found(vit_folder, "--target-latency", "7ms", "--method", "tome")
+    words = ("--target-latency", "7ms", "--method", "tome", "--rounds", 2)
+    result = found(vit_folder, *words)
     assert result["winner"]["left"] == pytest.approx(0.7, abs=0.03)
+    assert result["verified"]["pruned"]["latency_ms"] == 10 * result["winner"]["left"]
+    assert set(seen) == rounds
+    assert "the limit of 7 ms is" in look(vit_folder, *words).stdout
     with pytest.raises(UserError, match=r"the dense model takes 10.0 ms already"):
         look(vit_folder, "--target-latency", "1s", "--method", "tome")
 
@@ -144,6 +165,12 @@ def test_a_smooth_cost_is_met_in_a_few_steps():
     assert found == pytest.approx(0.5, abs=0.01)
     assert cost(left) == found
     assert len(cost.places) <= 6
+
+
+def test_one_slow_call_does_not_throw_a_method_out():
+    slow = iter([1.2])
+    left, _ = fit_cost(lambda left: next(slow, left), 0.5, 0.03, exact=False)
+    assert left < 0.55
 
 
 def test_a_cost_in_steps_stays_below_its_target():

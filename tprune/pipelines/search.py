@@ -20,6 +20,8 @@ from tprune.recipe import Recipe
 
 FLOPS_TOLERANCE, LATENCY_TOLERANCE = 0.01, 0.03
 RUNGS = 4
+SCATTER = 0.1
+"""A distance of the quartiles, as a part of the median, above which a time is taken again in twice the rounds."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,8 @@ class Search:
             cost, target, tolerance = self.flops, self.goal.value, FLOPS_TOLERANCE
         else:
             cost, target, tolerance = self.latency, self.goal.value / self.dense_ms, LATENCY_TOLERANCE
-        candidate.left, found = fit_cost(lambda left: cost(candidate, left), target, tolerance)
+        exact = self.goal.kind == "flops"
+        candidate.left, found = fit_cost(lambda left: cost(candidate, left), target, tolerance, exact=exact)
         candidate.figures["target_ratio"] = found
 
     def time_dense(self) -> None:
@@ -125,7 +128,7 @@ class Search:
         Raises:
             UserError: no longer than the goal.
         """
-        self.dense_ms = self.trials.latency_alone(self.rounds)
+        self.dense_ms = self.trials.latency_alone(4 * self.rounds)
         if self.dense_ms <= self.goal.value:
             raise UserError(
                 f"--target-latency {self.goal.value:g}ms: the dense model takes {self.dense_ms:.1f} ms already"
@@ -157,12 +160,25 @@ class Search:
         return found
 
     def latency(self, candidate: Candidate, left: float) -> float:
-        """Latency as a fraction of the dense model's, medians of calls in turn."""
+        """Latency as a fraction of the dense model's, median over calls in turn; more of them where they scatter."""
         with self.trials.pruned(self.with_budget(candidate, left)) as trial:
-            times = self.trials.latency(trial, self.rounds)
-        found = times["pruned"]["latency_ratio"]
-        self.note(candidate, left, latency=found, **times["pruned"])
-        return found
+            for rounds in (self.rounds, 2 * self.rounds, 4 * self.rounds):
+                times = self.trials.latency(trial, rounds)["pruned"]
+                scatter = times["latency_q3_ratio"] - times["latency_q1_ratio"]
+                if scatter <= SCATTER * times["latency_ratio"]:
+                    break
+        told = {
+            "latency_ms": times["latency_ms"],
+            "ratio_to_dense": times["latency_ratio"],
+            "scatter": scatter,
+        }
+        self.note(candidate, left, **told, rounds=rounds)
+        return times["latency_ratio"]
+
+    def verify(self, winner: Candidate) -> dict[str, dict[str, float]]:
+        """The winner timed once more beside the dense model, in four times as many rounds."""
+        with self.trials.pruned(self.with_budget(winner, winner.left)) as trial:
+            return self.trials.latency(trial, 4 * self.rounds)
 
     def judge(
         self, candidate: Candidate, trials: Trials, dense: dict[str, Any], reference: Quality, limit: int
