@@ -278,3 +278,21 @@ def test_ltmp_thresholds_leave_all_prefix_tokens_in_front(images):
     assert found[-1].count < found[0].length
     for reduction in found:
         assert torch.equal(reduction.index[:, :4], torch.arange(4).expand(3, 4))
+
+
+def test_diffrate_in_training_gives_the_authors_logits_and_gradients():
+    tensors, told = golden("vit", "diffrate-fit")
+    model = VisionTransformer(**told["settings"]["model"]).eval().requires_grad_(False)
+    model.load_state_dict(under(tensors, "model."))
+    parts = anatomy(model)
+    method = registry.build("diffrate", "vit", {"granularity": told["settings"]["granularity"]})
+    fit = method.fit(parts.shape, 0.5, 0)
+    fit.logits.data.copy_(tensors["fit.logits"])
+    driver = FitDriver(parts, method, fit, 0)
+    out = model(tensors["fit.image"].float())
+    assert torch.allclose(out, tensors["fit.out"], atol=1e-4)
+    assert torch.allclose(driver.present, tensors["fit.mask"], atol=1e-6)
+    assert torch.allclose(driver.size, tensors["fit.size"], rtol=1e-3)
+    (out * tensors["fit.weight"]).sum().backward()
+    assert torch.allclose(fit.logits.grad, tensors["fit.grad"], rtol=1e-3, atol=1e-5)
+    driver.remove()

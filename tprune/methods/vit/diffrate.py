@@ -44,7 +44,7 @@ class DiffRate(TokenMethod):
     needs_cls = True
     native = ("schedule",)
     learns = "optional"
-    built_in: ClassVar[dict[str, Any]] = {"epochs": 2.0, "batch": 16, "lr": 0.05, "min_lr": 0.005}
+    built_in: ClassVar[dict[str, Any]] = {"epochs": 2.0, "batch": 16, "lr": 0.2}
 
     schedule: str = param("deit-s-2.9", "model and GFLOPs of a published schedule", choices=NAMES)
     epochs: float = param(3.0, "of a fit", low=0)

@@ -39,7 +39,7 @@ class LTMP(TokenMethod):
     )
     native = ("r", "merge_threshold", "prune_threshold")
     learns = "optional"
-    built_in: ClassVar[dict[str, Any]] = {"epochs": 2.0, "batch": 16, "lr": 1e-4}
+    built_in: ClassVar[dict[str, Any]] = {"batch": 16, "lr": 1e-4}
 
     r: int = param(13, "tokens that leave each block", low=0)
     merge_threshold: tuple[float, ...] | None = param(
