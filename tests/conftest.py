@@ -42,12 +42,12 @@ def tiny_vit(**changes):
 
 
 def start(method, model):
-    """Arguments of `prune`: the tensors that a method which must learn starts from, nothing for the others."""
+    """Arguments of `prune`: what a method that must learn or calibrates starts from, nothing for the others."""
     from tprune.methods import registry
     from tprune.models.anatomy import anatomy
 
     method = registry.build(method, "vit")
-    if method.learns != "required":
+    if method.learns != "required" and not method.calibrates:
         return {}
     return {"state": method.neutral_state(anatomy(model).shape, 0)}
 

@@ -34,19 +34,24 @@ PROJECTOR = Site(-1)
 
 @dataclass(frozen=True)
 class Stage:
-    """After `site`, `count` prunable tokens are left."""
+    """After `site`, `count` prunable tokens are left.
+
+    With `skips` it is the attention of the block that is left out, for all tokens; `count` is then what it was.
+    """
 
     site: Site
     count: int
+    skips: bool = False
 
 
 def counts_entering(stages: Sequence[Stage], tokens: int, depth: int) -> list[int]:
     """How many prunable tokens enter each of the 2·depth attention and MLP sublayers."""
     entering, alive, waiting = [], tokens, sorted(stages, key=lambda stage: stage.site)
+    skipped = {stage.site.sublayer for stage in stages if stage.skips}
     for sublayer in range(2 * depth):
         while waiting and waiting[0].site.sublayer <= sublayer:
             alive = waiting.pop(0).count
-        entering.append(alive)
+        entering.append(0 if sublayer in skipped else alive)
     return entering
 
 
@@ -60,7 +65,7 @@ def mean_leaving(stages: Sequence[Stage], tokens: int, depth: int) -> float:
 
     A layer that runs in full and prunes afterwards counts as pruned (SparseVLM, AdaptInfer).
     """
-    entering = counts_entering(stages, tokens, depth)
+    entering = counts_entering([stage for stage in stages if not stage.skips], tokens, depth)
     last = min((stage.count for stage in stages), default=tokens)
     return sum([*entering[2::2], last]) / (depth * tokens)
 

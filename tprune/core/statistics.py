@@ -23,6 +23,14 @@ def token_cosine(before: Tensor, after: Tensor) -> Tensor:
     return cosine.nan_to_num(nan=0.5)
 
 
+def gaussian_entropy(outputs: Tensor) -> float:
+    """Entropy in bits, but for a constant, of outputs [S, C] of S samples, as if channels were independent Gaussians.
+
+    Σ_c log2 σ_c; a channel that never changes counts as σ = 1e-12 (λ-ViT, equation 5, as the authors compute it).
+    """
+    return outputs.double().std(dim=0).clamp_min(1e-12).log2().sum().item()
+
+
 class Norm:
     """`norm` [C]: the L2 norm of every input over all tokens."""
 

@@ -112,6 +112,10 @@ class Fit(nn.Module):
         """What `--keep` means, of this forward: the mean fraction of tokens entering a sublayer, with a gradient."""
         return mean_entering(memory["left"], 1, self.depth)
 
+    def blend(self, layer: int) -> tuple[float, float] | None:
+        """(a, b) where block `layer` makes a·x + b·attention(x) of its input instead of x + attention(x)."""
+        return None
+
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Parameter groups of the optimizer; `lr` and `weight_decay` where they differ from the plan's."""
         return [{"params": [p for p in [*self.parameters(), *model.parameters()] if p.requires_grad]}]

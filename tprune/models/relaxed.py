@@ -50,6 +50,9 @@ class FitDriver(TokenDriver):
         self.present: Tensor | None = None
         self.memory["left"] = []
 
+    def _blend(self, layer: int) -> tuple[float, float] | None:
+        return self.fit.blend(layer)
+
     def _watched(self) -> set[int]:
         """Any block may have to do without absent tokens."""
         return set(range(self.parts.shape.depth))

@@ -51,7 +51,9 @@ class TokenDriver:
     ):
         self.parts, self.method, self.stages = parts, method, tuple(stages)
         self.seed, self.record = seed, record
-        self.counts = {stage.site: stage.count for stage in stages}
+        self.counts = {stage.site: stage.count for stage in stages if not stage.skips}
+        self.skipped = {stage.site.layer for stage in stages if stage.skips}
+        self.skip_scale = method.skip_scale() if self.skipped else 1.0
         self.trace = Trace()
         self.dense, self.canvas = parts.dense, None
         known = signature(type(parts.blocks[0]).forward).parameters
@@ -82,6 +84,9 @@ class TokenDriver:
             self._hook(block.register_forward_hook(self._after, prepend=True))
             if Site(layer, between=True) in self.counts:
                 block.forward = self._stopping_between(layer, *halves(block))
+                self.undo.callback(block.__dict__.pop, "forward", None)
+            elif self._blend(layer) is not None:
+                block.forward = self._blending(layer, *halves(block))
                 self.undo.callback(block.__dict__.pop, "forward", None)
             if layer in watched:
                 attention = parts.attentions[layer]
@@ -156,7 +161,7 @@ class TokenDriver:
                 x = self.canvas.enter(x, self.position)
             if Site(layer) in self.counts:
                 x = self._reduce(Site(layer), x)
-            self.trace.entering.append(x.shape[1] - self.parts.shape.prefix)
+            self.trace.entering.append(0 if layer in self.skipped else x.shape[1] - self.parts.shape.prefix)
             if self.ragged is not None:
                 self.ragged.count(2 * layer, x)
                 if Site(layer, between=True) not in self.counts:
@@ -179,6 +184,20 @@ class TokenDriver:
             x = self._reduce(Site(layer, between=True), x)
             if self.ragged is not None:
                 self.ragged.count(2 * layer + 1, x)
+            return x + feed(x)
+
+        return forward
+
+    def _blend(self, layer: int) -> tuple[float, float] | None:
+        """(a, b) where block `layer` makes a·x + b·attention(x) of its input instead of x + attention(x)."""
+        return (self.skip_scale, 0.0) if layer in self.skipped else None
+
+    def _blending(self, layer: int, attend: Callable, feed: Callable) -> Callable:
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            own, share = self._blend(layer)
+            x = own * hidden_states
+            if share:
+                x = x + share * attend(hidden_states, *args, **kwargs)
             return x + feed(x)
 
         return forward

@@ -155,6 +155,8 @@ class Loop:
             time.monotonic(),
         )
         left = range(self.begin, self.steps)
+        if self.begin:
+            self.learner.fit.settle(self.begin / self.steps)
         self.progress.say(f"fitting: {len(left)} steps of {self.plan.batch} images")
         pairs = zip(left, batches.read(left), strict=True)
         for step, (pixels, labels) in self.progress.track(pairs, "fitting", len(left)):

@@ -19,6 +19,7 @@ from tprune.models import vit as adapter
 from tprune.models.anatomy import Anatomy, anatomy, classes
 from tprune.models.subject import Subject
 from tprune.pipelines.base import Achieved, Handle, Pipeline, Quality, Sample, Workload
+from tprune.pipelines.skipping import calibrated
 from tprune.pipelines.tokens import solve
 
 TUNED = "model."
@@ -62,7 +63,7 @@ class VitHandle(Handle):
     def achieved(self) -> Achieved:
         """The mean fraction of patch tokens that entered a sublayer: as planned, or measured where it varies."""
         shape, entering = self.driver.parts.shape, self.entering
-        leaving = [*entering[2::2], entering[-1]]
+        leaving = [*map(max, entering[2::2], entering[3::2]), entering[-1]]
         details = {
             "tokens": shape.tokens,
             "tokens_entering_mean": sum(entering) / len(entering),
@@ -179,7 +180,10 @@ class VitPipeline(Pipeline):
         if state or (state is not None and self.stage.fit is not None):
             self.method = self.method.bind(untuned(subject, state))
         self.method.check_fit(self.stage.fit)
-        if self.method.state is None and self.stage.fit is not None:
+        known = self.method.state is not None
+        if not known and self.method.calibrates:
+            self.method = calibrated(self, subject, parts)
+        if not known and self.stage.fit is not None:
             self.method, self.fitted = self.fit(subject, parts, work)
         method, stages = self.plan(parts.shape)
         self.handle = VitHandle(adapter.TokenDriver(parts, method, stages, self.recipe.seed), self.fitted)
