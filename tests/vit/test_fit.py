@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+import transformers
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
 import tprune
@@ -296,3 +298,49 @@ def test_diffrate_in_training_gives_the_authors_logits_and_gradients():
     (out * tensors["fit.weight"]).sum().backward()
     assert torch.allclose(fit.logits.grad, tensors["fit.grad"], rtol=1e-3, atol=1e-5)
     driver.remove()
+
+
+def test_a_folder_of_class_folders_can_be_fitted_on(tmp_path):
+    for place in range(8):
+        image, _ = pictures.training("built-in").sample(place)
+        (tmp_path / f"class{place % 2}").mkdir(exist_ok=True)
+        image.save(tmp_path / f"class{place % 2}" / f"{place}.png")
+    settings = {"epochs": 1.0, "batch": 4}
+    with tprune.prune(tiny_vit(), "ltmp", keep=0.6, fit=str(tmp_path), **settings) as handle:
+        assert handle.fitted["steps"] == 2
+        assert handle.fitted["data"]["samples"] == 8
+        assert handle.fitted["labels"] == "the data's"
+
+
+def hugging_face():
+    config = transformers.ViTConfig(
+        image_size=32,
+        patch_size=8,
+        num_labels=10,
+        hidden_size=24,
+        num_hidden_layers=4,
+        num_attention_heads=3,
+        intermediate_size=48,
+    )
+    processor = transformers.ViTImageProcessor(size={"height": 32, "width": 32})
+    return transformers.ViTForImageClassification(config), processor
+
+
+def rotary():
+    settings = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 3}
+    return Eva(**settings, num_classes=10, use_rot_pos_emb=True, global_pool="token"), None
+
+
+@pytest.mark.parametrize("make", [hugging_face, rotary])
+@pytest.mark.parametrize("method", ["ltmp", "diffrate", "tnt"])
+def test_models_of_other_makes_are_fitted(method, make, images):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, processor = make()
+    model.eval()
+    with tprune.prune(
+        model, method, keep=0.6, fit="built-in", tokenizer=processor, **steps(method)
+    ) as handle:
+        out = model(images)
+        assert torch.isfinite(out if isinstance(out, torch.Tensor) else out.logits).all()
+        assert handle.fitted["steps"] == 3

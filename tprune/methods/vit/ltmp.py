@@ -149,6 +149,8 @@ class LTMP(TokenMethod):
     def by_threshold(self, layer, view, metric):
         """Rows keep what their thresholds say, in the order [even tokens, odd tokens], padded on the right."""
         batch, length = metric.shape[:2]
+        if length == view.prefix:
+            return Reduction.identity(batch, length, metric.device)
         place = torch.arange(length, device=metric.device)
         real = view.prunable if view.real is None else view.real
         real = real | (place < view.prefix)
