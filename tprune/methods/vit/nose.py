@@ -59,8 +59,9 @@ class NOSE(TokenMethod):
     weight_decay: float = param(0.05, "of a fit", low=0)
 
     def stages(self, shape, knob):
-        """The first so many blocks of the order skip their attention; before there is an order, any."""
-        order = range(shape.depth) if self.state is None else self.state["order"].tolist()
+        """The first so many blocks of the order skip their attention; those that nothing has chosen come last."""
+        order = [] if self.state is None else self.state["order"].tolist()
+        order += [layer for layer in range(shape.depth) if layer not in order]
         return [Stage(Site(layer), shape.tokens, skips=True) for layer in order[: self.removed(shape, knob)]]
 
     def removed(self, shape, knob):
