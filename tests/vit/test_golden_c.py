@@ -1,21 +1,27 @@
-"""EET against its authors' own code (see tests/golden/vit/*.json)."""
+"""Cropr and EET against their authors' own code (see tests/golden/vit/*.json)."""
+
+import json
 
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
 import tprune
-from tests.golden_values import golden, under
+from tests.conftest import tiny_vit
+from tests.golden_values import HERE, golden, under
 from tprune.core.budget import Site
 from tprune.core.score import cls_times_head_norm
 from tprune.errors import UserError
 from tprune.methods import registry
 from tprune.methods.base import Shape
+from tprune.models.anatomy import anatomy
+from tprune.models.relaxed import FitDriver
 
 
 def model_of(told, tensors):
     model = VisionTransformer(**told["settings"]["model"]).eval().requires_grad_(False)
-    model.load_state_dict(under(tensors, "model."))
+    own = {n: t for n, t in under(tensors, "model.").items() if not n.startswith("cropr.")}
+    model.load_state_dict(own)
     return model
 
 
@@ -56,3 +62,116 @@ def test_eet_keeps_the_papers_counts_at_its_proportions():
     assert eet.stages(shape, 12 / 196) == eet.stages(shape, None)
     with pytest.raises(UserError, match="2 numbers for 3 blocks"):
         registry.build("eet", "vit", {"counts": (98, 49)}).check(shape)
+
+
+AUTHORS = {
+    "mixers.{}.0": "cross_attn.mlp_norm",
+    "mixers.{}.1": "cross_attn.mlp.fc1",
+    "mixers.{}.3": "cross_attn.mlp.fc2",
+    "heads.{}.0": "head.norm",
+    "heads.{}.1": "head.head",
+}
+CASES = json.loads((HERE / "vit" / "cropr.json").read_text())["settings"]["cases"]
+every_case = pytest.mark.parametrize("case", CASES)
+
+
+def cropr(case):
+    """The authors' tensors, their model as ours, and cropr with their settings and queries."""
+    tensors, told = golden("vit", "cropr")
+    ours = {n.removeprefix(f"{case}."): t for n, t in tensors.items()}
+    learned = under(ours, "model.cropr.")
+    queries = torch.cat([learned[f"{place}.cross_attn.queries"] for place in range(len(learned) // 11)])
+    setting = CASES[case]
+    given = {"rate": setting["pruning_rate"], "fusion": setting["llf"], "smoothing": 0.0}
+    method = registry.build("cropr", "vit", given | {"mlp_ratio": told["settings"]["mlp_ratio"]})
+    return ours, model_of(told, ours), method, queries, learned
+
+
+def fit_of(method, model, queries, learned):
+    """Cropr in training with the authors' values."""
+    fit = method.fit(anatomy(model).shape, None, 0)
+    values = {"queries": queries}
+    for name in fit.state_dict():
+        if name != "queries":
+            stem, kind = name.rsplit(".", 1)
+            place = stem.split(".")[1]
+            values[name] = learned[f"{place}.{AUTHORS[stem.replace(f'.{place}.', '.{}.', 1)]}.{kind}"]
+    fit.load_state_dict(values)
+    return fit
+
+
+@every_case
+def test_a_cropr_model_keeps_the_authors_tokens_and_gives_their_logits(case):
+    tensors, model, method, queries, _ = cropr(case)
+    with tprune.prune(model, "cropr", state={"queries": queries}, **method.settings()) as handle:
+        handle.driver.record = True
+        logits = model(tensors["image"].float())
+        found = handle.driver.trace.reductions
+        last = handle.driver.trace.entering[-1]
+    for place, (site, reduction) in enumerate(found):
+        assert site == Site(place + 1)
+        assert torch.equal(reduction.index, tensors[f"kept{place}"])
+    assert [reduction.count - 1 for _, reduction in found] == CASES[case]["tokens_left"]
+    assert last == (16 if CASES[case]["llf"] else CASES[case]["tokens_left"][-1])
+    assert torch.allclose(logits, tensors["logits"], atol=1e-5)
+
+
+@every_case
+def test_a_step_of_cropr_gives_the_authors_losses_and_gradients(case):
+    tensors, model, method, queries, learned = cropr(case)
+    fit = fit_of(method, model.requires_grad_(True), queries, learned)
+    driver = FitDriver(anatomy(model), method, fit, 0)
+    losses = fit.losses(model(tensors["image"].float()), tensors["labels"], driver.memory, None)
+    sum(losses.values()).backward()
+    assert torch.allclose(torch.stack(driver.memory["guesses"]), tensors["guesses"], atol=1e-5)
+    assert torch.allclose(torch.stack(list(losses.values())), tensors["losses"], atol=1e-5)
+    assert torch.allclose(fit.queries.grad, tensors["query_grad"], atol=1e-5)
+    found = dict(model.named_parameters())
+    for name, gradient in under(tensors, "grad.").items():
+        assert torch.allclose(found[name].grad, gradient, atol=1e-5)
+    driver.remove()
+
+
+def test_the_auxiliary_heads_of_cropr_teach_the_model_nothing():
+    tensors, model, method, queries, learned = cropr("fusion")
+    fit = fit_of(method, model.requires_grad_(True), queries, learned)
+    driver = FitDriver(anatomy(model), method, fit, 0)
+    model(tensors["image"].float())
+    sum(guess.sum() for guess in driver.memory["guesses"]).backward()
+    assert fit.queries.grad.any()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    driver.remove()
+
+
+def test_what_cropr_drops_comes_back_as_it_left_before_the_last_block(images):
+    model, outputs, entered = tiny_vit(), [], []
+    state = registry.build("cropr", "vit").neutral_state(anatomy(model).shape, 0)
+    with tprune.prune(model, "cropr", keep=0.7, state=state) as handle:
+        handle.driver.record = True
+        for block in model.blocks:
+            block.register_forward_hook(lambda _, args, out: outputs.append(out))
+        block.norm1.register_forward_hook(lambda _, args, out: entered.append(args[0]))
+        model(images)
+        (_, first), (_, second) = handle.driver.trace.reductions
+    expected = outputs[0].clone()
+    left = outputs[1]
+    expected = expected.scatter(1, first.index.unsqueeze(-1).expand_as(left), left)
+    both, rest = first.compose(second).index, outputs[2]
+    expected = expected.scatter(1, both.unsqueeze(-1).expand_as(rest), rest)
+    assert first.count < 17
+    assert second.count < first.count
+    assert torch.equal(entered[0], expected)
+
+
+def test_cropr_keeps_the_papers_counts_and_learns_slower_in_early_blocks():
+    method, shape = registry.build("cropr", "vit"), Shape(24, 196, 1, width=24, classes=5, has_cls=True)
+    counts = [stage.count for stage in method.stages(shape, None)]
+    assert counts == [187 - 8 * place for place in range(22)] + [196]
+    model = tiny_vit().requires_grad_(True)
+    groups = method.fit(anatomy(model).shape, 0.6, 0).groups(model)
+    of = {id(parameter): group for group in groups for parameter in group["params"]}
+    assert len(of) == sum(len(group["params"]) for group in groups)
+    assert of[id(model.cls_token)]["lr"] == pytest.approx(4e-3 * 0.75**5)
+    assert of[id(model.blocks[0].attn.qkv.weight)]["lr"] == pytest.approx(4e-3 * 0.75**4)
+    assert of[id(model.head.weight)] | {"params": 0} == {"params": 0, "lr": 4e-3, "weight_decay": 0.05}
+    assert of[id(model.pos_embed)]["weight_decay"] == of[id(model.head.bias)]["weight_decay"] == 0

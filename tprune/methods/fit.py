@@ -121,7 +121,7 @@ class Fit(nn.Module):
         return [{"params": [p for p in [*self.parameters(), *model.parameters()] if p.requires_grad]}]
 
     def settle(self, done: float) -> None:
-        """After every step: `done` of the fit, above 0 and up to 1, is over. Clamps, anneals."""
+        """After every step, and before the first of a resumed fit: `done` of it, above 0 and up to 1, is over."""
 
     def state(self) -> dict[str, Tensor]:
         """What is kept: the tensors that the method reads as `self.state`."""

@@ -72,6 +72,10 @@ class FitDriver(TokenDriver):
         view.present = self.present
         return view
 
+    def _return(self, x: Tensor) -> Tensor:
+        self.memory["left"].append(Stage(self.rejoin, 1.0))
+        return super()._return(x)
+
     def _reduce(self, site: Site, x: Tensor) -> Tensor:
         found, prefix = self.fit.at(site, self._view(site, x), self.memory), self.parts.shape.prefix
         if isinstance(found, Relaxed):

@@ -55,7 +55,7 @@ class TokenDriver:
         self.skipped = {stage.site.layer for stage in stages if stage.skips}
         self.skip_scale = method.skip_scale() if self.skipped else 1.0
         self.trace = Trace()
-        self.dense, self.canvas = parts.dense, None
+        self.dense, self.canvas, self.rejoin = parts.dense, None, method.rejoins(parts.shape)
         known = signature(type(parts.blocks[0]).forward).parameters
         self.mask_name = next((name for name in ("attn_mask", "attention_mask") if name in known), None)
         self.ragged = Ragged(parts.shape.depth, parts.shape.prefix) if method.varies() else None
@@ -124,7 +124,7 @@ class TokenDriver:
         self.position = self.size = self.attention = self.bias = self.seeds = None
         self.memory: dict[str, Any] = {}
         self.trace = Trace()
-        self.canvas = Canvas() if self.dense else None
+        self.canvas = Canvas() if self.dense or self.rejoin is not None else None
         if self.ragged is not None:
             self.ragged.begin(len(pixels))
         if "seeds" in self.method.reads:
@@ -157,9 +157,11 @@ class TokenDriver:
         def before(block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             named = kwargs | dict(zip(("hidden_states", "attention_mask"), args, strict=False))
             x = named.pop("hidden_states")
-            if self.canvas is not None:
+            if self.dense:
                 x = self.canvas.enter(x, self.position)
-            if Site(layer) in self.counts:
+            if Site(layer) == self.rejoin:
+                x = self._return(x)
+            elif Site(layer) in self.counts:
                 x = self._reduce(Site(layer), x)
             self.trace.entering.append(0 if layer in self.skipped else x.shape[1] - self.parts.shape.prefix)
             if self.ragged is not None:
@@ -172,7 +174,7 @@ class TokenDriver:
 
     def _after(self, block: nn.Module, args: tuple, output: Any) -> Any:
         """Full length again, where every block's output is read."""
-        if self.canvas is None:
+        if not self.dense:
             return None
         if isinstance(output, tuple):
             return self.canvas.leave(output[0]), *output[1:]
@@ -250,6 +252,12 @@ class TokenDriver:
     def _reduce(self, site: Site, x: Tensor) -> Tensor:
         reduction = self.method.reduce(site, self._view(site, x), self.counts[site], self.memory)
         return self._apply(site, reduction, x)
+
+    def _return(self, x: Tensor) -> Tensor:
+        """The whole sequence in its first order, [B, N, D], of what is left and all that has left."""
+        x, self.canvas = self.canvas.leave(x), Canvas()
+        self.position = self.size = None
+        return x
 
     def _apply(self, site: Site, reduction: Reduction, x: Tensor) -> Tensor:
         if self.position is None:
