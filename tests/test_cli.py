@@ -283,3 +283,16 @@ def test_bench_prints_the_ratio_of_measured_to_theoretical_speedup(vit_folder, m
     result = json.loads(call(*words).stdout)["results"][0]
     assert result["speedup_ratio"] == pytest.approx(result["speedup_measured"] / result["speedup_flops"])
     assert result["threading"] == THREADING
+
+
+def test_bench_finds_the_family_of_a_method_that_only_one_family_has(vit_folder):
+    words = ["bench", vit_folder, "--method", "tome", "--keep", "0.6", "--rounds", "1", "--json"]
+    result = json.loads(call(*words).stdout)["results"][0]
+    assert result["family"] == "vit"
+    assert result["seconds"]["scoring"]["median"] < result["seconds"]["pruned"]["median"]
+    assert result["peak_memory_mb_dense"] > 0
+    assert result["protocol"]["attention"] == "sdpa"
+    with pytest.raises(
+        UserError, match="--method random does not tell the family; write tprune bench FAMILY"
+    ):
+        call("bench", vit_folder, "--method", "random", "--keep", "0.6")

@@ -9,12 +9,13 @@ import click
 
 from tprune.cli import THREADING
 from tprune.commands.common import FAMILY_DEFAULTS, model_options, parse_settings
+from tprune.errors import UserError
+from tprune.methods import registry
 from tprune.recipe import ModelSource, Recipe, Stage
 
 
 @click.command("bench")
-@click.argument("family", type=click.Choice(list(FAMILY_DEFAULTS)))
-@click.argument("model", required=False)
+@click.argument("what", nargs=-1, metavar="[FAMILY] [MODEL]")
 @click.option("--method", "methods", required=True, metavar="ID[,ID…]", help="One or several methods.")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="A hyperparameter.")
 @click.option("--keep", type=float, metavar="R", help="Fraction of tokens or entries kept.")
@@ -24,8 +25,7 @@ from tprune.recipe import ModelSource, Recipe, Stage
 @model_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
-    family: str,
-    model: str | None,
+    what: tuple[str, ...],
     methods: str,
     settings: tuple[str, ...],
     keep: float | None,
@@ -35,7 +35,15 @@ def command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Time FAMILY's methods on MODEL beside the dense model, and print medians and ratios."""
+    """Time methods on MODEL beside the dense model, and print medians and ratios.
+
+    \b
+      tprune bench deit_s --random-weights --method tome,evit --keep 0.65
+      tprune bench llm-context --method snapkv,random --keep 0.25
+
+    FAMILY is needed where a method, such as random, is in several.
+    """
+    family, model = placed(what, methods.split(","))
     source = ModelSource(
         model or FAMILY_DEFAULTS[family],
         options.pop("revision"),
@@ -53,6 +61,28 @@ def command(
         show(result)
 
 
+def placed(what: tuple[str, ...], methods: list[str]) -> tuple[str, str | None]:
+    """The family and the model that the arguments name; a family left out is that of the methods.
+
+    Raises:
+        UserError: too many arguments, or methods that do not tell the family.
+    """
+    if what and what[0] in FAMILY_DEFAULTS:
+        family, rest = what[0], what[1:]
+    else:
+        owners = [{fact.family for fact in registry.facts() if fact.id == method} for method in methods]
+        families = set.intersection(*owners)
+        if len(families) != 1:
+            raise UserError(
+                f"--method {','.join(methods)} does not tell the family; write tprune bench FAMILY with one of "
+                f"{', '.join(FAMILY_DEFAULTS)}"
+            )
+        family, rest = families.pop(), what
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]}; expected [FAMILY] [MODEL]")
+    return family, rest[0] if rest else None
+
+
 def measure(recipe: Recipe, rounds: int) -> dict[str, Any]:
     """The record of one method: medians and quartiles of every timed part, their ratios, and the protocol."""
     from tprune.evaluate.protocol import protocol
@@ -65,6 +95,8 @@ def measure(recipe: Recipe, rounds: int) -> dict[str, Any]:
     record = protocol(recipe, subject, {"source": "noise drawn from the seed"})
     found = driver.bench(subject, rounds)
     summary = {name: quartiles(times) for name, times in found.pop("times").items()}
+    for name, peak in found.pop("memory", {}).items():
+        found[f"peak_memory_mb_{name}"] = peak
     return {
         "family": recipe.stage.family,
         "method": recipe.stage.method,
@@ -115,6 +147,7 @@ def show(result: dict[str, Any]) -> None:
     protocol = result["protocol"]
     click.echo(
         f"  {protocol['device']}, {protocol['hardware']['threads']} threads, {protocol['dtype']}, "
-        f"batch {protocol['batch_size']}, torch {protocol['software']['torch']}, "
+        f"{protocol['attention'] or 'no'} attention, batch {protocol['batch_size']}, "
+        f"torch {protocol['software']['torch']}, "
         f"median of {result['rounds']} rounds in turn"
     )

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from tprune.models.memory import give_back
 from tprune.pipelines.base import Workload
 
 
@@ -60,6 +61,14 @@ class PeakMemory:
             import resource
 
             self.megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def peak_memory(run: Callable[[], Any], device: torch.device | str) -> float:
+    """Peak memory of one call in MB, with all that was there before it."""
+    give_back()
+    with torch.no_grad(), PeakMemory(device) as memory:
+        run()
+    return memory.megabytes
 
 
 def timed(run: Callable[[], Any], device: torch.device | str) -> float:

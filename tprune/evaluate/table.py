@@ -173,6 +173,9 @@ def print_sweep(group: Group) -> None:
     table = new_table(console, None, "budget", "method", "achieved", *heads, "")
     table.columns[1].justify = "left"
     table.columns[-1].justify = "left"
+    # A long reason wraps; numbers never do.
+    for column in table.columns[:-1]:
+        column.no_wrap = True
     costs = ["100.0%" if group.dense else "-" for _ in drawn]
     dense = quality(group.metric, group.dense.get(group.metric))
     table.add_row("", "dense", "", dense, "100.00%", *costs, "")

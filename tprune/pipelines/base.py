@@ -179,13 +179,21 @@ class Pipeline(ABC):
         raise UserError(f"there are no pictures of {self.family} yet")
 
     def beside_dense(self, subject: Subject, call: Callable[[Subject], Any], rounds: int) -> dict[str, Any]:
-        """FLOPs of `call` on the dense and on the pruned model, and seconds of both, taken in turn."""
-        from tprune.evaluate.cost import flops, interleaved
+        """FLOPs, seconds and peak memory of `call` on the dense and the pruned model, taken in turn."""
+        from tprune.evaluate.cost import flops, interleaved, peak_memory
 
         dense = replace(subject, model=twin(subject.model))
         handle = self.apply(subject, None)
         runs = {"dense": lambda: call(dense), "pruned": lambda: call(subject)}
         counted = {name: flops(run) for name, run in runs.items()}
         times = interleaved(runs, subject.device, rounds)
+        memory = {name: peak_memory(run, subject.device) for name, run in runs.items()}
+        times |= self.scoring(subject, handle, rounds, runs["pruned"])
         handle.remove()
-        return {"times": times, "flops": counted}
+        return {"times": times, "flops": counted, "memory": memory}
+
+    def scoring(
+        self, subject: Subject, handle: Handle, rounds: int, call: Callable[[], Any]
+    ) -> dict[str, list[float]]:
+        """Seconds of the method's own part of `call`, where it can be told apart: {"scoring": …} or {}."""
+        return {}
