@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tprune.core.budget import Stage
 from tprune.data import images
 from tprune.errors import UserError
+from tprune.evaluate.stopwatch import Stopwatch
 from tprune.methods.base import Shape, TokenMethod
 from tprune.models import load as loaders
 from tprune.models import vit as adapter
@@ -230,10 +231,29 @@ class VitPipeline(Pipeline):
         return of_vit(self, subject, handle, sample)
 
     def bench(self, subject: Subject, rounds: int) -> dict[str, Any]:
-        """Dense and pruned batches in turn: speed-up measured, by FLOPs, and their ratio."""
+        """Dense and pruned batches in turn: speed-up measured, by FLOPs, and their ratio.
+
+        What must be learned is timed as it is before: its values do not change the time.
+        """
+        if self.method.learns == "required" and self.stage.fit is None:
+            shape = anatomy(subject.model).shape
+            self.method = self.method.bind(
+                untuned(subject, self.method.neutral_state(shape, self.recipe.seed))
+            )
         batch = self.noise(subject, self.recipe.batch_size)
         found = self.beside_dense(subject, lambda one: self.outputs(one, batch), rounds)
         return found | {"items": len(batch), "unit": "images"}
+
+    def scoring(
+        self, subject: Subject, handle: Handle, rounds: int, call: Callable[[], Any]
+    ) -> dict[str, list[float]]:
+        """What a method does at its sites: signals, choice, and moving the tokens."""
+        if not isinstance(handle, VitHandle):
+            return {}
+        with torch.no_grad(), Stopwatch(handle.driver, "_reduce", subject.device) as watch:
+            for _ in range(rounds):
+                watch.lap(call)
+        return {"scoring": watch.seconds}
 
 
 def untuned(subject: Subject, state: dict[str, Tensor]) -> dict[str, Tensor]:
