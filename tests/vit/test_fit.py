@@ -6,20 +6,19 @@ import pytest
 import torch
 import transformers
 from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer
 
 import tprune
 from tests.conftest import tiny_vit
-from tests.golden_values import golden, under
 from tests.test_cli import call
 from tprune import artifact, training
 from tprune.core.relax import gate, mask_attention
 from tprune.data import images as pictures
 from tprune.errors import UserError
 from tprune.methods import registry
+from tprune.methods.fit import Fit
+from tprune.methods.vit._ltmp_fit import Thresholds
 from tprune.models.anatomy import anatomy
 from tprune.models.load import timm_transform
-from tprune.models.relaxed import FitDriver
 from tprune.models.source import Source
 from tprune.models.subject import Subject
 from tprune.pipelines import fit_loop
@@ -153,27 +152,6 @@ def test_a_gate_is_hard_forward_and_smooth_backward():
     assert threshold.grad < 0
 
 
-def test_ltmp_training_block_gives_the_authors_outputs_and_gradients():
-    tensors, told = golden("vit", "ltmp")
-    setting = told["settings"]["relaxed"]
-    model = VisionTransformer(**told["settings"]["model"]).eval().requires_grad_(False)
-    model.load_state_dict(under(tensors, "model."))
-    chosen = {name: setting[name] for name in ("merge_threshold", "prune_threshold")}
-    method = registry.build("ltmp", "vit", chosen | {"temperature": setting["tau"]})
-    parts = anatomy(model)
-    fit = method.fit(parts.shape, 0.5, 0)
-    driver = FitDriver(parts, method, fit, 0)
-    driver._begin(None, (tensors["relaxed.x"],), {})
-    driver.present, driver.size = tensors["relaxed.mask"].float(), tensors["relaxed.size"].float()
-    out = model.blocks[0](tensors["relaxed.x"].float())
-    assert torch.allclose(out, tensors["relaxed.out"], atol=1e-5)
-    assert torch.allclose(driver.size, tensors["relaxed.size_out"], atol=1e-6)
-    assert torch.equal(driver.present, tensors["relaxed.mask_out"])
-    (driver.present * tensors["relaxed.weight"]).sum().backward()
-    found = torch.stack([fit.merge_threshold.grad[0], fit.prune_threshold.grad[0]])
-    assert torch.allclose(found, tensors["relaxed.grad"], rtol=1e-4)
-
-
 def test_where_counts_vary_the_fit_ends_at_the_budget_on_the_training_images():
     model = tiny_vit(num_classes=10)
     state, _ = learned("ltmp", model, keep=0.5)
@@ -226,48 +204,6 @@ def test_a_fit_is_written_loaded_and_run_again_to_the_same_bytes(method, vit_fol
     assert (again / artifact.TENSORS).read_bytes() == (out / artifact.TENSORS).read_bytes()
 
 
-def tnt_model():
-    tensors, told = golden("vit", "tnt")
-    model = VisionTransformer(**told["settings"]["model"]).eval().requires_grad_(False)
-    model.load_state_dict(under(tensors, "model."))
-    return model, tensors, {"heads": tensors["heads"].float()}
-
-
-def test_tnt_in_training_gives_the_authors_logits(monkeypatch):
-    model, tensors, state = tnt_model()
-    parts, method = anatomy(model), registry.build("tnt", "vit")
-    fit = method.fit(parts.shape, None, 0)
-    fit.heads.data.copy_(state["heads"])
-    fit.generator, noise = None, iter(tensors["train.noise"])
-    monkeypatch.setattr(torch, "randn", lambda *_, **__: next(noise))
-    driver = FitDriver(parts, method, fit, 0)
-    assert torch.allclose(model(tensors["image"].float()), tensors["train.logits"], atol=1e-4)
-    driver.remove()
-
-
-TNT_CASES = {
-    "sequential": {"partition": "sequential"},
-    "random": {},
-    "several": {"layers": (2, 3, 4), "rate": 0.8},
-}
-
-
-@pytest.mark.parametrize("case", TNT_CASES)
-def test_a_tnt_model_gives_the_authors_logits(case, monkeypatch):
-    model, tensors, state = tnt_model()
-    if case != "sequential":
-        order = tensors[f"{case}.order"]
-        middle = len(order) // 2
-
-        def halves(method, ranked, seeds):
-            return ranked[:, order[:middle]], ranked[:, order[middle:]]
-
-        monkeypatch.setattr(registry.load("tnt", "vit"), "halves", halves)
-    with tprune.prune(model, "tnt", state=state, similar=37, **TNT_CASES[case]):
-        logits = model(tensors["image"].float())
-    assert torch.allclose(logits, tensors[f"{case}.logits"], atol=1e-4)
-
-
 def test_ltmp_thresholds_leave_all_prefix_tokens_in_front(images):
     model = tiny_vit(reg_tokens=3)
     given = {"merge_threshold": 0.5, "prune_threshold": 0.05}
@@ -280,24 +216,6 @@ def test_ltmp_thresholds_leave_all_prefix_tokens_in_front(images):
     assert found[-1].count < found[0].length
     for reduction in found:
         assert torch.equal(reduction.index[:, :4], torch.arange(4).expand(3, 4))
-
-
-def test_diffrate_in_training_gives_the_authors_logits_and_gradients():
-    tensors, told = golden("vit", "diffrate-fit")
-    model = VisionTransformer(**told["settings"]["model"]).eval().requires_grad_(False)
-    model.load_state_dict(under(tensors, "model."))
-    parts = anatomy(model)
-    method = registry.build("diffrate", "vit", {"granularity": told["settings"]["granularity"]})
-    fit = method.fit(parts.shape, 0.5, 0)
-    fit.logits.data.copy_(tensors["fit.logits"])
-    driver = FitDriver(parts, method, fit, 0)
-    out = model(tensors["fit.image"].float())
-    assert torch.allclose(out, tensors["fit.out"], atol=1e-4)
-    assert torch.allclose(driver.present, tensors["fit.mask"], atol=1e-6)
-    assert torch.allclose(driver.size, tensors["fit.size"], rtol=1e-3)
-    (out * tensors["fit.weight"]).sum().backward()
-    assert torch.allclose(fit.logits.grad, tensors["fit.grad"], rtol=1e-3, atol=1e-5)
-    driver.remove()
 
 
 def test_a_folder_of_class_folders_can_be_fitted_on(tmp_path):
@@ -344,3 +262,19 @@ def test_models_of_other_makes_are_fitted(method, make, images):
         out = model(images)
         assert torch.isfinite(out if isinstance(out, torch.Tensor) else out.logits).all()
         assert handle.fitted["steps"] == 3
+
+
+@pytest.mark.parametrize("kept", [[], ["--by-reference"]], ids=["copied", "by reference"])
+def test_weights_that_a_fit_tunes_are_stored_with_it(kept, monkeypatch, vit_folder, tmp_path):
+    out = tmp_path / "out"
+    monkeypatch.setattr(Thresholds, "tunes", "all")
+    monkeypatch.setattr(Thresholds, "groups", Fit.groups)
+    settings = [part for name, value in STEPS.items() for part in ("--set", f"{name}={value}")]
+    asked = ["vit", "--method", "ltmp", "--keep", "0.6", "--fit", "built-in", *settings, vit_folder]
+    call(*asked, *kept, "--limit", 8, "--out", out, "--quiet")
+    model, probe = tprune.load(out), artifact.read_tensors(out / artifact.PROBE)
+    before = artifact.read_tensors(vit_folder / "model.safetensors")
+    assert (out / "model.safetensors").exists() != bool(kept)
+    assert not torch.equal(model.state_dict()["blocks.0.attn.qkv.weight"], before["blocks.0.attn.qkv.weight"])
+    with torch.no_grad():
+        assert torch.allclose(model(probe["input"]), probe["output"], atol=1e-5)
