@@ -175,3 +175,15 @@ def test_cropr_keeps_the_papers_counts_and_learns_slower_in_early_blocks():
     assert of[id(model.blocks[0].attn.qkv.weight)]["lr"] == pytest.approx(4e-3 * 0.75**4)
     assert of[id(model.head.weight)] | {"params": 0} == {"params": 0, "lr": 4e-3, "weight_decay": 0.05}
     assert of[id(model.pos_embed)]["weight_decay"] == of[id(model.head.bias)]["weight_decay"] == 0
+
+
+def test_cropr_begins_to_drop_slowly_where_the_fit_is_short_and_at_once_as_the_authors_do():
+    shape = anatomy(tiny_vit()).shape
+    at_once = registry.build("cropr", "vit").fit(shape, 0.6, 0)
+    slowly = registry.build("cropr", "vit", {"anneal": 0.5}).fit(shape, 0.6, 0)
+    found = [slowly.leaving]
+    for done in (0.25, 0.5, 1.0):
+        slowly.settle(done)
+        found.append(slowly.leaving)
+    assert at_once.leaving == 1
+    assert found == [0, 0.5, 1, 1]

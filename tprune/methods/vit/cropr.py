@@ -32,7 +32,8 @@ class Cropr(TokenMethod):
         checked="code",
         notes="Tokens come back in their first order, the authors' after those that stayed; only rounding differs. "
         "All prefix tokens are protected, the authors' class token alone. Fitted to classes, without the authors' "
-        "mixup, augmentation and change of drop-path; queries learned for dense tasks can be given as state.",
+        "mixup, augmentation and change of drop-path; queries learned for dense tasks can be given as state. "
+        "--fit built-in lets tokens begin to leave slowly, the authors' leave from the first step on.",
     )
     reads = ()
     native = ("rate",)
