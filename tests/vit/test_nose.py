@@ -11,12 +11,17 @@ import tprune
 from tests.conftest import tiny_vit
 from tests.golden_values import golden, under
 from tests.test_cli import call
+from tests.vit.test_accuracy import accuracy
 from tprune.core.budget import Site, Stage, counts_entering, mean_leaving
 from tprune.core.statistics import gaussian_entropy
+from tprune.data import images as pictures
 from tprune.errors import UserError
 from tprune.methods import registry
+from tprune.models import load as loaders
 from tprune.models.anatomy import anatomy
 from tprune.models.relaxed import FitDriver
+from tprune.models.source import resolve
+from tprune.recipe import ModelSource
 
 TENSORS, TOLD = golden("vit", "nose")
 SETTINGS = TOLD["settings"]
@@ -143,6 +148,19 @@ def test_a_model_of_transformers_skips_as_well(images):
         assert called == [1, 3]
     assert not torch.equal(pruned, dense)
     assert torch.equal(model(images).logits, dense)
+
+
+def test_fitting_beats_not_fitting_at_the_same_budget():
+    source = resolve(ModelSource("digits-vit"), "vit")
+    subject = loaders.load(source, "vit", device="cpu", dtype="float32", seed=0)
+    scenes, model = pictures.built_in(200), subject.model
+    pixels = torch.stack([subject.processor(scenes.open(place)) for place in range(200)])
+    layers = (0, 1, 2, 3, 5, 6, 8, 9, 11)
+    with tprune.prune(model, "nose", layers=layers):
+        unfitted = accuracy(model, pixels, torch.tensor(scenes.labels))
+    with tprune.prune(model, "nose", layers=layers, fit="built-in", epochs=0.375) as handle:
+        assert handle.fitted["steps"] == 48
+        assert accuracy(model, pixels, torch.tensor(scenes.labels)) > unfitted + 0.05
 
 
 def test_a_fit_without_anything_to_fade_is_refused():

@@ -14,18 +14,20 @@ class Dilution(Fit):
 
     def __init__(self, method, shape, order):
         super().__init__(shape)
-        self.sites, self.order, self.fade, self.share = (), order, method.fade, 1.0
+        self.sites, self.order, self.share = (), order, 1.0
+        self.fade, self.identity = method.fade, method.identity
         floor = min(1.0, method.min_lr / method.lr)
         self.plan = Plan(method.epochs, method.batch, method.lr, floor, method.warmup, method.weight_decay)
 
     def blend(self, layer):
-        """(2 - λ)·x + λ·attn(x) in the chosen blocks."""
-        return (2 - self.share, self.share) if layer in self.order else None
+        """(2 - λ)·x + λ·attn(x) in the chosen blocks; x + λ·attn(x) with `identity` 1."""
+        own = 1 + (self.identity - 1) * (1 - self.share)
+        return (own, self.share) if layer in self.order else None
 
     def settle(self, done):
         """λ falls linearly."""
         self.share = max(0.0, 1 - done / self.fade)
 
     def state(self):
-        """Which attention was removed, and that x <- 2x stands in its place."""
-        return {"order": torch.tensor(self.order, dtype=torch.int64), "scale": torch.tensor(2.0)}
+        """Which attention was removed, and what x is multiplied by in its place."""
+        return {"order": torch.tensor(self.order, dtype=torch.int64), "scale": torch.tensor(self.identity)}
