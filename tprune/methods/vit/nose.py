@@ -37,6 +37,7 @@ class NOSE(TokenMethod):
         "paper has no such model. On the built-in scenes a fit ends there too: 2x takes longer to "
         "learn. One attention always stays.",
     )
+    kind = "calibrated"
     reads = ()
     native = ("ratio", "layers")
     learns = "optional"
