@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from tprune import zoo
 from tprune.commands.zoo import command
 from tprune.data import scenes
+from tprune.zoo import digits_llava
+from tprune.zoo.train import new_learner
 
 SCENES = 200
 
@@ -95,7 +97,7 @@ def test_packed_questions_are_answered_as_if_each_stood_alone(llava):
     from tprune.zoo import digits_llava
 
     _, model = llava
-    pixels, *_, tokens, _targets = digits_llava._example(5, 0)
+    pixels, *_, tokens, _targets, _kept, _compact = digits_llava._example(5, 0)
     inputs = digits_llava.normalised(torch.from_numpy(pixels)[None])
     learner = digits_llava.DigitsLlava()
     learner.model = model
@@ -148,3 +150,36 @@ def test_an_interrupted_training_goes_on_as_if_it_had_not_been(tmp_path, monkeyp
     train.train("digits-vit", tmp_path / "broken", 3, 1, 1, 4)
     whole, broken = (load_file(tmp_path / out / "model.safetensors") for out in ("whole", "broken"))
     assert all(torch.equal(whole[key], broken[key]) for key in whole)
+
+
+@pytest.mark.parametrize("compact", [False, True], ids=["original", "compact"])
+@torch.no_grad()
+def test_thinned_images_are_trained_on_as_if_the_other_tokens_were_not_there(compact):
+    learner = new_learner("digits-llava", 0).eval()
+    generator = torch.Generator().manual_seed(0)
+    side = digits_llava.SIDE**2
+    length = digits_llava.QUESTIONS * digits_llava.SLOT
+    visual = torch.randn(2, side, digits_llava.WIDTH, generator=generator)
+    tokens = torch.randint(5, 20, (2, length), generator=generator)
+    kept = torch.rand(2, side, generator=generator) < 0.4
+    shown = learner.packed_hidden(visual, tokens, (kept, torch.tensor([compact, compact])))
+    inner = learner.model.model
+    embed = inner.get_input_embeddings()
+    mask, positions = digits_llava._packing()
+    for row in range(2):
+        left = torch.cat([torch.tensor([True]), kept[row], torch.ones(length, dtype=torch.bool)])
+        places = positions[:, left]
+        if compact:
+            places = torch.where(
+                places < 1 + side, torch.arange(places.shape[1]), places - (~kept[row]).sum()
+            )
+        whole = torch.cat(
+            [embed(torch.full((1, 1), 1)), visual[row : row + 1], embed(tokens[row : row + 1])], 1
+        )
+        alone = inner.language_model(
+            inputs_embeds=whole[:, left],
+            attention_mask=mask[:, :, left][..., left],
+            position_ids=places,
+            use_cache=False,
+        ).last_hidden_state[:, -length:]
+        assert torch.allclose(shown[row : row + 1], alone, atol=1e-5)

@@ -216,7 +216,7 @@ class TokenMethod(Method):
     """The hyperparameters that are themselves a budget; --keep takes their place, so both is a contradiction."""
     positions: ClassVar[str] = "original"
     calibrates: ClassVar[bool] = False
-    """Whether `state` comes from a look at calibration images, `images` of them, before anything is pruned or fitted."""
+    """Whether `state` comes from a look at `images` calibration images, before anything is pruned or fitted."""
 
     def check(self, shape: Shape) -> None:
         """Raise UserError where the model lacks what the method reads."""

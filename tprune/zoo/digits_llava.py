@@ -1,7 +1,7 @@
 """`digits-llava`: a stock `LlavaForConditionalGeneration` that answers questions about scenes of several digits.
 
 A five-layer CLIP tower with a CLS token (features from the last layer but one, as in LLaVA), the usual two-layer
-projector, and a thin Llama decoder of twelve layers with two query heads to each KV head. Training goes in four
+projector, and a thin Llama decoder of twelve layers with two query heads to each KV head. Training goes in five
 legs:
 
 1. the tower learns to name: each projected visual token should point at the embeddings of the digit it belongs to
@@ -9,7 +9,10 @@ legs:
 2. a third of the decoder joins while the tower rests, the other layers being exact identities (their output
    projections start at zero);
 3. two more layers join;
-4. all twelve layers, and the tower again.
+4. all twelve layers, and the tower again;
+5. the same, but half of the images are shown with only some of their tokens, in varying numbers and proportions of
+   digit to background, with original or compact positions. Large models learn on images of many sizes; a model that
+   only ever saw 144 tokens counts digits by their share of them, and any choice that keeps digits breaks that.
 
 The decoder sees several questions behind each image at once. A block mask lets a question see the image and itself
 only, and positions start again behind the image, so every question is answered exactly as if it stood alone.
@@ -49,6 +52,7 @@ DECODER_LAYERS = {
     "four layers": (2, 5, 8, 11),
     "six layers": (1, 2, 4, 5, 8, 11),
     "twelve layers": range(LAYERS),
+    "thinned images": range(LAYERS),
 }
 MEAN, STD = 0.25, 0.2
 FEATURE_LAYER = -2
@@ -79,6 +83,7 @@ class DigitsLlava(Learner):
         Stage("four layers", 1500, 8, 1.5e-3),
         Stage("six layers", 700, 8, 1e-3),
         Stage("twelve layers", 350, 8, 4e-4),
+        Stage("thinned images", 900, 8, 4e-4),
     )
 
     def __init__(self):
@@ -100,10 +105,10 @@ class DigitsLlava(Learner):
     def loss(self, stage: str, indices: Sequence[int], seed: int) -> Tensor:
         """Naming loss of the visual tokens and of CLS; after the first leg also the answers' cross-entropy."""
         examples = [_example(i, seed) for i in indices]
-        pixels, digit, place, centre, present, tokens, targets = (
+        pixels, digit, place, centre, present, tokens, targets, kept, compact = (
             torch.from_numpy(np.stack(column)) for column in zip(*examples, strict=True)
         )
-        with torch.set_grad_enabled(stage in ("tower", "twelve layers")):
+        with torch.set_grad_enabled(stage in ("tower", "twelve layers", "thinned images")):
             features, cls = self.tower_features(normalised(pixels))
         visual = self.model.model.multi_modal_projector(features)  # [B, 144, D]
         presence = F.binary_cross_entropy_with_logits(self.presence_head(cls), present)
@@ -112,7 +117,8 @@ class DigitsLlava(Learner):
             return naming
         chosen = DECODER_LAYERS[stage]
         with only_blocks(self.model.model.language_model, "layers", chosen):
-            hidden = self.packed_hidden(visual, tokens)
+            shown = (kept, compact) if stage == "thinned images" else None
+            hidden = self.packed_hidden(visual, tokens, shown)
         asked = targets != IGNORED
         return F.cross_entropy(self.model.lm_head(hidden[asked]), targets[asked]) + 0.3 * naming
 
@@ -121,12 +127,17 @@ class DigitsLlava(Learner):
         seen = self.model.model.vision_tower(pixels, output_hidden_states=True)
         return seen.hidden_states[FEATURE_LAYER][:, 1:], seen.pooler_output
 
-    def packed_hidden(self, visual: Tensor, tokens: Tensor) -> Tensor:
-        """The decoder's last states [B, 70, D] at question tokens [B, 70] behind visual tokens [B, 144, D]."""
+    def packed_hidden(
+        self, visual: Tensor, tokens: Tensor, shown: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """The decoder's last states [B, 70, D] at question tokens [B, 70] behind visual tokens [B, 144, D].
+
+        `shown` says which visual tokens there are, bool [B, 144], and whether those are renumbered, bool [B].
+        """
         inner = self.model.model
         embed = inner.get_input_embeddings()
         begin = embed(torch.full((len(visual), 1), ID["<bos>"]))
-        mask, positions = _packing()
+        mask, positions = _packing() if shown is None else _thinned_packing(*shown)
         output = inner.language_model(
             inputs_embeds=torch.cat([begin, visual, embed(tokens)], 1),
             attention_mask=mask,
@@ -266,9 +277,25 @@ def _packing() -> tuple[Tensor, Tensor]:
     return mask[None, None], positions[None]
 
 
+def _thinned_packing(kept: Tensor, compact: Tensor) -> tuple[Tensor, Tensor]:
+    """`_packing` where only the visual tokens `kept` [B, 144] are seen: [B, 1, L, L] and [B, L].
+
+    Rows that are `compact` [B] count on as if the others had never been there.
+    """
+    mask, positions = _packing()
+    length = mask.shape[-1]
+    seen = torch.ones(len(kept), length, dtype=torch.bool)
+    seen[:, 1 : 1 + SIDE**2] = kept
+    # Nobody reads what a hidden token sees; itself, so that its softmax is over something.
+    mask = mask & (seen[:, None, None] | torch.eye(length, dtype=torch.bool))
+    gone = torch.cat([torch.zeros(len(kept), 1, dtype=torch.int64), (~seen).cumsum(1)], 1)[:, :length]
+    return mask, positions - gone * compact[:, None]
+
+
 def _example(index: int, seed: int) -> tuple[np.ndarray, ...]:
     """A training scene: pixels; per patch its digit (10: none), place and centre flag [144]; digits present [10];
-    question tokens and the targets behind each of them [70]."""
+    question tokens and the targets behind each of them [70]; which patches are shown when images are thinned [144],
+    and whether they are then renumbered."""
     layout = scenes.question_layout("train", index, seed)
     middle = (np.arange(SIDE) + 0.5) * PATCH
     place = (
@@ -298,4 +325,19 @@ def _example(index: int, seed: int) -> tuple[np.ndarray, ...]:
         present,
         tokens.flatten(),
         targets.flatten(),
+        *_thinned(digit, centre, np.random.default_rng((seed, 5, index))),
     )
+
+
+def _thinned(digit: np.ndarray, centre: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.bool_]:
+    """Which patches of a scene are shown, bool [144], and whether they are renumbered; every second scene is whole.
+
+    Scores are noise, fine and in blobs, with a leaning towards digits or away from them. Centres always stay, so that
+    every question can be answered.
+    """
+    share = rng.uniform(0.25, 1) if rng.random() < 0.5 else 1.0
+    blobs = np.kron(rng.normal(size=(3, 3)), np.ones((SIDE // 3, SIDE // 3)))
+    score = rng.random((SIDE, SIDE)) + 0.5 * rng.random() * blobs + rng.normal() * (digit != 10) + 99 * centre
+    kept = np.zeros(SIDE**2, bool)
+    kept[np.argsort(-score.flatten())[: max(1, round(share * SIDE**2))]] = True
+    return kept, rng.random() < 0.5
