@@ -11,8 +11,9 @@ legs:
 3. two more layers join;
 4. all twelve layers, and the tower again;
 5. the same, but half of the images are shown with only some of their tokens, in varying numbers and proportions of
-   digit to background, with original or compact positions. Large models learn on images of many sizes; a model that
-   only ever saw 144 tokens counts digits by their share of them, and any choice that keeps digits breaks that.
+   digit to background, with original or compact positions, as large models learn on images of many sizes. `what` and
+   `where` are then answered with few tokens and renumbered ones. Counting is not cured: it still goes in part by the
+   digits' share of the tokens, which any choice that keeps digits rather than ground changes.
 
 The decoder sees several questions behind each image at once. A block mask lets a question see the image and itself
 only, and positions start again behind the image, so every question is answered exactly as if it stood alone.
