@@ -178,7 +178,14 @@ def _group(points: list[dict[str, Any]]) -> Group:
     rows = [_with_front(row, rows, METRICS[metric]) for row in rows]
     sign = 1 if METRICS[metric] else -1
     worst = float("inf")
-    rows.sort(key=lambda row: (row.order, row.budget, worst if row.quality is None else sign * row.quality, row.name))
+    rows.sort(
+        key=lambda row: (
+            row.order,
+            row.budget,
+            worst if row.quality is None else sign * row.quality,
+            row.name,
+        )
+    )
     return Group(of_quality(points[0]["protocol"]), metric, dense, tuple(rows))
 
 
