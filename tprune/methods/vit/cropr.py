@@ -37,6 +37,7 @@ class Cropr(TokenMethod):
     )
     reads = ()
     native = ("rate",)
+    kind = "trained"
     learns = "required"
     built_in: ClassVar[dict[str, Any]] = {
         "epochs": 2.0,
