@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from math import floor
+from math import ceil, floor
 
 
 @dataclass(frozen=True, order=True)
@@ -86,6 +86,24 @@ def whole_steps(rates: Sequence[float]) -> list[int]:
     """Fractional amounts as whole ones with nearly the same running sum: what rounding leaves over goes to the next."""
     due = list(accumulate(rates, initial=0.0))
     return [floor(after) - floor(before) for before, after in pairwise(due)]
+
+
+def ratio_stages(
+    layers: Sequence[int], ratio: float, tokens: int, depth: int, *, between: bool = False
+) -> list[Stage]:
+    """A schedule of three-stage papers: ceil(ratio · n) of the n tokens that are left stay at each of `layers`.
+
+    Args:
+        layers: blocks, of 12.
+        ratio: 0 to 1; at least one token stays.
+        tokens, depth: of the model.
+        between: whether the sites lie between attention and MLP, and not before the block.
+    """
+    stages, alive = [], tokens
+    for layer in layers:
+        alive = max(1, ceil(ratio * alive))
+        stages.append(Stage(Site(scale_layer(layer, 12, depth), between), alive))
+    return stages
 
 
 def scale_layer(layer: int, paper_depth: int, depth: int) -> int:

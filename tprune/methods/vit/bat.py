@@ -7,12 +7,11 @@ tokens gather around density peaks, and every group becomes its mean weighted by
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil
 
 import torch
 
 from tprune.core import match, select
-from tprune.core.budget import Site, Stage, scale_layer
+from tprune.core.budget import ratio_stages
 from tprune.core.reduction import Reduction, gather_tokens
 from tprune.methods.base import Paper, TokenMethod, param
 
@@ -48,11 +47,7 @@ class BAT(TokenMethod):
     def stages(self, shape, knob):
         """ceil(ratio · n) tokens are left of n, clusters and pairs among them."""
         ratio = self.ratio if knob is None else knob
-        stages, alive = [], shape.tokens
-        for layer in self.layers:
-            alive = max(1, ceil(ratio * alive))
-            stages.append(Stage(Site(scale_layer(layer, 12, shape.depth), between=True), alive))
-        return stages
+        return ratio_stages(self.layers, ratio, shape.tokens, shape.depth, between=True)
 
     def reduce(self, site, view, count, memory):
         """Decouple, match the attentive, cluster the inattentive."""

@@ -6,12 +6,11 @@ Merged tokens are means weighted by importance, so that a crucial token is hardl
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil
 
 import torch
 
 from tprune.core import match, select
-from tprune.core.budget import Site, Stage, scale_layer
+from tprune.core.budget import ratio_stages
 from tprune.core.reduction import Reduction
 from tprune.methods.base import Paper, TokenMethod, param
 
@@ -41,11 +40,7 @@ class MSTM(TokenMethod):
     def stages(self, shape, knob):
         """k = ceil(ratio · n) at every stage."""
         ratio = self.ratio if knob is None else knob
-        stages, alive = [], shape.tokens
-        for layer in self.layers:
-            alive = max(1, ceil(ratio * alive))
-            stages.append(Stage(Site(scale_layer(layer, 12, shape.depth), between=True), alive))
-        return stages
+        return ratio_stages(self.layers, ratio, shape.tokens, shape.depth, between=True)
 
     def reduce(self, site, view, count, memory):
         """The `count` crucial tokens in their order, each with its non-crucial ones: Σ w·x / Σ w."""

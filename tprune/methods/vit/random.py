@@ -6,10 +6,9 @@ Drawn per image from its own content and the seed, so that any batch gives the s
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil
 
 from tprune.core import score, select
-from tprune.core.budget import Site, Stage, scale_layer
+from tprune.core.budget import ratio_stages
 from tprune.core.reduction import Reduction
 from tprune.methods.base import Paper, TokenMethod, param
 
@@ -34,11 +33,7 @@ class Random(TokenMethod):
     def stages(self, shape, knob):
         """k = ceil(ratio · n) at every stage."""
         ratio = self.ratio if knob is None else knob
-        stages, alive = [], shape.tokens
-        for layer in self.layers:
-            alive = max(1, ceil(ratio * alive))
-            stages.append(Stage(Site(scale_layer(layer, 12, shape.depth)), alive))
-        return stages
+        return ratio_stages(self.layers, ratio, shape.tokens, shape.depth)
 
     def reduce(self, site, view, count, memory):
         """Keep the `count` tokens with the largest noise, in their order."""

@@ -7,12 +7,11 @@ that the class token attends to are the outputs, and each input spreads over the
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import ceil
 
 import torch
 
 from tprune.core import select
-from tprune.core.budget import Site, Stage, scale_layer
+from tprune.core.budget import ratio_stages
 from tprune.core.reduction import Reduction
 from tprune.core.score import transform_weights
 from tprune.methods.base import Paper, TokenMethod, param
@@ -49,11 +48,7 @@ class TokenTransforming(TokenMethod):
     def stages(self, shape, knob):
         """ceil(ratio · n) of n tokens at every stage."""
         ratio = self.ratio if knob is None else knob
-        stages, alive = [], shape.tokens
-        for layer in self.layers:
-            alive = max(1, ceil(ratio * alive))
-            stages.append(Stage(Site(scale_layer(layer, 12, shape.depth), between=True), alive))
-        return stages
+        return ratio_stages(self.layers, ratio, shape.tokens, shape.depth, between=True)
 
     def reduce(self, site, view, count, memory):
         """The most attended tokens, each the average of all that flows into it; the prefix stays apart."""
