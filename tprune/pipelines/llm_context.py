@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from transformers import DynamicCache
 from tprune.data import text
 from tprune.errors import UserError
 from tprune.evaluate.context import cache_bytes, context_length, score_continuations
-from tprune.evaluate.cost import interleaved
+from tprune.evaluate.cost import flops, interleaved, peak_memory
 from tprune.evaluate.perplexity import perplexity
 from tprune.evaluate.stopwatch import Stopwatch
 from tprune.methods.base import CacheMethod, Shape
@@ -228,6 +229,10 @@ class ContextPipeline(Pipeline):
             warmup=3,
         )
         parts = {"prefill": prefill, "decode": decode}
+        counted = {name: flops(lambda name=name: prefill(name)) for name in models}
+        memory = {name: peak_memory(lambda name=name: prefill(name), subject.device) for name in models}
+        theory = counted["dense"] / counted["pruned"]
+        measured = median(times["prefill_dense"]) / median(times["prefill_pruned"])
         for part, work in handle.scoring().items():
             with torch.no_grad(), Stopwatch(*work, subject.device) as watch:
                 for _ in range(2 if part == "prefill" else 8):
@@ -240,6 +245,11 @@ class ContextPipeline(Pipeline):
             "tokens": length,
             "cache_mb_dense": held["dense"],
             "cache_mb_pruned": held["pruned"],
+            "memory": memory,
+            "prefill_flops": counted,
+            "prefill_speedup_flops": theory,
+            "prefill_speedup_measured": measured,
+            "prefill_speedup_ratio": measured / theory,
         }
 
 
