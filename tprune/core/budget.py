@@ -106,6 +106,15 @@ def ratio_stages(
     return stages
 
 
+def even_stages(rate: float, tokens: int, depth: int) -> list[Stage]:
+    """`rate` tokens, whole or not, fewer between attention and MLP of every block, as long as one is left."""
+    stages, alive = [], tokens
+    for layer, leaving in enumerate(whole_steps([rate] * depth)):
+        alive = max(1, alive - leaving)
+        stages.append(Stage(Site(layer, between=True), alive))
+    return stages
+
+
 def scale_layer(layer: int, paper_depth: int, depth: int) -> int:
     """A layer index that a paper gives for its own depth, at the same relative depth of another model."""
     return min(round(layer * depth / paper_depth), depth - 1)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tprune.core.reduction import gather_tokens
 from tprune.core.score import cosine_normalise
+from tprune.core.select import with_prefix
 
 
 def bipartite_merge(metric: Tensor, count: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,8 +44,7 @@ def bipartite_merge(metric: Tensor, count: int, prefix: int) -> tuple[Tensor, Te
     if prefix:
         stays = stays.sort(dim=1).values
     kept_odds = torch.arange(odds, length // 2, device=metric.device).expand(batch, -1)
-    head = torch.arange(prefix, device=metric.device).expand(batch, -1)
-    index = torch.cat([head, 2 * stays[:, evens:], 2 * kept_odds + 1], dim=1)
+    index = with_prefix(torch.cat([2 * stays[:, evens:], 2 * kept_odds + 1], dim=1), prefix)
     first_odd_slot = prefix + stays.shape[1] - evens
     into = first_odd_slot - odds + partner.gather(1, flows)
     return index, 2 * flows, into

@@ -38,8 +38,13 @@ def keep_prefix_and_top(score: Tensor, count: int, prefix: int) -> Tensor:
         count: how many of them stay.
         prefix: how many leading tokens (CLS, distillation, registers) are never touched.
     """
-    head = torch.arange(prefix, device=score.device).expand(*score.shape[:-1], prefix)
-    return torch.cat([head, top(score, count) + prefix], dim=-1)
+    return with_prefix(top(score, count) + prefix, prefix)
+
+
+def with_prefix(index: Tensor, prefix: int) -> Tensor:
+    """Indices [..., prefix + K]: the `prefix` leading tokens, and behind them `index` [..., K] as it stands."""
+    head = torch.arange(prefix, device=index.device).expand(*index.shape[:-1], prefix)
+    return torch.cat([head, index], dim=-1)
 
 
 def keep_protected_and_top(score: Tensor, drop: Tensor, prunable: Tensor) -> tuple[Tensor, Tensor | None]:

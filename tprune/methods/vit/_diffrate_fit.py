@@ -38,10 +38,9 @@ class Rates(Fit):
         """Sort, prune to the first count, merge to the second (the authors' training block)."""
         if not memory.get("counts"):
             memory["counts"], memory["alive"] = self.counts().detach().int().tolist(), self.tokens
-        batch, length, prefix = *view.hidden.shape[:2], view.prefix
+        length, prefix = view.hidden.shape[1], view.prefix
         importance = view.attention.rows(slice(0, 1)).mean(1)[:, 0, prefix:]
-        head = torch.arange(prefix, device=importance.device).expand(batch, -1)
-        order = torch.cat([head, select.top_ranked(importance, length - prefix) + prefix], 1)
+        order = select.with_prefix(select.top_ranked(importance, length - prefix) + prefix, prefix)
         ones = torch.ones_like(order, dtype=torch.float32)
         hidden, size, present = (
             gather_tokens(x, order)

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
-from tprune.core import match
-from tprune.core.budget import Site, Stage, scale_layer, whole_steps
+from tprune.core import match, select
+from tprune.core.budget import Site, Stage, even_stages, scale_layer
 from tprune.core.reduction import Reduction
 from tprune.core.score import cosine_normalise
 from tprune.methods.base import Paper, TokenMethod, param
@@ -62,11 +60,7 @@ class ATC(TokenMethod):
     def gradual_stages(self, shape, knob):
         """r tokens fewer in every block; with a budget a fractional r, spread evenly."""
         rate = self.r if knob is None else (1 - knob) * shape.tokens
-        stages, alive = [], shape.tokens
-        for layer, merged in enumerate(whole_steps([rate] * shape.depth)):
-            alive = max(1, alive - merged)
-            stages.append(Stage(Site(layer, between=True), alive))
-        return stages
+        return even_stages(rate, shape.tokens, shape.depth)
 
     def reduce(self, site, view, count, memory):
         """Cluster this block's keys, averaged over heads, by cosine distance."""
@@ -77,8 +71,7 @@ class ATC(TokenMethod):
         metric = cosine_normalise(view.attention.key.mean(1)[:, prefix:])
         distance = 1 - metric @ metric.transpose(1, 2)
         index, source, into = match.agglomerate(distance, count, self.linkage)
-        head = torch.arange(prefix, device=index.device).expand(batch, -1)
         size = view.size if self.prop_attn else None
         return Reduction.average(
-            torch.cat([head, index + prefix], dim=1), length, source + prefix, into + prefix, size
+            select.with_prefix(index + prefix, prefix), length, source + prefix, into + prefix, size
         )

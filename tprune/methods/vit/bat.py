@@ -65,8 +65,9 @@ class BAT(TokenMethod):
             gather_tokens(view.hidden, weak), clusters, self.neighbours
         )
 
-        head = torch.arange(prefix, device=order.device).expand(batch, -1)
-        index = torch.cat([head, strong.gather(1, stays), weak.gather(1, centre)], dim=1)
+        index = select.with_prefix(
+            torch.cat([strong.gather(1, stays), weak.gather(1, centre)], dim=1), prefix
+        )
         source = torch.cat([strong.gather(1, joins), weak.gather(1, other)], dim=1)
         into = torch.cat([prefix + partner, prefix + attentive - pairs + nearest], dim=1)
         weight = attention.clamp_min(torch.finfo(attention.dtype).tiny)

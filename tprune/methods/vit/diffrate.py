@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from typing import Any, ClassVar
 
-import torch
-
 from tprune.core import match, select
 from tprune.core.budget import Site, Stage
 from tprune.core.reduction import Reduction
@@ -111,8 +109,7 @@ class DiffRate(TokenMethod):
             return Reduction.identity(batch, length, view.hidden.device)
         pruned = self.left_after_pruning(site.layer, view.depth, tokens, alive, count)
         cls_attention = view.attention.rows(slice(0, 1)).mean(1)[:, 0, prefix:]  # [B, n]
-        head = torch.arange(prefix, device=cls_attention.device).expand(batch, -1)
-        order = torch.cat([head, select.top_ranked(cls_attention, pruned) + prefix], dim=1)
+        order = select.with_prefix(select.top_ranked(cls_attention, pruned) + prefix, prefix)
         kept, source = order[:, : prefix + count], order[:, prefix + count :]
         if pruned == count:
             return Reduction.keep(kept, length)

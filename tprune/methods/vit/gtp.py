@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from tprune.core import select
-from tprune.core.budget import Site, Stage, whole_steps
+from tprune.core.budget import Site, Stage, even_stages
 from tprune.core.graph import neighbours_on_grid, normalised, similar_neighbours
 from tprune.core.reduction import Reduction
 from tprune.errors import UserError
@@ -76,11 +76,7 @@ class GTP(TokenMethod):
     def stages(self, shape, knob):
         """The graph is drawn before block 0; then p tokens leave every block."""
         rate = self.p if knob is None else (1 - knob) * shape.tokens
-        stages, alive = [Stage(Site(0), shape.tokens)], shape.tokens
-        for layer, leaving in enumerate(whole_steps([rate] * shape.depth)):
-            alive = max(1, alive - leaving)
-            stages.append(Stage(Site(layer, between=True), alive))
-        return stages
+        return [Stage(Site(0), shape.tokens), *even_stages(rate, shape.tokens, shape.depth)]
 
     def reduce(self, site, view, count, memory):
         """The lowest ranks leave, and what they held is spread over their neighbours."""
@@ -92,15 +88,13 @@ class GTP(TokenMethod):
             return Reduction.identity(batch, length, view.hidden.device)
         order = select.top_ranked(self.rank(view.attention.rows(), prefix), length - prefix) + prefix
         kept, leaving = order[:, :count], order[:, count:]
-        head = torch.arange(prefix, device=order.device).expand(batch, -1)
-        index = torch.cat([head, kept], dim=1)
         place = (view.position - prefix).gather(1, order)
         # The graph's columns are the tokens that hand over, its rows those that receive.
         edges = memory["graph"].transpose(1, 2)
         edges = edges.gather(1, place[:, count:, None].expand(-1, -1, edges.shape[2]))
         edges = edges.gather(2, place[:, None, :count].expand(-1, edges.shape[1], -1)).transpose(1, 2)
         weight = torch.cat([edges.new_zeros(batch, prefix, edges.shape[2]), self.alpha * edges], dim=1)
-        return Reduction.spread(index, length, leaving, weight, view.size)
+        return Reduction.spread(select.with_prefix(kept, prefix), length, leaving, weight, view.size)
 
     def draw(self, embedding, grid):
         """The normalised graph [B, n, n] of the patch embeddings [B, n, D]."""

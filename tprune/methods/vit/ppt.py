@@ -75,8 +75,7 @@ class PPT(TokenMethod):
 
         index, source, into = match.bipartite_merge(attention.key.mean(1), alive - count, prefix)
         order = select.top_ranked(score, alive) + prefix
-        head = torch.arange(prefix, device=order.device).expand(batch, -1)
         peaked = peaked.unsqueeze(1)
-        index = torch.where(peaked, torch.cat([head, order[:, :count]], dim=1), index)
+        index = torch.where(peaked, select.with_prefix(order[:, :count], prefix), index)
         source = torch.where(peaked, order[:, count:], source)
         return Reduction.average(index, length, source, into.masked_fill(peaked, -1), view.size)

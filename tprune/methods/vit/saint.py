@@ -11,6 +11,7 @@ from math import ceil
 
 import torch
 
+from tprune.core import select
 from tprune.core.budget import Site, Stage
 from tprune.core.reduction import Reduction
 from tprune.core.score import cosine_normalise, redundancy
@@ -89,10 +90,9 @@ class Saint(TokenMethod):
         stays = real.clone()
         stays[:, ::2] &= rank >= leaving.unsqueeze(1)
         slots = key.masked_fill(~stays, 3 * patches).argsort(dim=1)
-        head = torch.arange(prefix, device=metric.device).expand(batch, -1)
         if not self.varies():
-            return Reduction.keep(torch.cat([head, slots[:, :count] + prefix], dim=1), length)
+            return Reduction.keep(select.with_prefix(slots[:, :count] + prefix, prefix), length)
         left = stays.sum(1)
         widest = int(left.max())
         valid = torch.arange(prefix + widest, device=metric.device) < prefix + left.unsqueeze(1)
-        return Reduction.keep(torch.cat([head, slots[:, :widest] + prefix], dim=1), length, valid)
+        return Reduction.keep(select.with_prefix(slots[:, :widest] + prefix, prefix), length, valid)

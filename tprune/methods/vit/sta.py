@@ -12,7 +12,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from tprune.core import score
+from tprune.core import score, select
 from tprune.core.budget import Site, Stage
 from tprune.core.reduction import Reduction, gather_tokens
 from tprune.errors import UserError
@@ -85,8 +85,7 @@ class STA(TokenMethod):
         meaning = score.min_max(view.hidden[:, prefix:].float().abs().sum(-1).unflatten(1, (groups, -1)))
         kept = accumulate_over_time(metric, meaning, count // groups, backwards=stage == 1)
         first = torch.arange(groups, device=kept.device).unsqueeze(1) * (alive // groups)
-        head = torch.arange(prefix, device=kept.device).expand(batch, -1)
-        return Reduction.keep(torch.cat([head, (kept + first + prefix).flatten(1)], dim=1), length)
+        return Reduction.keep(select.with_prefix((kept + first + prefix).flatten(1), prefix), length)
 
 
 def accumulate_over_time(metric: Tensor, meaning: Tensor, count: int, backwards: bool) -> Tensor:

@@ -102,8 +102,7 @@ class TNT(TokenMethod):
         if chosen > count:
             half = self.halves(best, view.seeds + site.layer)
             best = unlike(view.hidden, *half, chosen - count)
-        head = torch.arange(prefix, device=best.device).expand(batch, -1)
-        return Reduction.keep(torch.cat([head, best.sort(1).values], 1), length)
+        return Reduction.keep(select.with_prefix(best.sort(1).values, prefix), length)
 
     def halves(self, ranked, seeds):
         """`ranked` [B, M], best first, as those that may leave and those they are compared with."""
