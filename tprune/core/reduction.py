@@ -21,6 +21,26 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
+class Sight:
+    """What the tokens that are left see in the next attention, where it is not all of themselves.
+
+    Attributes:
+        tokens: [B, M, D], what stands for the prunable tokens as keys and values (None: themselves).
+        position: int64 [B, M], the place of each in the original sequence.
+        queries, keys: int64 [G, q] and [G, m], groups of which each sees its keys alone: places among the tokens that
+            are left, and among `tokens`, or again among those that are left; for sequences without a prefix (None: one
+            group of all).
+        adds: whether what attention gives is added to the tokens, as usual, or takes their place.
+    """
+
+    tokens: Tensor | None = None
+    position: Tensor | None = None
+    queries: Tensor | None = None
+    keys: Tensor | None = None
+    adds: bool = True
+
+
+@dataclass(frozen=True, eq=False)
 class Reduction:
     """A linear map over tokens, `out[b, j] = Σ_i M[b, j, i] · x[b, i]`.
 
@@ -42,6 +62,9 @@ class Reduction:
         dense: [B, K, N], the matrix of a mix; [B, K, R] of a spread.
         valid: bool [B, K], False where a row keeps fewer tokens than K and the slot is padding (None: all real).
         resized: float [B, K], the sizes of the slots afterwards, where a method counts its own way (None: sums).
+        made: [B, K, D], the values of the slots where they are no linear map of the tokens; the rest then says what
+            each slot stands for.
+        sight: what the slots see in the attention that follows, for methods that declare it (`TokenMethod.sees`).
     """
 
     index: Tensor
@@ -53,6 +76,8 @@ class Reduction:
     dense: Tensor | None = None
     valid: Tensor | None = None
     resized: Tensor | None = None
+    made: Tensor | None = None
+    sight: Sight | None = None
 
     @classmethod
     def keep(cls, index: Tensor, length: int, valid: Tensor | None = None) -> Reduction:
@@ -126,6 +151,8 @@ class Reduction:
 
     def apply(self, x: Tensor) -> Tensor:
         """Reduce `x` [B, N, D] -> [B, K, D], in the dtype of `x`."""
+        if self.made is not None:
+            return self.made.to(x.dtype)
         if self.dense is not None and self.source is None:
             return self.dense.to(x.dtype) @ x
         out = gather_tokens(x, self.index)
@@ -206,6 +233,36 @@ class Reduction:
             return Reduction.keep(self.index.gather(1, after.index), self.length, after.valid)
         both = Reduction.mix(after.matrix() @ self.matrix(), self.index.gather(1, after.index))
         return replace(both, resized=after.resized if self.resized is None else after.size(self.resized))
+
+    def reordered(self, given: Tensor, wanted: Tensor) -> Reduction:
+        """The same map for a sequence in another order.
+
+        Args:
+            given: int64 [N], the place in that sequence of every token that goes into this map.
+            wanted: int64 [K], which of this map's slots stands at every place of the result.
+        """
+
+        def slots(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[:, wanted]
+
+        def places(x: Tensor | None) -> Tensor | None:
+            return None if x is None else given[x]
+
+        into, dense = self.into, slots(self.dense)
+        if into is not None:
+            into = torch.where(into < 0, -1, wanted.argsort()[into.clamp_min(0)])
+        if dense is not None and self.source is None:
+            dense = dense[:, :, given.argsort()]
+        return replace(
+            self,
+            index=slots(places(self.index)),
+            source=places(self.source),
+            into=into,
+            dense=dense,
+            own=slots(self.own),
+            valid=slots(self.valid),
+            resized=slots(self.resized),
+        )
 
     def restore(self, y: Tensor, fill: Tensor | None = None) -> Tensor:
         """Full length again: every token gets its slot's value, `y` [B, K, D] -> [B, N, D].

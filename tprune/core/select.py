@@ -47,6 +47,21 @@ def with_prefix(index: Tensor, prefix: int) -> Tensor:
     return torch.cat([head, index], dim=-1)
 
 
+def keep_where(stays: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The places that `stays` [B, N] marks, in their order, whatever their number.
+
+    Returns:
+        index [B, K] and valid [B, K]; rows that keep fewer than K are padded on the right with places that do not
+        stay, valid is then False there, and None where all rows keep K.
+    """
+    counts = stays.sum(1)
+    fewest, most = (0, 0) if len(counts) == 0 else torch.stack(counts.aminmax()).tolist()
+    index = (~stays).to(torch.int8).argsort(dim=1, stable=True)[:, :most]
+    if fewest == most:
+        return index, None
+    return index, torch.arange(most, device=stays.device) < counts.unsqueeze(1)
+
+
 def keep_protected_and_top(score: Tensor, drop: Tensor, prunable: Tensor) -> tuple[Tensor, Tensor | None]:
     """Drop the `drop[b]` worst prunable tokens of every row; all others stay, in ascending order.
 

@@ -185,12 +185,20 @@ class Shape:
     Attributes:
         depth: number of blocks the tokens pass through.
         tokens: number of prunable tokens of one sequence.
-        prefix: number of leading tokens that are never pruned (CLS, distillation, registers).
+        prefix: number of tokens that are never pruned (CLS, distillation, registers, a detector's queries); a view
+            shows them in front.
         heads: attention heads of one block.
         has_cls: whether the first token is a class token.
         grid: rows and columns of the prunable tokens, where they form an image.
         width: of a token's hidden state.
         classes: how many the model tells apart; 0 for a bare tower.
+        patch: channels, rows and columns of the pixels that one prunable token stands for, where it is an image.
+        names: how many things a patch may show in the data of a fit, the background included; 0 where it does not say.
+        kind: "plain" (every token sees every other), "windows" (attention within windows) or "state-space".
+        window: rows and columns of a window, where `kind` is "windows".
+        span: the first block before which tokens may leave and the one behind the last, where it is not all of them.
+        lengths: how many tokens each block has where nothing leaves, where they differ; `tokens` is what it is in
+            `span`.
     """
 
     depth: int
@@ -201,6 +209,12 @@ class Shape:
     grid: tuple[int, int] | None = None
     width: int = 0
     classes: int = 0
+    patch: tuple[int, int, int] = (0, 0, 0)
+    names: int = 0
+    kind: str = "plain"
+    window: int = 0
+    span: tuple[int, int] | None = None
+    lengths: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -209,19 +223,31 @@ class TokenMethod(Method):
 
     needs_cls: ClassVar[bool] = False
     reads: ClassVar[tuple[str, ...]] = ("attention",)
-    """What of the view is read and costs something to provide: "attention", "encoder", "seeds"."""
+    """What of the view is read and costs something to provide: "attention", "encoder", "projector", "seeds",
+    "sublayers", "embeddings", "unrotated_attention"."""
     unit: ClassVar[str] = "image"
     """What a view holds at a VLM's projector: a whole "image", or each "crop" of it by itself."""
     native: ClassVar[tuple[str, ...]] = ()
     """The hyperparameters that are themselves a budget; --keep takes their place, so both is a contradiction."""
     positions: ClassVar[str] = "original"
+    projects: ClassVar[bool] = False
+    """Whether tokens are merged before a VLM's projector: the view then holds what the projector makes tokens of, class
+    tokens in front, and what is merged is projected again."""
     calibrates: ClassVar[bool] = False
     """Whether `state` comes from a look at `images` calibration images, before anything is pruned or fitted."""
+    runs_on: ClassVar[tuple[str, ...]] = ("plain",)
+    """The kinds of vision model it works in (`Shape.kind`)."""
+    sees: ClassVar[bool] = False
+    """Whether its reductions may say what the next attention sees (`core.reduction.Sight`)."""
 
     def check(self, shape: Shape) -> None:
         """Raise UserError where the model lacks what the method reads."""
         if self.needs_cls and not shape.has_cls:
             raise UserError(f"{self.id} reads the attention of the class token, and this model has none")
+
+    def encoder_blocks(self, depth: int) -> Sequence[int]:
+        """The blocks of a vision tower of so many that are seen beside the projected one (reads "encoder")."""
+        return ()
 
     def stages(self, shape: Shape, knob: float | None) -> list[Stage]:
         """Where tokens leave and how many are left.
@@ -235,6 +261,10 @@ class TokenMethod(Method):
 
     def weighs_by_size(self) -> bool:
         """Whether attention after a merge counts a token as often as the tokens it stands for (log-size bias)."""
+        return False
+
+    def hides(self) -> bool:
+        """Whether what leaves inside a decoder is hidden from attention, and goes on being computed and cached."""
         return False
 
     def edits_attention(self) -> bool:
@@ -295,8 +325,10 @@ class TokenMethod(Method):
         """The fitted method keeping more: 0 keeps least, 0.5 is as learned, 1 keeps all; for counts that vary."""
         raise NotImplementedError
 
-    def reduce(self, site: Site, view: TokenView, count: int | Tensor, memory: dict[str, Any]) -> Reduction:
-        """What happens at `site`.
+    def reduce(
+        self, site: Site, view: TokenView, count: int | Tensor, memory: dict[str, Any]
+    ) -> Reduction | None:
+        """What happens at `site`; None inside a decoder where all stay, for methods that only look there.
 
         Args:
             site: one of `stages`.

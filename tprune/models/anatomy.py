@@ -27,6 +27,7 @@ class Anatomy:
         shape: depth, tokens, prefix, heads.
         model: the whole; its `forward_intermediates`, where it has one, gives full-length features.
         dense: whether a head reads every patch, so that blocks must always give full-length outputs.
+        suffix: how many of the `shape.prefix` tokens come last in the model's own sequence (YOLOS's queries).
     """
 
     entrance: nn.Module
@@ -35,6 +36,7 @@ class Anatomy:
     shape: Shape
     model: nn.Module
     dense: bool = False
+    suffix: int = 0
 
 
 def anatomy(model: nn.Module) -> Anatomy:
@@ -69,6 +71,7 @@ def anatomy(model: nn.Module) -> Anatomy:
         grid=(rows, columns),
         width=model.embed_dim,
         classes=classes(model),
+        patch=(model.patch_embed.proj.in_channels, *model.patch_embed.patch_size),
     )
     return Anatomy(model.patch_embed, model.blocks, [block.attn for block in model.blocks], shape, model)
 
@@ -78,6 +81,11 @@ def classes(model: nn.Module) -> int:
     if hasattr(model, "config"):
         return model.config.num_labels if hasattr(model, "classifier") else 0
     return model.num_classes
+
+
+def detects(model: nn.Module) -> bool:
+    """Whether the model finds objects, with queries of its own beside the patches (YOLOS)."""
+    return getattr(getattr(model, "config", None), "num_detection_tokens", 0) > 0
 
 
 def _transformers(model: nn.Module) -> Anatomy:
@@ -97,19 +105,22 @@ def _transformers(model: nn.Module) -> Anatomy:
     has_cls = any(name.endswith(("cls_token", "class_embedding")) for name, _ in model.named_parameters())
     registers = getattr(config, "num_register_tokens", 0) or 0
     distilled = any(name.endswith("distillation_token") for name, _ in model.named_parameters())
+    queries = getattr(config, "num_detection_tokens", 0)
     shape = Shape(
         depth=len(blocks),
         tokens=grid[0] * grid[1],
-        prefix=has_cls + registers + distilled,
+        prefix=has_cls + registers + distilled + queries,
         heads=config.num_attention_heads,
         has_cls=has_cls,
         grid=grid,
         width=config.hidden_size,
         classes=classes(model),
+        patch=(getattr(config, "num_channels", 3), *patch),
     )
     entrance = next(module for name, module in model.named_modules() if name.endswith("embeddings"))
-    dense = type(model).__name__.endswith(DENSE_HEADS)
-    return Anatomy(entrance, blocks, [_attention_of(block) for block in blocks], shape, model, dense)
+    # A detector's encoder adds positions between its blocks, and its head looks for the queries at the end.
+    dense = type(model).__name__.endswith(DENSE_HEADS) or queries > 0
+    return Anatomy(entrance, blocks, [_attention_of(block) for block in blocks], shape, model, dense, queries)
 
 
 def _attention_of(block: nn.Module) -> nn.Module | None:

@@ -21,7 +21,7 @@ from tprune.models.subject import Subject
 T = TypeVar("T")
 
 AUTO_CLASSES = {
-    "vit": ("AutoModelForImageClassification", "AutoModel"),
+    "vit": ("AutoModelForImageClassification", "AutoModelForObjectDetection", "AutoModel"),
     "vlm": ("AutoModelForImageTextToText",),
     "llm-context": ("AutoModelForCausalLM",),
     "llm-weights": ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModel"),

@@ -23,7 +23,9 @@ from tprune.methods.base import TokenMethod
 from tprune.methods.views import TokenView
 from tprune.models.anatomy import Anatomy, halves
 from tprune.models.dense import Canvas
+from tprune.models.inward import Inward
 from tprune.models.ragged import Ragged, check_head
+from tprune.models.sight import attend_to
 from tprune.models.watch import Watch
 
 
@@ -88,6 +90,9 @@ class TokenDriver:
             elif self._blend(layer) is not None:
                 block.forward = self._blending(layer, *halves(block))
                 self.undo.callback(block.__dict__.pop, "forward", None)
+            elif self.method.sees and Site(layer) in self.counts:
+                block.forward = self._seeing(*halves(block))
+                self.undo.callback(block.__dict__.pop, "forward", None)
             if layer in watched:
                 attention = parts.attentions[layer]
                 self._hook(attention.register_forward_pre_hook(partial(self._watch, layer in edited)))
@@ -120,15 +125,15 @@ class TokenDriver:
 
     def _begin(self, entrance: nn.Module, args: tuple, kwargs: dict) -> None:
         """A new forward: nothing has happened yet."""
-        pixels = args[0] if args else kwargs["pixel_values"]
-        self.position = self.size = self.attention = self.bias = self.seeds = None
+        self.pixels = args[0] if args else kwargs["pixel_values"]
+        self.position = self.size = self.attention = self.bias = self.seeds = self.sight = None
         self.memory: dict[str, Any] = {}
         self.trace = Trace()
         self.canvas = Canvas() if self.dense or self.rejoin is not None else None
         if self.ragged is not None:
-            self.ragged.begin(len(pixels))
+            self.ragged.begin(len(self.pixels))
         if "seeds" in self.method.reads:
-            self.seeds = content_seeds(pixels, self.seed)
+            self.seeds = content_seeds(self.pixels, self.seed)
 
     def _edited(self) -> set[int]:
         """The blocks whose attention the method changes: those that tokens leave."""
@@ -163,7 +168,7 @@ class TokenDriver:
                 x = self._return(x)
             elif Site(layer) in self.counts:
                 x = self._reduce(Site(layer), x)
-            self.trace.entering.append(0 if layer in self.skipped else x.shape[1] - self.parts.shape.prefix)
+            self.trace.entering.append(0 if layer in self.skipped else self._entering(x))
             if self.ragged is not None:
                 self.ragged.count(2 * layer, x)
                 if Site(layer, between=True) not in self.counts:
@@ -204,6 +209,24 @@ class TokenDriver:
 
         return forward
 
+    def _seeing(self, attend: Callable, feed: Callable) -> Callable:
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            sight, self.sight = self.sight, None
+            if sight is None:
+                x = hidden_states + attend(hidden_states, *args, **kwargs)
+            else:
+                x = attend_to(attend, hidden_states, sight, self.parts.shape.prefix, *args, **kwargs)
+                x = hidden_states + x if sight.adds else x
+            return x + feed(x)
+
+        return forward
+
+    def _entering(self, x: Tensor) -> int:
+        """How many prunable tokens the attention of the next block works on."""
+        if self.sight is not None and self.sight.tokens is not None:
+            return self.sight.tokens.shape[1]
+        return x.shape[1] - self.parts.shape.prefix
+
     def _fitted(self, kwargs: dict[str, Any], x: Tensor) -> dict[str, Any]:
         """The block's other arguments for the tokens that are left: rotary tables gathered, sizes as a bias."""
         if self.position is not None and kwargs.get("rope") is not None:
@@ -221,21 +244,28 @@ class TokenDriver:
         """Rotary tables [n, d] or [H, n, d] of all patches -> [B, 1 or H, K, d] of those left."""
         prefix = self.parts.shape.prefix
         place = self.position[:, prefix:] - prefix
+        if self.sight is not None and self.sight.position is not None:
+            place = torch.cat([place, self.sight.position - prefix], 1)
         per_head = table if table.dim() == 3 else table.unsqueeze(0)
         return per_head[:, place].transpose(0, 1)
+
+    def _inward(self, x: Tensor) -> Inward:
+        """Between the order of `x` [B, N, D] and the one that methods see."""
+        return Inward(self.parts.shape.prefix, self.parts.suffix, x.shape[1])
 
     def _view(self, site: Site, x: Tensor) -> TokenView:
         """What the method sees at `site`."""
         shape, length = self.parts.shape, x.shape[1]
-        if self.ragged is None and length < shape.prefix + self.counts[site]:
+        if self.ragged is None and not self.method.sees and length < shape.prefix + self.counts[site]:
             raise UserError(
                 f"the model was given {length - shape.prefix} tokens, its stages were planned for {shape.tokens}; "
                 "use images of the size it was built for"
             )
-        real = None if self.ragged is None else self.ragged.real
+        inward = self._inward(x)
+        real = None if self.ragged is None else inward.shown(self.ragged.real)
         prunable = torch.arange(length, device=x.device).ge(shape.prefix).expand(x.shape[:2])
         return TokenView(
-            hidden=x,
+            hidden=inward.shown(x),
             prunable=prunable if real is None else prunable & real,
             prefix=shape.prefix,
             depth=shape.depth,
@@ -243,10 +273,11 @@ class TokenDriver:
             grid=shape.grid,
             whole=real is None,
             real=real,
-            position=self.position,
-            size=self.size,
-            attention=self.attention,
+            position=inward.places(self.position),
+            size=inward.shown(self.size),
+            attention=inward.attention(self.attention),
             seeds=self.seeds,
+            signals={"pixels": lambda: self.pixels},
         )
 
     def _reduce(self, site: Site, x: Tensor) -> Tensor:
@@ -260,10 +291,12 @@ class TokenDriver:
         return x
 
     def _apply(self, site: Site, reduction: Reduction, x: Tensor) -> Tensor:
+        reduction = self._inward(x).outward(reduction, x.device)
         if self.position is None:
             self.position = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
         if self.canvas is not None:
             self.canvas.follow(reduction, x)
+        self.sight = reduction.sight
         self.position = reduction.gather(self.position)
         self.size = reduction.size(self.size)
         if self.ragged is not None:

@@ -61,7 +61,8 @@ class Fitting:
         The model's own weights stay as they were, unless the method tunes them.
         """
         fit = self.method.fit(self.parts.shape, self.keep, self.seed).to(self.device)
-        if self.method.bind(fit.state()).varies():
+        bound = self.method.bind(fit.state())
+        if (bound if self.keep is None else bound.counted()).varies():
             check_head(self.parts.model, self.method.id)
         labelled = self.data.fits(self.parts.shape.classes)
         if not labelled:
@@ -80,7 +81,7 @@ class Fitting:
             finally:
                 driver.remove()
         method, looped = self.method.bind(fit.state()), time.monotonic()
-        if method.varies() and self.keep is not None:
+        if self.keep is not None and method.counted().varies():
             method = self.settled(method)
         facts = {"data": self.data.protocol, "labels": "the data's" if labelled else "the dense model's"}
         facts |= (

@@ -104,7 +104,7 @@ def of_vit(driver: VitPipeline, subject: Subject, handle: VitHandle, sample: Sam
     sites = [site for site, _ in inner.trace.reductions]
     stands = follow_all([reduction for _, reduction in inner.trace.reductions])
     steps = [(site, one[0]) for site, one in zip(sites, stands, strict=True)]
-    places = shape.prefix + torch.arange(shape.tokens)
+    places = shape.prefix - inner.parts.suffix + torch.arange(shape.tokens)
     title = heading(driver, sample)
     title += f", class {int(found.argmax())}" if classes(subject.model) else ""
     shown = as_image(pixels, subject.processor)

@@ -17,7 +17,7 @@ from tprune.evaluate.stopwatch import Stopwatch
 from tprune.methods.base import Shape, TokenMethod
 from tprune.models import load as loaders
 from tprune.models import vit as adapter
-from tprune.models.anatomy import Anatomy, anatomy, classes
+from tprune.models.anatomy import Anatomy, anatomy, classes, detects
 from tprune.models.subject import Subject
 from tprune.pipelines.base import Achieved, Handle, Pipeline, Quality, Sample, Workload
 from tprune.pipelines.skipping import calibrated
@@ -113,9 +113,10 @@ class VitPipeline(Pipeline):
             fits = self.classes == 10
         self.labels = torch.tensor(labels) if fits else None
         if self.labels is None:
-            self.progress.say(
-                "no labels that fit this model: only agreement with the dense model is measured"
-            )
+            why = "no labels that fit this model"
+            if detects(subject.model):
+                why = "a detector, and no boxes to measure mean average precision with"
+            self.progress.say(f"{why}: only agreement with the dense model is measured")
 
     def evaluate(self, subject: Subject) -> Quality:
         """Top-1 accuracy."""
@@ -142,10 +143,15 @@ class VitPipeline(Pipeline):
             raise UserError(
                 f"{subject.source.name} has no preprocessor_config.json; copy it from the model's origin"
             )
-        return subject.processor(images=image, return_tensors="pt")["pixel_values"][0]
+        size = {}
+        if detects(subject.model):
+            # Its processor would keep an image's proportions; a batch has one size, the model's.
+            _, rows, columns = input_size(subject.model)
+            size = {"size": {"height": rows, "width": columns}}
+        return subject.processor(images=image, return_tensors="pt", **size)["pixel_values"][0]
 
     def outputs(self, subject: Subject, batch: Tensor) -> Tensor:
-        """Logits, or pooled features where there is no classifier: [B, C]."""
+        """Logits [B, C], of a detector's queries [B, Q, C], or pooled features where there is no classifier [B, D]."""
         parameter = next(subject.model.parameters())
         found = subject.model(batch.to(parameter.device, parameter.dtype))
         if isinstance(found, Tensor):
@@ -158,7 +164,7 @@ class VitPipeline(Pipeline):
     def workload(self, subject: Subject) -> Workload:
         """One batch of noise images; of evaluation images where what they show decides how many tokens are kept."""
         size = self.recipe.batch_size
-        if self.method.varies():
+        if self.asked().varies():
             places = range(min(size, len(self.images.items)))
             batch = torch.stack([self.pixels(subject, self.images.open(place)) for place in places])
         else:
@@ -192,9 +198,12 @@ class VitPipeline(Pipeline):
 
     def plan(self, shape: Shape) -> tuple[TokenMethod, tuple[Stage, ...]]:
         """The method as it runs at this budget, and its stages; counts that vary have met it when they were learned."""
-        learned, keep = self.method.state is not None, self.stage.keep
-        method = self.method if learned or keep is None else self.method.counted()
-        return method, solve(method, shape, None if learned and method.varies() else keep)
+        method = self.asked()
+        return method, solve(method, shape, None if method.varies() else self.stage.keep)
+
+    def asked(self) -> TokenMethod:
+        """The method, with counts that `stages` fixes under --keep where it has such a form."""
+        return self.method if self.stage.keep is None else self.method.counted()
 
     def fit(self, subject: Subject, parts: Anatomy, work: Path | None) -> tuple[TokenMethod, dict[str, Any]]:
         """The method with what it learned from `--fit`, and the facts of the fit."""

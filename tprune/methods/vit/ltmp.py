@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from tprune.core import match, score
+from tprune.core import match, score, select
 from tprune.core.budget import Site, Stage
 from tprune.core.reduction import Reduction
 from tprune.errors import UserError
@@ -169,12 +169,11 @@ class LTMP(TokenMethod):
         stays[:, ::2] &= ~merges
 
         order = even_odd(place, view.prefix)
-        slots = (~stays[:, order]).to(torch.int8).argsort(dim=1, stable=True)
-        counts = stays.sum(1)
-        index = order[slots[:, : int(counts.max())]]
-        valid = place[: index.shape[1]] < counts.unsqueeze(1)
+        slots, valid = select.keep_where(stays[:, order])
+        index = order[slots]
+        apart = index if valid is None else index.masked_fill(~valid, length)
         slot = torch.full((batch, length + 1), -1, device=metric.device)
-        slot = slot.scatter(1, index.masked_fill(~valid, length), place[: index.shape[1]].expand_as(index))
+        slot = slot.scatter(1, apart, place[: index.shape[1]].expand_as(index))
         into = slot.gather(1, into).masked_fill(~merges, -1)
         source = place[::2].expand(batch, -1)
         reduction = Reduction.average(index, length, source, into, view.size)
