@@ -262,6 +262,7 @@ class Reduction:
             own=slots(self.own),
             valid=slots(self.valid),
             resized=slots(self.resized),
+            made=slots(self.made),
         )
 
     def restore(self, y: Tensor, fill: Tensor | None = None) -> Tensor:
