@@ -37,21 +37,25 @@ class Stage:
     """After `site`, `count` prunable tokens are left.
 
     With `skips` it is the attention of the block that is left out, for all tokens; `count` is then what it was.
+    Where the next attention has other keys than what is left (`core.reduction.Sight`), `seen` is how many tokens it
+    works on in all.
     """
 
     site: Site
     count: int
     skips: bool = False
+    seen: int = 0
 
 
 def counts_entering(stages: Sequence[Stage], tokens: int, depth: int) -> list[int]:
     """How many prunable tokens enter each of the 2·depth attention and MLP sublayers."""
     entering, alive, waiting = [], tokens, sorted(stages, key=lambda stage: stage.site)
     skipped = {stage.site.sublayer for stage in stages if stage.skips}
+    seen = {stage.site.sublayer: stage.seen for stage in stages if stage.seen}
     for sublayer in range(2 * depth):
         while waiting and waiting[0].site.sublayer <= sublayer:
             alive = waiting.pop(0).count
-        entering.append(0 if sublayer in skipped else alive)
+        entering.append(0 if sublayer in skipped else seen.get(sublayer, alive))
     return entering
 
 
@@ -113,6 +117,20 @@ def even_stages(rate: float, tokens: int, depth: int) -> list[Stage]:
         alive = max(1, alive - leaving)
         stages.append(Stage(Site(layer, between=True), alive))
     return stages
+
+
+def staircase(layers: Sequence[int], counts: Sequence[int], paper_depth: int, depth: int) -> list[Stage]:
+    """Tokens leave again and again: before `layers`, of `paper_depth`, down to `counts`, never more than were left.
+
+    Layers that fall on one of a shallower model act there at once; the first layer keeps all.
+    """
+    left: dict[int, int] = {}
+    for layer, count in zip(layers, counts, strict=True):
+        place = max(1, scale_layer(layer, paper_depth, depth))
+        left[place] = min(count, left.get(place, count))
+    places = sorted(left)
+    alive = accumulate((left[place] for place in places), min)
+    return [Stage(Site(place), count) for place, count in zip(places, alive, strict=True)]
 
 
 def scale_layer(layer: int, paper_depth: int, depth: int) -> int:

@@ -84,6 +84,8 @@ class Method:
     family: ClassVar[str] = ""
     learns: ClassVar[str] = "no"
     """Whether there is something to fit: "no", "optional" (it runs without) or "required"."""
+    labels: ClassVar[str] = "classes"
+    """What a fit learns from: the "classes" of images, or what their "patches" show."""
     built_in: ClassVar[dict[str, Any]] = {}
     """Training hyperparameters for `--fit built-in`, where the paper's need more images than there are."""
 

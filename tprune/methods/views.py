@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, cat
+import torch
+from torch import Tensor
 
 from tprune.core import score
 from tprune.errors import UserError
@@ -82,13 +83,17 @@ class TokenView:
         depth: how many blocks the model has.
         has_cls: whether the first token is a class token.
         grid: rows and columns of the prunable tokens before any left, where they form an image.
+        window: rows and columns of the windows that attention stays in; 0 where it does not.
         whole: whether all tokens behind the prefix are prunable (no host sync is needed to know it).
         position: int64 [B, N], every token's place in the original sequence.
         real: bool [B, N], False for padding; None where there is none.
         size: float [B, N], how many original tokens each stands for, or None before the first merge.
         attention: of the block these tokens last went through ("before" sites: the previous block's), if any.
-        encoder: the vision tower's view of the same image, at a VLM's projector.
-        pool: scores of the encoder's patches [B, P] as scores of these tokens [B, N], where several make one.
+        encoder: at a VLM's projector, the vision tower's view of the same images: [E, prefix + P] tokens behind the
+            block that is projected. A row is a crop: E is B, or the sum over images of their crops.
+        encoders: the same behind other blocks of the tower, by index (`TokenMethod.encoder_blocks`).
+        pool: what the encoder's patches have [E, P, ...], for these tokens [B, N, ...]: the mean where several patches
+            make one token, 0 for tokens that no patch makes (newlines).
         seeds: int64 per sample, for methods that draw at random: equal samples draw equally in any batch.
         present: float [B, N], while a method is fitted: 1 for tokens that would still be there, else 0, with a
             gradient; None before the first site that marks any.
@@ -101,16 +106,36 @@ class TokenView:
     depth: int = 0
     has_cls: bool = False
     grid: tuple[int, int] | None = None
+    window: int = 0
     whole: bool = True
     position: Tensor | None = None
     real: Tensor | None = None
     size: Tensor | None = None
     attention: Attention | None = None
     encoder: TokenView | None = None
+    encoders: dict[int, TokenView] = field(default_factory=dict)
     pool: Callable[[Tensor], Tensor] | None = None
     seeds: Tensor | None = None
     present: Tensor | None = None
     signals: dict[str, Callable[[], Any]] = field(default_factory=dict)
+
+    @property
+    def last(self) -> Tensor:
+        """The place of every row's last real token, int64 [B, 1]."""
+        if self.real is None:
+            return self.prunable.new_full(
+                (len(self.prunable), 1), self.prunable.shape[1] - 1, dtype=torch.int64
+            )
+        return self._places().mul(self.real).argmax(1, keepdim=True)
+
+    @property
+    def text(self) -> Tensor:
+        """The instruction: real tokens behind the last prunable one, bool [B, N]."""
+        behind = self._places() > self._places().mul(self.prunable).amax(1, keepdim=True)
+        return behind if self.real is None else behind & self.real
+
+    def _places(self) -> Tensor:
+        return torch.arange(self.prunable.shape[1], device=self.prunable.device)
 
     def signal(self, name: str) -> Any:
         """One of the rarer signals.
@@ -190,7 +215,7 @@ class StepView:
 
     def attention_rows(self) -> Tensor:
         """What the new query pays to every entry: float32 [B, H, T]."""
-        return cat([attention.rows().squeeze(2) for attention in self.attentions])
+        return torch.cat([attention.rows().squeeze(2) for attention in self.attentions])
 
 
 @dataclass(eq=False)

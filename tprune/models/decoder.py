@@ -25,6 +25,7 @@ from tprune.methods.views import TokenView
 from tprune.models.blocks import find_decoder
 from tprune.models.layer_inputs import LayerInputs
 from tprune.models.run import Inputs, Run, Tally, here, planned, real_tokens
+from tprune.models.signals import Signals, attention_of, watch_sublayers
 from tprune.models.taps import AttentionCall, Tap
 from tprune.models.track import (
     Kept,
@@ -37,8 +38,6 @@ from tprune.models.track import (
 
 Entrance = Callable[[Run, Tensor], tuple[Tensor, Tensor, Tensor | None]]
 """What happens at `PROJECTOR`: (run, embeddings [B, N, D]) -> embeddings [B, K, D], slots [B, K], valid [B, K]."""
-
-NORMS = ("norm", "final_layer_norm", "ln_f", "final_layernorm")
 
 
 class DecoderDriver:
@@ -54,6 +53,8 @@ class DecoderDriver:
         positions: "original" keeps the position ids of the tokens that are left, "compact" renumbers them.
         seeds_of: from the inputs to a seed per row, int64 [B]; called where the method draws at random.
         entrance: what happens before the first layer, for methods with the site `PROJECTOR`.
+        cells_of: from the inputs to every token's crop, row and column, int64 [B, N, 3]; called where the method reads
+            "cells".
         outer: the module whose call carries the whole prompt; the decoder itself by default.
         check_later: called with the inputs of every later call on a cache; raises UserError for what cannot be right.
     """
@@ -68,17 +69,19 @@ class DecoderDriver:
         positions: str = "original",
         seeds_of: Callable[[Inputs], Tensor] | None = None,
         entrance: Entrance | None = None,
+        cells_of: Callable[[Inputs], Tensor] | None = None,
         outer: nn.Module | None = None,
         check_later: Callable[[Inputs], None] | None = None,
     ):
         self.method, self.prunable_of, self.stages_of = method, prunable_of, stages_of
         self.positions, self.seeds_of, self.entrance = positions, seeds_of, entrance
         self.check_later = check_later
+        self.hides = method.hides()
         decoder = find_decoder(model)
         self.core, self.layers = decoder.core, decoder.blocks
         self.outer = self.core if outer is None else outer
         self.inputs = LayerInputs(self.core, positions)
-        self.norm = next((getattr(self.core, name) for name in NORMS if hasattr(self.core, name)), None)
+        self.signals = Signals(self.core, self.layers, self.inputs, cells_of)
         self.tally = Tally(len(self.layers))
         self.run: Run | None = None
         self.trace: list[tuple[Site, Tensor]] | None = None
@@ -99,6 +102,8 @@ class DecoderDriver:
         if "attention" in method.reads:
             self.tap = Tap([attention_of(layer) for layer in self.layers], self._observe)
             self.place = {attention_of(layer): place for place, layer in enumerate(self.layers)}
+        if "sublayers" in method.reads:
+            self.handles += watch_sublayers(self.layers, self._note_sublayer)
 
     def remove(self) -> None:
         """Take all hooks out again."""
@@ -161,6 +166,8 @@ class DecoderDriver:
             self._shorten(run, given)
         elif run.track.entry is not None:
             self._continue(run, given)
+        if run.is_prompt and "embeddings" in self.method.reads:
+            run.embeddings = given["inputs_embeds"]
         mask = given.get("attention_mask")
         run.padding = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         return ((), given) if run.track.entry is not None else None
@@ -221,6 +228,11 @@ class DecoderDriver:
         if run is not None and run.is_prompt and Site(self.place[call.module] + 1) in run.counts:
             run.attention = call.view()
 
+    def _note_sublayer(self, place: int, which: int, passed: tuple[Tensor, Tensor]) -> None:
+        """Keep what a sublayer of a prompt was given and gave, where a site follows."""
+        if self.run is not None and self.run.is_prompt and Site(place + 1) in self.run.counts:
+            self.run.sublayers.setdefault(place, []).append(passed)
+
     def _layer_hook(self, place: int) -> Callable[..., tuple[tuple, Inputs] | None]:
         site = Site(place)
 
@@ -231,18 +243,19 @@ class DecoderDriver:
             names = self.names[module][: len(args)]
             given = dict(zip(names, args, strict=True)) | kwargs
             if run.is_prompt and site in run.counts:
-                given["hidden_states"] = self._reduce(run, site, given["hidden_states"], run.counts[site])
+                given["hidden_states"] = self._reduce(run, site, given, run.counts[site])
             kept = run.track.at(place)
-            if kept is None:
-                return None
-            self.inputs.fit(run, place, kept, given)
-            return tuple(given.pop(name) for name in names), given
+            if kept is not None:
+                self.inputs.fit(run, place, kept, given)
+            if run.is_prompt and "unrotated_attention" in self.method.reads:
+                run.before = given
+            return None if kept is None else (tuple(given.pop(name) for name in names), given)
 
         return hook
 
-    def _reduce(self, run: Run, site: Site, hidden: Tensor, count: int | Tensor) -> Tensor:
+    def _reduce(self, run: Run, site: Site, given: Inputs, count: int | Tensor) -> Tensor:
         """Let the method choose before a layer; -> the hidden states that are left."""
-        before = run.track.at(site.layer)
+        before, hidden = run.track.at(site.layer), given["hidden_states"]
         slots = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[:2])
         slots = slots if before is None else before.index
         valid = None if before is None else before.valid
@@ -259,30 +272,26 @@ class DecoderDriver:
             attention=run.attention,
             seeds=run.seeds,
             real=here(run.real, position, valid),
-            signals={"final_norm": lambda: self.norm(hidden)},
+            signals=self.signals.at(run, site.layer, given, slots, position),
         )
         reduction = self.method.reduce(site, view, count, run.memory)
-        run.attention = None
+        run.attention, run.sublayers = None, {}
+        if reduction is None:
+            return hidden
         if run.trace is not None:
             run.note(site, position, reduction.heirs(position), valid)
         left = reduction.valid
         if valid is not None:
             still = valid.gather(1, reduction.index)
             left = still if left is None else left & still
-        run.track.layers[site.layer] = Kept.of(slots.gather(1, reduction.index), left, run.track.entered)
+        if self.hides:
+            run.track.layers[site.layer] = Kept.hiding(slots, reduction.index, left, run.track.entered)
+            return hidden
+        ascending = reduction.drops_only and (before is None or before.order is None)
+        run.track.layers[site.layer] = Kept.of(
+            slots.gather(1, reduction.index), left, run.track.entered, ascending
+        )
         return reduction.apply(hidden)
-
-
-def attention_of(layer: nn.Module) -> nn.Module:
-    """The attention module of a decoder layer.
-
-    Raises:
-        UserError: there is none (a recurrent or convolutional layer).
-    """
-    for module in layer.modules():
-        if module is not layer and hasattr(module, "config") and type(module).__name__.endswith("Attention"):
-            return module
-    raise UserError(f"{type(layer).__name__} has no attention that can be watched")
 
 
 def _first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:

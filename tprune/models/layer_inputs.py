@@ -43,10 +43,12 @@ class LayerInputs:
         """Change `given`, by name, which the decoder made for all tokens that entered it."""
         ids, rope = given.get("position_ids"), given.get("position_embeddings")
         if run.is_prompt:
-            rows = slots = kept.index
+            rows = slots = kept.columns
             if ids is not None:
                 key = ("ids", id(kept), id(ids))
-                ids = given["position_ids"] = run.once(key, lambda: gather_last(given["position_ids"], rows))
+                ids = given["position_ids"] = run.once(
+                    key, lambda: gather_last(given["position_ids"], kept.index)
+                )
         else:
             rows = torch.arange(run.length, device=kept.index.device).expand(kept.index.shape[0], -1)
             slots = rows + run.track.entered - run.length
@@ -59,7 +61,7 @@ class LayerInputs:
         elif run.is_prompt and isinstance(rope, tuple):
             key = ("rope", id(kept), id(rope))
             given["position_embeddings"] = run.once(
-                key, lambda: tuple(gather_rope(part, rows) for part in rope)
+                key, lambda: tuple(gather_rope(part, kept.index) for part in rope)
             )
         cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
         mask, (window, held) = given.get("attention_mask"), _sliding(cache, place)
@@ -79,7 +81,7 @@ class LayerInputs:
             return gather_mask(mask, rows, seen, run.track.entered)
         if seen.valid is None and mask is None and (run.is_prompt or window is None):
             return None
-        padding = None if run.padding is None else run.padding.bool().gather(1, seen.index)
+        padding = None if run.padding is None else run.padding.bool().gather(1, seen.columns)
         implementation = self.core.config._attn_implementation or "eager"
         if "flash" in implementation:
             return padding if seen.valid is None else seen.valid if padding is None else seen.valid & padding
@@ -104,7 +106,7 @@ class LayerInputs:
 def _latest(kept: Kept, keys: int) -> Kept:
     """The last `keys` of the tokens that are left."""
     valid = None if kept.valid is None else kept.valid[:, -keys:]
-    return Kept(kept.index[:, -keys:], valid, kept.gone)
+    return Kept(kept.columns[:, -keys:], valid, kept.gone)
 
 
 def _sliding(cache: Any, place: int) -> tuple[int | None, int]:

@@ -32,6 +32,9 @@ class Run:
         seeds: int64 [B], for methods that draw at random, or None.
         memory: what the method carries from site to site.
         attention: of the layer that ran last, where the next one is a site.
+        embeddings: [B, T, D], what entered the decoder; None where the method does not ask.
+        before: what the layer that ran last was given, by name; None where the method does not ask.
+        sublayers: per layer since the last site, what went into its attention and its MLP and what came out.
         padding: the decoder's padding mask [B, T] (nonzero: real), for the tokens that entered it, or None.
         trace: at every site so far, which token stands for each of the caller's (`core.reduction.follow`), int64
             [B, N]; None where nobody asked.
@@ -48,6 +51,9 @@ class Run:
     seeds: Tensor | None = None
     memory: dict[str, Any] = field(default_factory=dict)
     attention: Attention | None = None
+    embeddings: Tensor | None = None
+    before: Inputs | None = None
+    sublayers: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     padding: Tensor | None = None
     trace: list[tuple[Site, Tensor]] | None = None
     fitted: dict[Any, Any] = field(default_factory=dict)

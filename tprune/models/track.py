@@ -19,21 +19,38 @@ class Kept:
     """The tokens that a stretch of layers sees, and has in its cache.
 
     Attributes:
-        index: int64 [B, T], their slots, ascending for a pure drop.
-        valid: bool [B, T], False where a row keeps fewer and the place is a filler, or None.
+        index: int64 [B, T], their slots, ascending unless tokens were merged and put elsewhere.
+        valid: bool [B, T], False where a row keeps fewer and the place is a filler, or where a token is hidden but
+            not removed; None for neither.
         gone: int64 [B], how many slots of the prompt are missing.
+        order: int64 [B, T], the same slots ascending, where `index` is not: what sees what follows the sequence.
     """
 
     index: Tensor
     valid: Tensor | None
     gone: Tensor
+    order: Tensor | None = None
 
     @classmethod
-    def of(cls, index: Tensor, valid: Tensor | None, length: int) -> Kept:
+    def of(cls, index: Tensor, valid: Tensor | None, length: int, ascending: bool = True) -> Kept:
         """What is left of `length` slots."""
         batch, count = index.shape
         left = index.new_full((batch,), count) if valid is None else valid.sum(1)
-        return cls(index, valid, length - left)
+        return cls(index, valid, length - left, None if ascending else index.sort(dim=1).values)
+
+    @classmethod
+    def hiding(cls, slots: Tensor, index: Tensor, left: Tensor | None, length: int) -> Kept:
+        """All of `slots` [B, T] in their places; what `index` [B, K] (`left` [B, K]: its real ones) lacks is hidden."""
+        batch, count = slots.shape
+        index = index if left is None else torch.where(left, index, count)
+        seen = torch.zeros(batch, count + 1, dtype=torch.bool, device=slots.device)
+        seen = seen.scatter(1, index, True)[:, :count]
+        return cls.of(slots, None if bool(seen.all()) else seen, length)
+
+    @property
+    def columns(self) -> Tensor:
+        """The slots by which masks are made, int64 [B, T], ascending."""
+        return self.index if self.order is None else self.order
 
     def shift(self) -> Tensor:
         """How many slots are missing before each token, int64 [B, T]: what `compact` positions subtract."""
@@ -46,6 +63,8 @@ class Kept:
         batch = self.index.shape[0]
         new = torch.arange(start, start + count, device=self.index.device).expand(batch, count)
         self.index = torch.cat([self.index, new], dim=1)
+        if self.order is not None:
+            self.order = torch.cat([self.order, new], dim=1)
         if self.valid is not None:
             self.valid = torch.cat([self.valid, self.valid.new_ones(batch, count)], dim=1)
 
@@ -150,16 +169,16 @@ def gather_rope(x: Tensor, index: Tensor) -> Tensor:
 
 def gather_padding(mask: Tensor, kept: Kept) -> Tensor:
     """A padding mask [B, T] (nonzero: real) of the tokens that are left, fillers hidden."""
-    left = mask.gather(1, kept.index)
+    left = mask.gather(1, kept.columns)
     return left if kept.valid is None else left * kept.valid.to(left.dtype)
 
 
 def visible(rows: Tensor, kept: Kept, window: int | None = None) -> Tensor:
     """Which kept tokens the queries at the slots `rows` [B, q] see: bool [B, 1, q, T].
 
-    Causal, within `window` slots where there is one. A filler sees itself, so that no row of a softmax is empty.
+    Causal, within `window` slots where there is one. No row is empty: a filler sees itself where it sees nothing else.
     """
-    columns = kept.index[:, None]
+    columns = kept.columns[:, None]
     seen = columns <= rows.unsqueeze(-1)
     if window is not None:
         seen = seen & (columns > rows.unsqueeze(-1) - window)
@@ -178,7 +197,7 @@ def gather_mask(mask: Tensor, rows: Tensor, kept: Kept, total: int) -> Tensor:
     batch, queries, keys = rows.shape[0], rows.shape[1], kept.index.shape[1]
     mask = mask.expand(batch, *mask.shape[1:])
     heads = mask.shape[1]
-    columns = kept.index - (total - mask.shape[-1])
+    columns = kept.columns - (total - mask.shape[-1])
     mask = mask.gather(2, rows[:, None, :, None].expand(batch, heads, queries, mask.shape[-1]))
     mask = mask.gather(3, columns.clamp_min(0)[:, None, None].expand(batch, heads, queries, keys))
     outside = (columns < 0)[:, None, None]
@@ -189,15 +208,16 @@ def gather_mask(mask: Tensor, rows: Tensor, kept: Kept, total: int) -> Tensor:
 
 
 def _hide_fillers(mask: Tensor, kept: Kept, queries: int) -> Tensor:
-    """`mask` [B, H, q, T] with the columns of fillers hidden, but for their own rows."""
+    """`mask` [B, H, q, T] with the columns of fillers hidden; a filler that then sees nothing sees itself."""
     if kept.valid is None:
         return mask
-    keys = kept.valid.shape[1]
-    own = torch.eye(keys, dtype=torch.bool, device=mask.device)[-queries:]
     filler = ~kept.valid[:, None, None]
+    own = torch.eye(kept.valid.shape[1], dtype=torch.bool, device=mask.device)[-queries:] & filler
     if mask.dtype == torch.bool:
-        return (mask & ~filler) | (own & filler)
-    return mask.masked_fill(filler, hidden_value(mask.dtype)).masked_fill(own & filler, 0)
+        mask = mask & ~filler
+        return mask | (own & ~mask.any(-1, keepdim=True))
+    mask = mask.masked_fill(filler, hidden_value(mask.dtype))
+    return mask.masked_fill(own & (mask <= hidden_value(mask.dtype)).all(-1, keepdim=True), 0)
 
 
 def hidden_value(dtype: torch.dtype) -> float:

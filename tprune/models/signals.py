@@ -1,0 +1,145 @@
+"""What a method inside a decoder may look at besides the attention that ran, each computed when it asks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tprune.core.reduction import gather_tokens
+from tprune.errors import UserError
+from tprune.methods.views import Attention
+from tprune.models.layer_inputs import CACHES, LayerInputs
+from tprune.models.run import Inputs, Run
+from tprune.models.taps import AttentionCall, Tap
+
+NORMS = ("norm", "final_layer_norm", "ln_f", "final_layernorm")
+FEED_FORWARDS = ("mlp", "feed_forward", "block_sparse_moe")
+
+
+class _SeenError(Exception):
+    """Carries the attention out of a layer that shall go no further."""
+
+    def __init__(self, call: AttentionCall):
+        self.call = call
+
+
+def attention_of(layer: nn.Module) -> nn.Module:
+    """The attention module of a decoder layer.
+
+    Raises:
+        UserError: there is none (a recurrent or convolutional layer).
+    """
+    for module in layer.modules():
+        if module is not layer and hasattr(module, "config") and type(module).__name__.endswith("Attention"):
+            return module
+    raise UserError(f"{type(layer).__name__} has no attention that can be watched")
+
+
+def attention_ahead(layer: nn.Module, given: Inputs) -> Attention:
+    """The queries and keys that `layer` makes of its inputs `given`: it runs up to its attention and no further.
+
+    Its norm, projections and rotation are the model's own, whatever they are; its cache is not touched.
+    """
+
+    def stop(call: AttentionCall) -> None:
+        raise _SeenError(call)
+
+    with Tap([attention_of(layer)], stop):
+        try:
+            layer.forward(**{name: None if name in CACHES else value for name, value in given.items()})
+        except _SeenError as seen:
+            return seen.call.view()
+    raise UserError(f"the attention of {type(layer).__name__} does not go through transformers' interface")
+
+
+def unrotated(given: Inputs) -> Inputs:
+    """The inputs of a layer with rotary embeddings that turn nothing."""
+    rope = given.get("position_embeddings")
+    if not isinstance(rope, tuple):
+        return given
+    return given | {"position_embeddings": (torch.ones_like(rope[0]), torch.zeros_like(rope[1]))}
+
+
+def watch_sublayers(
+    layers: Sequence[nn.Module], note: Callable[[int, int, tuple[Tensor, Tensor]], None]
+) -> list[Any]:
+    """Hooks that call `note` with layer, sublayer (0: attention, 1: MLP), and what went in and came out of it."""
+    handles = []
+    for place, layer in enumerate(layers):
+        for which, module in enumerate((attention_of(layer), _feed_forward(layer))):
+
+            def hook(
+                module: nn.Module, args: tuple, kwargs: Inputs, output: Any, place=place, which=which
+            ) -> None:
+                entering = args[0] if args else kwargs["hidden_states"]
+                note(place, which, (entering, output[0] if isinstance(output, tuple) else output))
+
+            handles.append(module.register_forward_hook(hook, with_kwargs=True))
+    return handles
+
+
+def _feed_forward(layer: nn.Module) -> nn.Module:
+    """The MLP of a decoder layer."""
+    for name in FEED_FORWARDS:
+        if hasattr(layer, name):
+            return getattr(layer, name)
+    raise UserError(f"{type(layer).__name__} has no MLP that can be watched")
+
+
+class Signals:
+    """The rarer signals of a decoder's sites.
+
+    - "final_norm": [B, N, D], the tokens behind the decoder's last norm;
+    - "next_attention": the `Attention` that the layer behind the site would compute if nothing left there;
+    - "unrotated_attention": of the layer before the site, on what it was given, without rotary embeddings;
+    - "sublayers": of the layer before the site, [(in, out), (in, out)] of attention and MLP, each [B, N, D]: behind
+      their norms, before the residual is added;
+    - "embeddings": [B, N, D], these tokens as they entered the decoder;
+    - "cells": int64 [B, N, 3], every image token's crop, row and column in it; -1 where it has none.
+
+    Args:
+        core, layers: the decoder and its layers.
+        inputs: fits what a layer is given to the tokens that are left.
+        cells_of: from the inputs of a prompt to the cells of all its tokens.
+    """
+
+    def __init__(
+        self,
+        core: nn.Module,
+        layers: Sequence[nn.Module],
+        inputs: LayerInputs,
+        cells_of: Callable[[Inputs], Tensor] | None,
+    ):
+        self.layers, self.inputs, self.cells_of = layers, inputs, cells_of
+        self.norm = next((getattr(core, name) for name in NORMS if hasattr(core, name)), None)
+
+    def at(
+        self, run: Run, place: int, given: Inputs, slots: Tensor, position: Tensor
+    ) -> dict[str, Callable[[], Any]]:
+        """The signals before layer `place`.
+
+        Args:
+            run: this prompt's forward.
+            place: which layer.
+            given: what it would be given, made for all tokens that entered, but for the hidden states.
+            slots, position: int64 [B, N], the tokens' places in the entering and in the caller's sequence.
+        """
+        hidden = given["hidden_states"]
+
+        def ahead() -> Attention:
+            fitted, kept = dict(given), run.track.at(place)
+            if kept is not None:
+                self.inputs.fit(run, place, kept, fitted)
+            return attention_ahead(self.layers[place], fitted)
+
+        return {
+            "final_norm": lambda: self.norm(hidden),
+            "next_attention": ahead,
+            "unrotated_attention": lambda: attention_ahead(self.layers[place - 1], unrotated(run.before)),
+            "sublayers": lambda: run.sublayers[place - 1],
+            "embeddings": lambda: gather_tokens(run.embeddings, slots),
+            "cells": lambda: gather_tokens(self.cells_of(run.inputs).to(hidden.device), position),
+        }
