@@ -82,6 +82,7 @@ def test_a_method_of_another_package_joins_by_its_entry_point(tmp_path, monkeypa
 ANSWERS = {
     "dit-routing": ("vit", "vit/diffrate"),
     "adatoken-3d": ("vlm", "--method fastv"),
+    "gap": ("vlm", "--positions gap"),
     "sentinel-tokens": ("llm-context", "llm-context/streaming-llm"),
 }
 

@@ -36,7 +36,8 @@ def prune(
         method: an id, or "family/id" where several families have it.
         keep: fraction of tokens or cache entries kept.
         sparsity: fraction of weights removed; or `pattern`, "n:m".
-        positions: "original" or "compact" position ids; the paper's by default.
+        positions: "original" or "compact" position ids, for vlm also "gap" (original ids, tokens in their order); the
+            paper's by default.
         loadable: "plain" for widths that stock transformers can load, "any" otherwise.
         data: calibration text, as `--data`; the built-in by default.
         tokenizer: of a language model, for calibration; its processor for a vision-language model, or for a

@@ -42,7 +42,7 @@ class Stage:
         sparsity: fraction of weights removed.
         pattern: "n:m", n weights kept of every m.
         set: the method's own hyperparameters where they differ from the paper's.
-        positions: "original" or "compact", None for the paper's own.
+        positions: "original" or "compact", for vlm also "gap"; None for the paper's own.
         loadable: "plain" for shapes that stock transformers loads, "any" otherwise.
         fit: what a method that learns is fitted on: "built-in", or a folder of class folders.
     """
@@ -212,8 +212,9 @@ def check_budget(stage: Stage) -> None:
         if stage.sparsity is not None:
             raise UserError("--sparsity and --pattern exclude each other: a pattern fixes the sparsity")
         pattern(stage.pattern)
-    if stage.positions not in (None, "original", "compact"):
-        raise UserError(f"--positions {stage.positions}: expected original or compact")
+    policies = ("original", "compact", "gap") if stage.family == "vlm" else ("original", "compact")
+    if stage.positions not in (None, *policies):
+        raise UserError(f"--positions {stage.positions}: expected {' or '.join(policies)}")
     if stage.fit is not None and stage.family != "vit":
         raise UserError(f"--fit {stage.fit}: only vit methods are fitted; leave it out")
     if stage.loadable not in ("any", "plain"):

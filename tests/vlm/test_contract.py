@@ -24,7 +24,7 @@ def no_gradients():
 
 def pruned(model, method, **settings):
     """The method at work, or None where it says that it does not fit the model."""
-    if registry.load(method, "vlm").needs_cls and anatomy(model).block is None:
+    if registry.load(method, "vlm").needs_cls and not anatomy(model).prefix:
         with pytest.raises(UserError, match="class token"):
             tprune.prune(model, f"vlm/{method}", **settings)
         return None

@@ -12,8 +12,9 @@ from tprune.core.budget import PROJECTOR, Site, Stage
 from tprune.methods import registry
 from tprune.methods.base import Shape
 from tprune.methods.views import Attention, TokenView
+from tprune.models.encoder import Sight
 from tprune.models.layout import packed_crops
-from tprune.models.projector import Encoded, Projector
+from tprune.models.projector import Projector
 from tprune.models.run import Run
 from tprune.models.taps import AttentionCall
 from tprune.models.track import Track
@@ -150,10 +151,12 @@ def test_fastervlm_lays_crops_out_as_the_authors_do(case):
     mask = prompt(length, 2, packed.length)
 
     method = registry.build("fastervlm", "vlm")
-    projector = Projector(model, anatomy(model), method, lambda _: (Stage(PROJECTOR, count),), 0)
+    parts = anatomy(model)
+    projector = Projector(model, parts, method, lambda _: (Stage(PROJECTOR, count),), 0)
     seen = attention_of(tensors["attentions"])
     call = AttentionCall(model, seen.query, seen.key, seen.value, None, seen.scale, causal=False)
-    projector.latest = Encoded({"pixel_values": torch.zeros(1, 3, 3, 32, 32), "image_sizes": sizes}, call)
+    inputs, block = {"pixel_values": torch.zeros(1, 3, 3, 32, 32), "image_sizes": sizes}, parts.projected
+    projector.latest = Sight(parts, inputs, {block: [call]}, {block: tensors["features"]})
     run = Run({}, Track(length, torch.tensor([length])), 0, length, mask, torch.ones_like(mask))
     found, _, valid = projector(run, embeds)
     projector.remove()

@@ -5,8 +5,10 @@ import torch
 
 import tprune
 from tests.vlm.tiny import IMAGE, tiny
+from tprune.models.encoder import Sight
 from tprune.models.layout import units
 from tprune.models.prompts import noise_prompts
+from tprune.models.vlm import anatomy
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +99,9 @@ def test_scores_before_a_pixel_shuffle_are_the_mean_of_the_four_patches_a_token_
     model = tiny("internvl")
     with tprune.prune(model, "fastervlm", keep=0.5) as handle:
         score = torch.arange(64.0)[None]
-        pooled = handle.projector._pool(score)
+        sight = Sight(anatomy(model), {})
+        [unit] = units(model.model, model.config, {}, torch.ones(1, 16, dtype=torch.bool), by_crop=True)
+        pooled = handle.projector.views.pool(sight, [unit], score)
     blocks = score.view(1, 4, 2, 4, 2).mean((2, 4)).flatten(1)
     assert torch.equal(pooled, blocks)
 

@@ -107,7 +107,7 @@ def family_command(family: str, help: str) -> click.Command:
     else:
         extra = (
             click.option("--keep", type=float, metavar="R", help="Fraction of tokens or entries kept."),
-            click.option("--positions", help="'original' or 'compact' position ids [paper's]."),
+            click.option("--positions", help="'original' or 'compact' position ids, for vlm also 'gap' [paper's]."),
         )
     if family == "vit":
         extra += (

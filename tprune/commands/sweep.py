@@ -24,7 +24,7 @@ from tprune.recipe import ModelSource, Recipe, Stage
 @click.option("--pattern", metavar="N:M[,N:M…]", help="N weights kept of every M.")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="For the methods that have it.")
 @click.option("--grid", "grid_file", metavar="FILE", help="Methods, settings and budgets from a YAML file.")
-@click.option("--positions", help="'original' or 'compact' position ids [paper's].")
+@click.option("--positions", help="'original' or 'compact' position ids, for vlm also 'gap' [paper's].")
 @click.option("--loadable", default="any", help="'plain': only shapes that stock loaders read.")
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Of methods that draw.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Timed calls of each.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -23,12 +24,18 @@ class Unit:
         slot: int64 [n], where each is in the prompt; -1 for a patch that has no token (padding of the image).
         image: which image, counted over the batch.
         crop: which of all crops that went through the tower is its first.
+        crops: how many of them it is made of.
+        place: int64 [n], which of its image's tokens each is; -1 as in `slot`.
+        before: how many crops its image has before it.
     """
 
     row: int
     slot: Tensor
     image: int
     crop: int
+    crops: int
+    place: Tensor
+    before: int = 0
 
 
 @dataclass(eq=False)
@@ -37,13 +44,18 @@ class Packed:
 
     Attributes:
         length: tokens of the image, newlines included.
-        crops: per crop int64 [P], the token of each of its patches, -1 for none.
+        crops: per crop int64 [P], the token of each of its patches, -1 for none; the last may stand for several, whose
+            mosaic was resized.
         cut: how many crops went through the tower.
     """
 
     length: int
     crops: list[Tensor]
     cut: int
+
+    def spans(self) -> list[int]:
+        """How many of the tower's crops each of `crops` stands for."""
+        return [1] * (len(self.crops) - 1) + [self.cut - len(self.crops) + 1]
 
 
 def units(outer: nn.Module, config: Any, inputs: Inputs, mask: Tensor, by_crop: bool) -> list[Unit]:
@@ -60,11 +72,11 @@ def units(outer: nn.Module, config: Any, inputs: Inputs, mask: Tensor, by_crop: 
     for image, packed in enumerate(_packing(outer, config, inputs, rows, slots)):
         own, row = slots[start : start + packed.length], int(rows[start])
         if by_crop:
-            for place, tokens in enumerate(packed.crops):
+            for place, (tokens, span) in enumerate(zip(packed.crops, packed.spans(), strict=True)):
                 slot = torch.where(tokens >= 0, own[tokens.clamp_min(0)], -1)
-                found.append(Unit(row, slot, image, crop + place))
+                found.append(Unit(row, slot, image, crop + place, span, tokens, place))
         else:
-            found.append(Unit(row, own, image, crop))
+            found.append(Unit(row, own, image, crop, packed.cut, torch.arange(packed.length)))
         start, crop = start + packed.length, crop + packed.cut
     return found
 
@@ -143,23 +155,31 @@ def packed_crops(outer: nn.Module, config: Any, inputs: Inputs) -> list[Packed]:
     side = vision.image_size // vision.patch_size
     several = inputs.get("batch_num_images")
     cut = [True] * len(sizes) if several is None else [n == 1 for n in several for _ in range(int(n))]
+    numbers = []
+    for size, cuts in zip(sizes, cut, strict=True):
+        crops = count_crops(size, config.image_grid_pinpoints, vision.image_size) if cuts else 1
+        numbers.append(1 + torch.arange(crops * side * side, dtype=torch.float64).view(crops, -1, 1))
+    packed = pack(outer, config, inputs, range(len(sizes)), numbers)
+    return [
+        _unpack(tokens.flatten(), len(number), side * side)
+        for tokens, number in zip(packed, numbers, strict=True)
+    ]
+
+
+def pack(
+    outer: nn.Module, config: Any, inputs: Inputs, images: Sequence[int], features: list[Tensor]
+) -> list[Tensor]:
+    """What LLaVA-NeXT's packing makes of `features`, per image [crops, P, C]: per image [tokens, C], newlines 0."""
+    sizes = inputs["image_sizes"]
     known = {
-        "image_sizes": sizes,
-        "image_newline": torch.zeros(1),
+        "image_sizes": [sizes[image] for image in images],
+        "image_newline": features[0].new_zeros(features[0].shape[-1]),
         "vision_feature_select_strategy": config.vision_feature_select_strategy,
         "vision_aspect_ratio": inputs.get("vision_aspect_ratio")
         or getattr(config, "vision_aspect_ratio", None),
     }
     known = {name: known[name] for name in signature(outer.pack_image_features).parameters if name in known}
-    numbers = []
-    for size, cuts in zip(sizes, cut, strict=True):
-        crops = count_crops(size, config.image_grid_pinpoints, vision.image_size) if cuts else 1
-        numbers.append(1 + torch.arange(crops * side * side, dtype=torch.float64).view(crops, -1, 1))
-    packed, _ = outer.pack_image_features(numbers, **known)
-    return [
-        _unpack(tokens.flatten(), len(number), side * side)
-        for tokens, number in zip(packed, numbers, strict=True)
-    ]
+    return outer.pack_image_features(features, **known)[0]
 
 
 def _unpack(tokens: Tensor, crops: int, patches: int) -> Packed:

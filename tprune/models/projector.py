@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import wraps
 from inspect import signature
 from itertools import groupby
@@ -14,24 +14,13 @@ from torch import Tensor, nn
 
 from tprune.core.budget import PROJECTOR, Stage
 from tprune.core.reduction import Reduction, gather_tokens
-from tprune.errors import UserError
 from tprune.methods.base import TokenMethod
-from tprune.methods.views import Attention, TokenView
+from tprune.methods.views import TokenView
+from tprune.models.encoder import Sight, Watch
+from tprune.models.image_view import ImageViews, check
 from tprune.models.layout import Unit, token_count, unit_seeds, units
 from tprune.models.run import Inputs, Run
-from tprune.models.taps import AttentionCall, Tap
 from tprune.models.vlm import Anatomy, image_tokens
-
-
-@dataclass(eq=False)
-class Encoded:
-    """One call of the model's `get_image_features`: what went in, and the attention of the projected block.
-
-    `generate` makes this call ahead of the forward and hands its result on.
-    """
-
-    inputs: Inputs
-    attention: AttentionCall | None
 
 
 class Projector:
@@ -42,6 +31,8 @@ class Projector:
         method: what chooses.
         stages_of: where tokens leave a unit of so many tokens, and how many are left.
         seed: of random draws, together with each image's own pixels.
+        ascending: whether tokens stay in the order of their places, whatever order the method gives them.
+        processor: of the model, or None.
     """
 
     def __init__(
@@ -51,39 +42,35 @@ class Projector:
         method: TokenMethod,
         stages_of: Callable[[int], Sequence[Stage]],
         seed: int,
+        *,
+        ascending: bool = False,
+        processor: Any = None,
     ):
         self.model, self.parts, self.method, self.stages_of, self.seed = model, parts, method, stages_of, seed
-        self.seen: AttentionCall | None = None
-        self.latest: Encoded | None = None
-        self.tap = None
-        if "encoder" in method.reads:
-            if parts.block is None:
-                raise UserError(
-                    f"{method.id} reads the attention of the class token, and this model has none"
-                )
-            self.tap = Tap([parts.block], self._observe)
+        self.ascending = ascending
+        self.latest: Sight | None = None
+        self.views = ImageViews(model, parts, method, seed, processor)
+        self.watch = Watch(parts, check(method, parts), "projector" in method.reads)
 
         encode = parts.outer.get_image_features
         names = list(signature(encode).parameters)
 
         @wraps(encode)
         def encode_and_note(*args: Any, **kwargs: Any) -> Any:
+            self.watch.clear()
             output = encode(*args, **kwargs)
-            self.latest = Encoded(dict(zip(names, args, strict=False)) | kwargs, self.seen)
-            output.tprune_encoded, self.seen = self.latest, None
+            self.latest = self.watch.take(dict(zip(names, args, strict=False)) | kwargs)
+            # `generate` makes this call ahead of the forward and hands its result on.
+            output.tprune_sight = self.latest
             return output
 
         parts.outer.get_image_features = encode_and_note
 
     def remove(self) -> None:
-        """Take the tap off the tower and the note off its call."""
-        if self.tap is not None:
-            self.tap.remove()
+        """Take the hooks off the tower and the note off its call."""
+        self.watch.remove()
         self.parts.outer.__dict__.pop("get_image_features", None)
-        self.tap = self.seen = self.latest = None
-
-    def _observe(self, call: AttentionCall) -> None:
-        self.seen = call
+        self.latest = None
 
     def __call__(self, run: Run, embeds: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Shorten a batch of prompts.
@@ -95,8 +82,8 @@ class Projector:
         Returns:
             embeddings [B, K, D], their slots [B, K] and which of them are real [B, K] (None: all).
         """
-        encoded = self._ahead(run.inputs) or self.latest
-        found = self._units(encoded.inputs, run.prunable, self.method.unit == "crop")
+        sight = self._ahead(run.inputs) or self.latest
+        found = self._units(sight.inputs, run.prunable, self.method.unit == "crop")
         count = 1 + max(unit.image for unit in found)
         # Where every token goes: its own place, or (`gone`) nowhere.
         gone = run.length
@@ -106,13 +93,13 @@ class Projector:
         ordered = sorted(found, key=lambda unit: len(unit.slot))
         for _, group in groupby(ordered, key=lambda unit: len(unit.slot)):
             alike = list(group)
-            view, counts = self._view(encoded, alike, embeds)
+            view, counts = self.views.of(sight, alike, run, embeds), self._counts(alike)
             left = counts[0] if len(set(counts)) == 1 else torch.tensor(counts)
             reduction = self.method.reduce(PROJECTOR, view, left, run.memory)
             for unit, kept in zip(alike, counts, strict=True):
                 if kept < int((unit.slot >= 0).sum()):
                     whole.discard(unit.image)
-            embeds = _place(alike, view, reduction, embeds, target)
+            embeds = self._place(alike, view, reduction, embeds, target)
             if run.trace is not None:
                 done.append((alike, view, reduction))
         self._spare_newlines(found, whole, run, target)
@@ -133,10 +120,10 @@ class Projector:
             seeds[unit.row] = (31 * seeds[unit.row] + seed) % 2**62
         return torch.tensor(seeds)
 
-    def _ahead(self, inputs: Inputs) -> Encoded | None:
+    def _ahead(self, inputs: Inputs) -> Sight | None:
         """The images of a forward whose inputs hold them encoded already, as `generate` does."""
         image = (inputs.get("mm_encoder_outputs") or {}).get("image")
-        return getattr(image, "tprune_encoded", None)
+        return getattr(image, "tprune_sight", None)
 
     def _units(self, inputs: Inputs, mask: Tensor, by_crop: bool) -> list[Unit]:
         """Images or crops; where `generate` repeats every prompt for its beams, repeated with it."""
@@ -159,57 +146,38 @@ class Projector:
         repeats = int(tokens.sum()) // max(1, total)
         return len(mask) // max(1, repeats)
 
-    def _view(self, encoded: Encoded, alike: list[Unit], embeds: Tensor) -> tuple[TokenView, list[int]]:
-        """Units of equal size as one view; and how many tokens each keeps."""
-        slot = torch.stack([unit.slot for unit in alike])
-        there = slot >= 0
-        row = torch.tensor([unit.row for unit in alike])
-        tokens = there.sum(1).tolist()
-        counts = [
+    def _counts(self, alike: list[Unit]) -> list[int]:
+        """How many tokens each unit keeps."""
+        tokens = [int((unit.slot >= 0).sum()) for unit in alike]
+        return [
             min([stage.count for stage in self.stages_of(count) if stage.site == PROJECTOR], default=count)
             for count in tokens
         ]
-        whole = bool(there.all())
-        slot, row, there = (part.to(embeds.device) for part in (slot.clamp_min(0), row, there))
-        view = TokenView(
-            embeds[row.unsqueeze(1), slot],
-            there,
-            whole=whole,
-            depth=self.parts.depth,
-            position=slot,
-            real=there,
-        )
-        if "seeds" in self.method.reads:
-            view.seeds = unit_seeds(encoded.inputs, alike, self.seed)
-        if self.tap is not None:
-            view.encoder = self._encoder(encoded.attention, [unit.crop for unit in alike])
-            view.pool = self._pool
-        return view, counts
 
-    def _encoder(self, call: AttentionCall, crops: list[int]) -> TokenView:
-        """What the tower saw of these crops."""
-        query, key, value = call.query, call.key, call.value
-        if crops != list(range(len(query))):
-            chosen = torch.tensor(crops, device=query.device)
-            query, key, value = (part[chosen] for part in (query, key, value))
-        attention = Attention(query, key, value, call.scale)
-        batch, length = query.shape[0], query.shape[2]
-        prunable = torch.ones(batch, length, dtype=torch.bool, device=query.device)
-        prunable[:, : self.parts.prefix] = False
-        hidden = value.transpose(1, 2).flatten(2)
-        return TokenView(hidden, prunable, prefix=self.parts.prefix, attention=attention)
-
-    def _pool(self, score: Tensor) -> Tensor:
-        """Scores of patches [B, P] as scores of image tokens [B, N]: the mean of those that make one."""
-        if not hasattr(self.parts.outer, "pixel_shuffle"):
-            return score
-        side = round(score.shape[1] ** 0.5)
-        grid = score.view(len(score), side, side, 1)
-        return (
-            self.parts.outer.pixel_shuffle(grid, scale_factor=self.model.config.downsample_ratio)
-            .mean(-1)
-            .flatten(1)
-        )
+    def _place(
+        self, alike: list[Unit], view: TokenView, reduction: Reduction, embeds: Tensor, target: Tensor
+    ) -> Tensor:
+        """Send the tokens that are left to their places in the prompt, in the order the method gives."""
+        index = reduction.index
+        row = torch.tensor([unit.row for unit in alike], device=embeds.device).unsqueeze(1).expand_as(index)
+        real = torch.ones_like(index, dtype=torch.bool) if reduction.valid is None else reduction.valid
+        real = real & (view.prunable.gather(1, index) | (index < view.prefix))
+        if view.prefix:
+            _seat_prefix(view, index, real)
+        slot = view.position.gather(1, index)
+        place = slot
+        if not self.ascending:
+            places = torch.where(real, slot, torch.iinfo(torch.int64).max).sort(dim=1).values
+            place = places.gather(1, (real.cumsum(1) - 1).clamp_min(0))
+        target[row[real], slot[real]] = place[real]
+        if reduction.drops_only and not (view.prefix and bool((index[real] < view.prefix).any())):
+            return embeds
+        values = reduction.apply(view.hidden)
+        if self.method.projects:
+            values = view.signal("projector")(values)
+        embeds = embeds.clone()
+        embeds[row[real], slot[real]] = values[real].to(embeds.dtype)
+        return embeds
 
     def _spare_newlines(self, found: list[Unit], whole: set[int], run: Run, target: Tensor) -> None:
         """Tokens between crops stay where nothing of their image leaves."""
@@ -230,28 +198,13 @@ class Projector:
                 target[row, slot] = slot
 
 
-def _place(
-    alike: list[Unit], view: TokenView, reduction: Reduction, embeds: Tensor, target: Tensor
-) -> Tensor:
-    """Send the tokens that are left to their places in the prompt, in the order the method gives."""
-    row = (
-        torch.tensor([unit.row for unit in alike], device=embeds.device)
-        .unsqueeze(1)
-        .expand_as(reduction.index)
-    )
-    slot = view.position.gather(1, reduction.index)
-    real = torch.ones_like(slot, dtype=torch.bool) if reduction.valid is None else reduction.valid
-    real = real & view.prunable.gather(1, reduction.index)
-    far = torch.iinfo(torch.int64).max
-    places = torch.where(real, slot, far).sort(dim=1).values
-    rank = (real.cumsum(1) - 1).clamp_min(0)
-    place = places.gather(1, rank)
-    target[row[real], slot[real]] = place[real]
-    if reduction.drops_only:
-        return embeds
-    embeds = embeds.clone()
-    embeds[row[real], slot[real]] = reduction.apply(view.hidden)[real]
-    return embeds
+def _seat_prefix(view: TokenView, index: Tensor, real: Tensor) -> None:
+    """Give the tower's prefix tokens the first places of their image that nothing else has."""
+    taken = torch.zeros(view.prunable.shape, dtype=torch.int8, device=index.device)
+    taken = taken.scatter_reduce(1, index, real.to(torch.int8), "amax")
+    taken = torch.where(view.prunable, taken, 2)
+    free = taken.argsort(dim=1, stable=True)[:, : view.prefix]
+    view.position = torch.cat([view.position.gather(1, free), view.position[:, view.prefix :]], dim=1)
 
 
 def _heirs(

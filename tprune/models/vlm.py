@@ -26,8 +26,13 @@ class Anatomy:
         outer: the module that merges image embeddings into the prompt.
         core: the decoder.
         tower: the vision tower.
-        block: the attention module of the tower's block whose output is projected; None without a class token.
+        blocks: of the tower; none where they cannot be told.
+        projected: the index of the block whose output is projected (the last of several).
+        projector: the module that makes image tokens of the tower's output.
         prefix: how many class tokens the tower has that the projector does not see.
+        merge: how many rows, and columns, of patches the projector takes for one token, where the tower sees all images
+            as one sequence.
+        patch: size of a patch in pixels, one number or rows and columns; 0 where it cannot be told.
         depth, heads: of the decoder.
         tokens: image tokens of one image or crop of the default size, 0 where it depends on the image.
     """
@@ -35,8 +40,12 @@ class Anatomy:
     outer: nn.Module
     core: nn.Module
     tower: nn.Module
-    block: nn.Module | None
+    blocks: tuple[nn.Module, ...]
+    projected: int
+    projector: nn.Module | None
     prefix: int
+    merge: int
+    patch: Any
     depth: int
     heads: int
     tokens: int
@@ -56,32 +65,38 @@ def anatomy(model: nn.Module) -> Anatomy:
             f"{type(model).__name__} is no vision-language model with image tokens in its prompt; "
             "tprune vlm prunes LLaVA, LLaVA-NeXT, LLaVA-OneVision, Qwen2-VL, Qwen2.5-VL, InternVL and their like"
         )
-    decoder = find_decoder(model)
-    prefix = int(getattr(config, "vision_feature_select_strategy", "full") == "default")
-    block = _projected_block(tower, config) if prefix else None
+    decoder, vision = find_decoder(model), config.vision_config
+    blocks = _blocks(tower, vision)
+    merger = getattr(tower, "merger", None)
     return Anatomy(
         outer,
         decoder.core,
         tower,
-        block,
-        prefix,
+        blocks,
+        _projected(config, len(blocks)),
+        getattr(outer, "multi_modal_projector", merger),
+        int(getattr(config, "vision_feature_select_strategy", "full") == "default"),
+        getattr(vision, "spatial_merge_size", 1),
+        getattr(vision, "patch_size", 0),
         len(decoder.blocks),
         decoder.config.num_attention_heads,
         tokens_per_crop(config),
     )
 
 
-def _projected_block(tower: nn.Module, config: Any) -> nn.Module:
-    """The attention of the block whose output is projected."""
-    layer = config.vision_feature_layer
+def _blocks(tower: nn.Module, vision: Any) -> tuple[nn.Module, ...]:
+    """The blocks of a vision tower: its list of modules that is as long as its config says."""
+    depth = getattr(vision, "num_hidden_layers", getattr(vision, "depth", 0))
+    lists = (module for module in tower.modules() if isinstance(module, nn.ModuleList))
+    return tuple(next((found for found in lists if len(found) == depth), ()))
+
+
+def _projected(config: Any, depth: int) -> int:
+    """The index of the block whose output is projected; of several layers the last that is named."""
+    layer = getattr(config, "vision_feature_layer", -1)
     layer = layer[-1] if isinstance(layer, list | tuple) else layer
-    depth = config.vision_config.num_hidden_layers
-    blocks = next(
-        module for module in tower.modules() if isinstance(module, nn.ModuleList) and len(module) == depth
-    )
     # hidden_states has the embeddings in front: entry i > 0 is the output of block i - 1.
-    block = blocks[layer - 1 if layer > 0 else depth + layer]
-    return next(part for part in block.modules() if type(part).__name__.endswith("Attention"))
+    return layer - 1 if layer > 0 else depth + layer
 
 
 def image_tokens(model: nn.Module, inputs: Inputs) -> Tensor | None:

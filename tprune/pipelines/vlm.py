@@ -63,7 +63,7 @@ class VlmHandle(Handle):
             "tokens_entering_mean": mean,
             "tokens_leaving_mean": (sum(entering[1:]) + entering[-1]) / len(entering),
             "kept_per": self.driver.method.unit if self.driver.entrance else "prompt",
-            "positions": self.driver.positions,
+            "positions": "gap" if self.projector.ascending else self.driver.positions,
         }
         return Achieved(mean / tokens, details)
 
@@ -107,7 +107,7 @@ class VlmPipeline(Pipeline):
 
     def shape(self, parts: adapter.Anatomy, tokens: int) -> Shape:
         """What the method may know of a prompt, or an image, with so many image tokens."""
-        return Shape(parts.depth, tokens, heads=parts.heads, has_cls=parts.block is not None)
+        return Shape(parts.depth, tokens, heads=parts.heads, has_cls=parts.prefix > 0)
 
     def evaluate(self, subject: Subject) -> Quality:
         """The fraction of answers given word for word, over all questions and for each kind."""
@@ -191,13 +191,22 @@ class VlmPipeline(Pipeline):
         tokens = parts.tokens or NOMINAL_TOKENS
         stages_of = partial(self.stages, parts)
         stages = stages_of(tokens)
-        projector = Projector(subject.model, parts, self.method, stages_of, self.recipe.seed)
+        positions = self.positions(parts)
+        projector = Projector(
+            subject.model,
+            parts,
+            self.method,
+            stages_of,
+            self.recipe.seed,
+            ascending=positions == "gap",
+            processor=subject.processor,
+        )
         driver = DecoderDriver(
             subject.model,
             self.method,
             partial(adapter.image_tokens, subject.model),
             stages_of,
-            positions=self.positions(parts),
+            positions="compact" if positions == "compact" else "original",
             entrance=projector if any(stage.site == PROJECTOR for stage in stages) else None,
             outer=parts.outer,
             seeds_of=projector.seeds,
@@ -210,7 +219,11 @@ class VlmPipeline(Pipeline):
         return solve(self.method, self.shape(parts, tokens), self.stage.keep)
 
     def positions(self, parts: adapter.Anatomy) -> str:
-        """As asked; else the paper's own, but never renumbered where positions are rows and columns of an image."""
+        """As asked; else the paper's own, but never renumbered where positions are rows and columns of an image.
+
+        "gap" (grounding-aware token pruning, arXiv 2506.21873) is "original" with the tokens in the order of their
+        positions even where a method has its own; a merged token has the place of the token it is built on.
+        """
         if self.stage.positions is not None:
             return self.stage.positions
         rotary = getattr(parts.core, "rotary_emb", None)
