@@ -24,6 +24,13 @@ def top_ranked(score: Tensor, count: int) -> Tensor:
     return score.argsort(dim=-1, descending=True, stable=True)[..., :count]
 
 
+def places(marked: Tensor) -> tuple[Tensor, Tensor]:
+    """Where `marked` [B, N] is True, ascending: index [B, R] and which of them are real [B, R] in shorter rows."""
+    widest = int(marked.sum(1).max())
+    index = marked.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :widest]
+    return index, marked.gather(1, index)
+
+
 def complement(index: Tensor, length: int) -> Tensor:
     """What `index` [B, K] leaves out of 0 .. length - 1, ascending: int64 [B, length - K]."""
     taken = torch.zeros(index.shape[0], length, dtype=torch.int8, device=index.device).scatter(1, index, 1)
@@ -97,6 +104,19 @@ def keep_prunable_top(score: Tensor, count: int | Tensor, prunable: Tensor) -> t
     """
     drop = prunable.sum(1).cpu() - count
     return keep_protected_and_top(score, drop.clamp_min(0), prunable)
+
+
+def keep_first(order: Tensor, count: int | Tensor, prunable: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The first `count` picks of every row and all that is not prunable, as `keep_protected_and_top` gives them.
+
+    Args:
+        order: int64 [B, K], the picks in their order, prunable tokens alone as far as they are counted.
+        count: at most K: one number, or int64 [B] on the CPU.
+        prunable: bool [B, N].
+    """
+    rank = torch.arange(order.shape[1], 0, -1, device=order.device).expand(order.shape)
+    score = torch.zeros(prunable.shape, device=order.device).scatter(1, order, rank.float())
+    return keep_prunable_top(score, count, prunable)
 
 
 def keep_ends_and_top(score: Tensor, count: int, first: int, last: int) -> Tensor:

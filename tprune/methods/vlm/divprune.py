@@ -44,7 +44,5 @@ class DivPrune(TokenMethod):
         """First the token farthest from its nearest neighbour, then always the one farthest from all chosen."""
         widest = int(torch.as_tensor(count).max())
         order = match.farthest_first(view.hidden, widest, None if view.whole else view.prunable)
-        rank = torch.arange(view.hidden.shape[1], 0, -1, device=order.device)[:widest].expand_as(order)
-        score = torch.zeros(view.prunable.shape, device=order.device).scatter(1, order, rank.float())
-        index, valid = select.keep_prunable_top(score, count, view.prunable)
+        index, valid = select.keep_first(order, count, view.prunable)
         return Reduction.keep(index, view.hidden.shape[1], valid)
