@@ -29,7 +29,7 @@ format: install
 	$(BIN)/ruff format .
 
 test: install lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadscope
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -75,6 +75,7 @@ def test_a_method_of_another_package_joins_by_its_entry_point(tmp_path, monkeypa
     monkeypatch.syspath_prepend(tmp_path)
     entry = importlib.metadata.EntryPoint("vit/theirs", "their_method", registry.ENTRY_POINTS)
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [entry])
+    monkeypatch.setattr(registry, "_sources", source.__wrapped__)
     assert registry.find("theirs").module == "their_method"
     assert registry.build("theirs", settings={"r": 3}).id == "theirs"
 

@@ -98,7 +98,7 @@ def test_no_token_enters_an_attention_that_is_skipped_and_all_enter_and_leave_th
 
 def test_keep_counts_every_sublayer_and_one_attention_stays(vit):
     for keep, removed in ((0.625, 3), (0.7, 2), (0.75, 2), (0.8, 2), (0.9, 1)):
-        with tprune.prune(vit, "nose", keep=keep) as handle:
+        with tprune.prune(vit, "nose", keep=keep, calibration=16) as handle:
             found = handle.achieved()
             assert found.value == 1 - removed / 8
             assert found.details["tokens_leaving_mean"] == 16
@@ -158,8 +158,9 @@ def test_fitting_beats_not_fitting_at_the_same_budget():
     layers = (0, 1, 2, 3, 5, 6, 8, 9, 11)
     with tprune.prune(model, "nose", layers=layers):
         unfitted = accuracy(model, pixels, torch.tensor(scenes.labels))
-    with tprune.prune(model, "nose", layers=layers, fit="built-in", epochs=0.375) as handle:
-        assert handle.fitted["steps"] == 48
+    short = {"batch": 8, "epochs": 20 * 8 / 2048}
+    with tprune.prune(model, "nose", layers=layers, fit="built-in", **short) as handle:
+        assert handle.fitted["steps"] == 20
         assert accuracy(model, pixels, torch.tensor(scenes.labels)) > unfitted + 0.05
 
 

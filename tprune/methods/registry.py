@@ -11,6 +11,7 @@ import importlib.metadata
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -108,16 +109,15 @@ def ask(name: str, family: str | None = None) -> Facts | Answer:
     """
     if "/" in name:
         family, name = name.split("/", 1)
-    known = entries(family)
-    matches = [entry for entry in known if entry.id == name]
-    if len(matches) > 1:
-        offer = ", ".join(f"{entry.family}/{entry.id}" for entry in matches)
+    places = [place for place in _sources() if place[1] == name and family in (None, place[0])]
+    if len(places) > 1:
+        offer = ", ".join(f"{place[0]}/{name}" for place in places)
         raise UserError(f"several families have '{name}'; say which: {offer}")
-    if not matches:
-        offer = ", ".join(entry.id for entry in known if isinstance(entry, Facts))
+    if not places:
+        offer = ", ".join(fact.id for fact in facts(family))
         where = f" in {family}" if family else ""
         raise UserError(f"no method '{name}'{where}; there are: {offer}")
-    return matches[0]
+    return _read(*places[0])
 
 
 def load(name: str, family: str | None = None) -> type[Method]:
@@ -146,8 +146,13 @@ def build(
     return method.build({**method.built_in, **settings} if fit == "built-in" else settings)
 
 
-def _sources() -> Iterator[tuple[str, str, str, Path]]:
+@cache
+def _sources() -> tuple[tuple[str, str, str, Path], ...]:
     """(family, id, module, file) of every method."""
+    return tuple(_found())
+
+
+def _found() -> Iterator[tuple[str, str, str, Path]]:
     here = Path(__file__).parent
     for family in FAMILIES:
         for file in sorted((here / folder(family)).glob("*.py")):
@@ -163,6 +168,7 @@ def _sources() -> Iterator[tuple[str, str, str, Path]]:
         yield family, name, entry.value, Path(spec.origin)
 
 
+@cache
 def _read(family: str, name: str, module: str, file: Path) -> Facts | Answer:
     """The facts in a method's source: its class with a `paper = Paper(...)` of literals and its `param` fields.
 
