@@ -52,15 +52,19 @@ def tiny_vit(**changes):
     return model
 
 
+SMALL = {"bavit": {"width": 24, "blocks": 1}}
+"""Hyperparameters that keep what a method learns small."""
+
+
 def start(method, model):
     """Arguments of `prune`: what a method that must learn or calibrates starts from, nothing for the others."""
     from tprune.methods import registry
-    from tprune.models.anatomy import anatomy
+    from tprune.models.kinds import dissect
 
-    method = registry.build(method, "vit")
+    method = registry.build(method, "vit", SMALL.get(method))
     if method.learns != "required" and not method.calibrates:
         return {}
-    return {"state": method.neutral_state(anatomy(model).shape, 0)}
+    return {"state": method.neutral_state(dissect(model).shape, 0)}
 
 
 @pytest.fixture

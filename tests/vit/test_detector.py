@@ -1,15 +1,22 @@
 """Detectors: the queries at the end of the sequence are never pruned, positions are added between the blocks."""
 
+import json
+
 import pytest
 import torch
-from transformers import YolosConfig, YolosForObjectDetection
+from transformers import YolosConfig, YolosForObjectDetection, YolosImageProcessor
 
 import tprune
 from tests.conftest import start
+from tests.test_cli import call
+from tprune import artifact
 from tprune.core.reduction import Reduction
+from tprune.data.regions import Covering, SceneRegions
+from tprune.errors import UserError
 from tprune.methods import registry
+from tprune.models.anatomy import anatomy
 
-METHODS = [fact.id for fact in registry.facts("vit")]
+METHODS = [fact.id for fact in registry.facts("vit") if not registry.load(fact.id, "vit").sees]
 
 
 def tiny_yolos(**changes):
@@ -100,3 +107,117 @@ def test_a_reduction_in_another_order_is_the_same_map():
         assert torch.allclose(other.apply(x), reduction.apply(shown)[:, wanted], atol=1e-6)
         ones = torch.ones(1, 7)
         assert torch.equal(other.size(ones), reduction.size(ones)[:, wanted])
+
+
+def test_a_method_that_changes_what_tokens_see_is_refused():
+    with pytest.raises(UserError, match="stvit does not work in detectors"):
+        tprune.prune(tiny_yolos(), "stvit", keep=0.6, state={})
+
+
+TINY = {"width": 24, "heads": 3, "blocks": 1, "lr": 1e-2, "batch": 8}
+
+
+def unfitted(model, **settings):
+    """A small ViT of bavit's that has not learned, with larger values so that images differ."""
+    state = registry.build("bavit", "vit", TINY).neutral_state(anatomy(model).shape, 0)
+    return {
+        name: 8 * tensor if "head" in name or "embed" in name else tensor for name, tensor in state.items()
+    }
+
+
+def test_bavit_keeps_as_many_patches_as_are_foreground_and_no_filler_matters(images):
+    model = tiny_yolos()
+    with tprune.prune(model, "bavit", state=unfitted(model)) as handle:
+        likely = handle.driver.method.foreground(images)
+    threshold = likely.median().item()
+    stays = likely >= threshold
+    assert stays.sum(1).unique().numel() > 1
+    with tprune.prune(model, "bavit", state=unfitted(model), threshold=threshold) as handle:
+        together = found(model, images)
+        assert handle.achieved().value == pytest.approx(stays.double().mean().item())
+        alone = torch.cat([found(model, image[None]) for image in images])
+    assert torch.allclose(together, alone, atol=1e-5)
+    for image, row in zip(images, stays, strict=True):
+        left = torch.cat([torch.tensor([0]), row.nonzero().flatten() + 1, torch.arange(17, 22)])
+        assert torch.allclose(with_only(model, image[None], left[None]), alone[:1], atol=1e-5)
+        alone = alone[1:]
+
+
+def test_bavit_keeps_no_patch_where_all_is_background_and_all_where_nothing_is(images):
+    model = tiny_yolos()
+    dense, state = found(model, images), unfitted(model)
+    alone = with_only(model, images, torch.tensor([[0, *range(17, 22)]]))
+    with tprune.prune(model, "bavit", state=state, threshold=1.0):
+        assert torch.allclose(found(model, images), alone, atol=1e-5)
+    with tprune.prune(model, "bavit", state=state, threshold=0.0):
+        assert torch.equal(found(model, images), dense)
+
+
+def test_bavit_ranks_under_a_budget(images):
+    model = tiny_yolos()
+    with tprune.prune(model, "bavit", keep=0.25, state=unfitted(model)) as handle:
+        found(model, images)
+        best = handle.driver.method.foreground(images).topk(4).indices.sort(1).values
+        assert torch.equal(handle.driver.position[:, 1:5], best + 1)
+
+
+def test_the_loss_of_bavit_is_the_mean_cross_entropy_of_all_patches(images):
+    """The paper's accumulative cross-entropy, summed by hand."""
+    fit = registry.build("bavit", "vit", TINY).fit(anatomy(tiny_yolos()).shape, None, 0)
+    fit.small.load_state_dict(unfitted(tiny_yolos()))
+    covered = torch.rand(3, 16, generator=torch.Generator().manual_seed(2))
+    logits, total = fit.small(images), 0.0
+    for image in range(3):
+        for patch in range(16):
+            truth = int(covered[image, patch] >= 0.5)
+            total -= logits[image, patch].softmax(-1)[truth].log()
+    labels = torch.stack([covered, 1 - covered], -1)
+    assert torch.allclose(fit.losses(None, labels, {"pixels": images}, None)["patches"], total / 48)
+
+
+def test_fitted_bavit_finds_the_digits_that_an_unfitted_one_misses():
+    model, processor = tiny_yolos(), YolosImageProcessor()
+
+    def prepare(image):
+        size = {"height": 32, "width": 32}
+        return processor(images=image, return_tensors="pt", size=size)["pixel_values"][0]
+
+    test = Covering(SceneRegions("test"), prepare, (4, 4))
+    pixels, shares = (torch.stack(part) for part in zip(*map(test.sample, range(32)), strict=True))
+    foreground, recall = 1 - shares[..., -1], []
+    fit = {"fit": "built-in", "tokenizer": processor, "epochs": 12 * 8 / 2048}
+    for given in ({"state": unfitted(model)}, TINY | fit):
+        with tprune.prune(model, "bavit", keep=0.25, **given) as handle:
+            best = handle.driver.method.foreground(pixels).topk(4).indices
+        recall.append((foreground.gather(1, best).sum() / foreground.sum()).item())
+    assert recall[1] > max(0.5, recall[0] + 0.1)
+
+
+@pytest.fixture(scope="module")
+def yolos_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "tiny-yolos"
+    tiny_yolos().save_pretrained(folder)
+    YolosImageProcessor(size={"shortest_edge": 32, "longest_edge": 64}).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("keep", [[], ["--keep", "0.5"]])
+def test_a_detector_on_disk_goes_the_whole_way(keep, yolos_folder, tmp_path):
+    settings = TINY | {"epochs": 3 * 8 / 2048}
+    asked = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
+    asked = ["vit", "--method", "bavit", *keep, "--fit", "built-in", *asked, yolos_folder]
+    result = call(*asked, "--limit", 8, "--out", tmp_path / "out")
+    assert "a detector, and no boxes to measure mean average precision with: only agreement" in result.stderr
+    report = json.loads((tmp_path / "out" / artifact.REPORT).read_text())
+    assert 0 <= report["pruned"]["agreement"] <= 1
+    assert "accuracy" not in report["pruned"]
+    assert report["pruned"]["flops"] != report["dense"]["flops"]
+    if keep:
+        assert report["budget"]["achieved"] == 0.5
+    model, probe = tprune.load(tmp_path / "out"), artifact.read_tensors(tmp_path / "out" / artifact.PROBE)
+    assert torch.allclose(model(probe["input"]).logits, probe["output"], atol=1e-5)
+
+
+def test_what_learns_from_classes_is_not_fitted_to_a_detector():
+    with pytest.raises(UserError, match="tnt learns from classes of images, and a YolosForObjectDetection"):
+        tprune.prune(tiny_yolos(), "tnt", keep=0.5, fit="built-in")

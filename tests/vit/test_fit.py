@@ -8,7 +8,7 @@ import transformers
 from timm.models.eva import Eva
 
 import tprune
-from tests.conftest import tiny_vit
+from tests.conftest import SMALL, tiny_vit
 from tests.test_cli import call
 from tprune import artifact, training
 from tprune.core.relax import gate, mask_attention
@@ -35,11 +35,11 @@ LARGE = {"diffrate": {"lr": 2.0}}
 
 
 def steps(method):
-    return STEPS | LARGE.get(method, {})
+    return STEPS | LARGE.get(method, {}) | SMALL.get(method, {})
 
 
 def neutral(method, model):
-    return registry.build(method, "vit").neutral_state(anatomy(model).shape, 0)
+    return registry.build(method, "vit", SMALL.get(method)).neutral_state(anatomy(model).shape, 0)
 
 
 def learned(method, model, keep=0.6, seed=0, **settings):

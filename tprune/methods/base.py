@@ -226,7 +226,7 @@ class TokenMethod(Method):
     needs_cls: ClassVar[bool] = False
     reads: ClassVar[tuple[str, ...]] = ("attention",)
     """What of the view is read and costs something to provide: "attention", "encoder", "projector", "seeds",
-    "sublayers", "embeddings", "unrotated_attention"."""
+    "sublayers", "embeddings", "before" (what the layer before a site was given)."""
     unit: ClassVar[str] = "image"
     """What a view holds at a VLM's projector: a whole "image", or each "crop" of it by itself."""
     native: ClassVar[tuple[str, ...]] = ()
@@ -250,6 +250,12 @@ class TokenMethod(Method):
     def encoder_blocks(self, depth: int) -> Sequence[int]:
         """The blocks of a vision tower of so many that are seen beside the projected one (reads "encoder")."""
         return ()
+
+    def tower_block(self, depth: int) -> int | None:
+        """The block of a vision tower of so many behind whose attention leaves what leaves at a VLM's projector, where
+        the tower allows it (unit "crop"); None: behind the tower. `reduce` is asked in both places, for the same.
+        """
+        return None
 
     def stages(self, shape: Shape, knob: float | None) -> list[Stage]:
         """Where tokens leave and how many are left.
@@ -404,6 +410,8 @@ class WeightMethod(Method):
     """What is gathered at the input of every linear layer: "norm", "gram", "moments"; or per block "similarity"."""
     units: ClassVar[tuple[str, ...]] = ()
     """The kinds of unit whose statistics a method of scope "model" reads: "heads", "channels"."""
+    measures: ClassVar[bool] = False
+    """Whether a method of scope "model" asks for the loss without some blocks (`ModelView.losses_without`)."""
     propagate: ClassVar[str] = "pruned"
     """What feeds the next block's statistics: the "pruned" blocks before it, or the "dense" ones."""
     patterns: ClassVar[bool] = True

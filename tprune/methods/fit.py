@@ -21,7 +21,7 @@ from tprune.methods.views import TokenView
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and how fast: AdamW, linear warm-up, cosine decay.
+    """How long and how fast: AdamW or SGD, linear warm-up, cosine decay.
 
     Attributes:
         epochs: passes over the training images; fractions are allowed.
@@ -30,6 +30,7 @@ class Plan:
         floor: what is left of every learning rate at the end, as a fraction of its peak.
         warmup: fraction of the steps.
         weight_decay: of all groups that have none of their own.
+        momentum: of SGD; None for AdamW.
     """
 
     epochs: float
@@ -38,6 +39,7 @@ class Plan:
     floor: float = 0.0
     warmup: float = 0.0
     weight_decay: float = 0.0
+    momentum: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +74,8 @@ class Fit(nn.Module):
 
     tunes: ClassVar[str] = "nothing"
     """What of the model trains with it: "nothing", or "all"."""
+    apart: ClassVar[bool] = False
+    """Whether it learns from the pixels alone: the model does not run, and `memory["pixels"]` is all there is."""
     epsilon: ClassVar[float] = 1e-5
     keep_self: ClassVar[bool] = False
     """How attention weighs present tokens (`core.relax.mask_attention`)."""
@@ -101,9 +105,11 @@ class Fit(nn.Module):
         """The parts of the loss by name; their sum is minimised.
 
         Args:
-            outputs: the model's logits [B, C].
-            labels: int64 [B], or the dense model's probabilities [B, C] where the data has none that fit.
-            memory: of this forward; "left" holds the fraction of tokens left after each site.
+            outputs: the model's logits [B, C]; None where it learns `apart`.
+            labels: int64 [B], or the dense model's probabilities [B, C] where the data has none that fit; of a method
+                that learns from patches, float [B, N, names], how much of every patch each name covers.
+            memory: of this forward; "left" holds the fraction of tokens left after each site, "pixels" the images,
+                and "again" a function: the fitted model's logits for other images.
             dense: a function without arguments, the unpruned model's logits for the same images, with a gradient.
         """
         return {"task": functional.cross_entropy(outputs, labels)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from tprune.data.images import Images, TrainingScenes
+from tprune.data.regions import Covering, Regions
+from tprune.errors import UserError
 from tprune.methods.base import TokenMethod
 from tprune.models.anatomy import Anatomy
+from tprune.models.kinds import fit_driver, token_driver
 from tprune.models.ragged import check_head
-from tprune.models.relaxed import FitDriver
-from tprune.models.vit import TokenDriver
 from tprune.pipelines.fit_loop import Batches, Learner, Loop
 from tprune.pipelines.tokens import solve
 from tprune.progress import Progress
@@ -49,7 +50,7 @@ class Fitting:
     keep: float | None
     seed: int
     parts: Anatomy
-    data: Images | TrainingScenes
+    data: Images | TrainingScenes | Regions
     prepare: Callable[[Any], Tensor]
     logits: Callable[[Tensor], Tensor]
     work: Path | None
@@ -60,14 +61,21 @@ class Fitting:
 
         The model's own weights stay as they were, unless the method tunes them.
         """
-        fit = self.method.fit(self.parts.shape, self.keep, self.seed).to(self.device)
+        named = self.method.labels == "patches"
+        if self.parts.suffix and not named:
+            raise UserError(
+                f"{self.method.id} learns from classes of images, and a {type(self.parts.model).__name__} has none; "
+                "take a method that is fitted to a detector, bavit"
+            )
+        shape = replace(self.parts.shape, names=self.data.names) if named else self.parts.shape
+        fit = self.method.fit(shape, self.keep, self.seed).to(self.device)
         bound = self.method.bind(fit.state())
         if (bound if self.keep is None else bound.counted()).varies():
             check_head(self.parts.model, self.method.id)
-        labelled = self.data.fits(self.parts.shape.classes)
+        labelled = named or self.data.fits(shape.classes)
         if not labelled:
             self.progress.say("no labels that fit this model: fitting to the dense model's outputs")
-        driver = FitDriver(self.parts, self.method, fit, self.seed)
+        driver = fit_driver(self.parts, self.method, fit, self.seed)
         with trained(self.parts.model, fit.tunes), torch.enable_grad():
             learner = Learner(self.parts.model, fit, driver, self.logits, labelled)
             file = None if self.work is None else self.work / f"fit-{self.method.id}.safetensors"
@@ -75,9 +83,7 @@ class Fitting:
             accelerator = self.accelerator()
             share = accelerator.process_index, accelerator.num_processes
             try:
-                loop.run(
-                    Batches(self.data, self.prepare, fit.plan.batch, self.seed, share), accelerator, self.seed
-                )
+                loop.run(self.batches(fit.plan.batch, share), accelerator, self.seed)
             finally:
                 driver.remove()
         method, looped = self.method.bind(fit.state()), time.monotonic()
@@ -90,6 +96,14 @@ class Fitting:
             | {"learned": {name: list(tensor.shape) for name, tensor in method.state.items()}}
         )
         return method, facts | {"seconds": round(loop.seconds + time.monotonic() - looped, 1)}
+
+    def batches(self, size: int, share: tuple[int, int] = (0, 1)) -> Batches:
+        """The training images, `size` per step."""
+        if self.method.labels == "patches":
+            return Batches(
+                Covering(self.data, self.prepare, self.parts.shape.grid), None, size, self.seed, share
+            )
+        return Batches(self.data, self.prepare, size, self.seed, share)
 
     @property
     def device(self) -> torch.device:
@@ -110,7 +124,7 @@ class Fitting:
         """
         with self.progress.step("meeting the budget"):
             batches = list(
-                Batches(self.data, self.prepare, SETTLE_BATCH, self.seed).read(
+                self.batches(SETTLE_BATCH).read(
                     range(min(SETTLE_IMAGES, len(self.data)) // SETTLE_BATCH or 1)
                 )
             )
@@ -132,7 +146,7 @@ class Fitting:
     def measured(self, method: TokenMethod, batches: list[Tensor]) -> float:
         """The mean fraction of tokens that enter a sublayer, over images [B, 3, H, W]."""
         stages = solve(method, self.parts.shape, None)
-        driver = TokenDriver(self.parts, method, stages, self.seed)
+        driver = token_driver(self.parts, method, stages, self.seed)
         try:
             with torch.no_grad():
                 for pixels in batches:

@@ -1,4 +1,4 @@
-"""The one training loop of everything that is fitted: batches, losses, AdamW, checkpoints."""
+"""The one training loop of everything that is fitted: batches, losses, steps, checkpoints."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tprune import training
 from tprune.data.images import Images, TrainingScenes
+from tprune.data.regions import Covering
 from tprune.methods.fit import Fit, Plan
 from tprune.models.relaxed import FitDriver
 from tprune.progress import Progress
@@ -31,7 +32,7 @@ class Batches:
 
     Args:
         data: what to draw from; every pass over it has its own order.
-        prepare: an image as the model wants it, [3, H, W].
+        prepare: an image as the model wants it, [3, H, W]; None where the data gives it so (`Covering`).
         size: images per step, over all processes.
         seed: of the order.
         share: (this process, processes).
@@ -39,8 +40,8 @@ class Batches:
 
     def __init__(
         self,
-        data: Images | TrainingScenes,
-        prepare: Callable[[Any], Tensor],
+        data: Images | TrainingScenes | Covering,
+        prepare: Callable[[Any], Tensor] | None,
         size: int,
         seed: int,
         share: tuple[int, int] = (0, 1),
@@ -49,7 +50,7 @@ class Batches:
         self.epoch, self.order = -1, []
 
     def read(self, steps: Iterable[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images [b, 3, H, W] and classes [b] of every step, read while the step before is worked on."""
+        """Images [b, 3, H, W] and classes [b], or names [b, N, names], of every step, read during the step before."""
         with ThreadPoolExecutor(READERS) as pool:
             waiting: deque[list[Future]] = deque()
             for step in steps:
@@ -71,14 +72,14 @@ class Batches:
             self.epoch, self.order = epoch, torch.randperm(len(self.data), generator=generator).tolist()
         return self.order[place]
 
-    def _one(self, place: int) -> tuple[Tensor, int]:
+    def _one(self, place: int) -> tuple[Tensor, Tensor]:
         image, label = self.data.sample(place)
-        return self.prepare(image), label
+        return image if self.prepare is None else self.prepare(image), torch.as_tensor(label)
 
 
 def _collected(read: list[Future]) -> tuple[Tensor, Tensor]:
     images, labels = zip(*(one.result() for one in read), strict=True)
-    return torch.stack(images), torch.tensor(labels)
+    return torch.stack(images), torch.stack(labels)
 
 
 class Learner(nn.Module):
@@ -89,7 +90,7 @@ class Learner(nn.Module):
         fit: what is fitted.
         driver: puts it into the model.
         logits: the model's outputs for images, [B, C].
-        labelled: whether the classes of the data are the model's; if not, it learns from its own dense outputs.
+        labelled: whether the labels of the data are what it learns from; if not, it learns from its own dense outputs.
     """
 
     def __init__(
@@ -114,8 +115,11 @@ class Learner(nn.Module):
         if not self.labelled:
             with torch.no_grad():
                 labels = dense().softmax(-1)
+        if self.fit.apart:
+            return self.fit.losses(None, labels.to(pixels.device), {"pixels": pixels}, dense)
         outputs = self.logits(pixels)
-        return self.fit.losses(outputs, labels.to(outputs.device), self.driver.memory, dense)
+        memory = self.driver.memory | {"pixels": pixels, "again": self.logits}
+        return self.fit.losses(outputs, labels.to(outputs.device), memory, dense)
 
 
 class Loop:
@@ -140,7 +144,8 @@ class Loop:
         common = {"lr": plan.lr, "weight_decay": plan.weight_decay}
         groups = [common | group for group in learner.fit.groups(learner.model)]
         self.peaks = [group["lr"] for group in groups]
-        self.optimizer = torch.optim.AdamW(groups)
+        sgd = plan.momentum is not None
+        self.optimizer = torch.optim.SGD(groups, momentum=plan.momentum) if sgd else torch.optim.AdamW(groups)
         told, moments = ({}, {}) if file is None else training.load(file, self.named)
         training.restore_moments(self.optimizer, self.named, moments, int(told.get("step", 0)))
         self.begin, self.seconds = int(told.get("step", 0)), float(told.get("seconds", 0))

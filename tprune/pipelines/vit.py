@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from tprune.core.budget import Stage
-from tprune.data import images
+from tprune.data import images, regions
 from tprune.errors import UserError
 from tprune.evaluate.stopwatch import Stopwatch
 from tprune.methods.base import Shape, TokenMethod
 from tprune.models import load as loaders
 from tprune.models import vit as adapter
-from tprune.models.anatomy import Anatomy, anatomy, classes, detects
+from tprune.models.anatomy import Anatomy, classes, detects
+from tprune.models.kinds import admit, dissect, token_driver
 from tprune.models.subject import Subject
 from tprune.pipelines.base import Achieved, Handle, Pipeline, Quality, Sample, Workload
 from tprune.pipelines.skipping import calibrated
@@ -74,10 +75,12 @@ class VitHandle(Handle):
 
     def per_layer(self) -> list[dict[str, Any]]:
         """Tokens entering the attention and the MLP of every block."""
-        entering = self.entering
+        shape, entering = self.driver.parts.shape, self.entering
+        if shape.lengths is not None:
+            entering = [n * shape.lengths[place // 2] / shape.tokens for place, n in enumerate(entering)]
         return [
             {"block": layer, "tokens_attention": entering[2 * layer], "tokens_mlp": entering[2 * layer + 1]}
-            for layer in range(self.driver.parts.shape.depth)
+            for layer in range(shape.depth)
         ]
 
 
@@ -102,9 +105,9 @@ class VitPipeline(Pipeline):
 
     def prepare(self, subject: Subject) -> None:
         """Read the images; refuse a method or a budget that does not fit before anything is measured."""
-        shape = anatomy(subject.model).shape
-        self.method.check(shape)
-        self.plan(shape)
+        parts = dissect(subject.model)
+        admit(self.method, parts)
+        self.plan(parts.shape)
         self.images = images.read(self.recipe.data, self.recipe.limit or self.default_limit)
         self.classes = classes(subject.model)
         labels = self.images.labels
@@ -178,8 +181,8 @@ class VitPipeline(Pipeline):
 
     def apply(self, subject: Subject, work: Path | None, state: dict[str, Tensor] | None = None) -> VitHandle:
         """Put the method in place."""
-        parts = anatomy(subject.model)
-        self.method.check(parts.shape)
+        parts = dissect(subject.model)
+        admit(self.method, parts)
         if self.stage.positions not in (None, "original"):
             raise UserError(
                 f"--positions {self.stage.positions}: a vision transformer's tokens keep their positions"
@@ -193,7 +196,7 @@ class VitPipeline(Pipeline):
         if not known and self.stage.fit is not None:
             self.method, self.fitted = self.fit(subject, parts, work)
         method, stages = self.plan(parts.shape)
-        self.handle = VitHandle(adapter.TokenDriver(parts, method, stages, self.recipe.seed), self.fitted)
+        self.handle = VitHandle(token_driver(parts, method, stages, self.recipe.seed), self.fitted)
         return self.handle
 
     def plan(self, shape: Shape) -> tuple[TokenMethod, tuple[Stage, ...]]:
@@ -209,7 +212,8 @@ class VitPipeline(Pipeline):
         """The method with what it learned from `--fit`, and the facts of the fit."""
         from tprune.pipelines.fit import Fitting
 
-        data = images.training(self.stage.fit)
+        source = regions if self.method.labels == "patches" else images
+        data = source.training(self.stage.fit)
         fitting = Fitting(
             self.method,
             self.stage.keep,
@@ -245,7 +249,7 @@ class VitPipeline(Pipeline):
         What must be learned is timed as it is before: its values do not change the time.
         """
         if self.method.learns == "required" and self.stage.fit is None:
-            shape = anatomy(subject.model).shape
+            shape = dissect(subject.model).shape
             self.method = self.method.bind(
                 untuned(subject, self.method.neutral_state(shape, self.recipe.seed))
             )
