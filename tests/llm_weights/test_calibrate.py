@@ -11,7 +11,7 @@ from tprune.models.calibrate import Stream, rows_at_once
 
 @pytest.mark.parametrize(
     ("batch", "length", "device", "rows"),
-    [(8, 512, "cpu", 2), (8, 24, "cpu", 8), (8, 2048, "cpu", 1), (8, 512, "cuda", 8), (16, 512, "cuda", 8)],
+    [(8, 256, "cpu", 2), (8, 24, "cpu", 8), (8, 2048, "cpu", 1), (8, 512, "cuda", 8), (16, 512, "cuda", 8)],
 )
 def test_long_sequences_go_through_a_block_few_at_a_time(batch, length, device, rows):
     assert rows_at_once(batch, length, device) == rows

@@ -193,7 +193,7 @@ def smallest_mask(score: Tensor, count: int) -> Tensor:
         return torch.ones_like(score, dtype=torch.bool)
     threshold = kth_smallest(score, count)
     mask = score <= threshold
-    surplus = mask.sum(-1, keepdim=True) - count
+    surplus = mask.sum(-1, keepdim=True, dtype=torch.int32) - count
     if not bool(surplus.any()):
         return mask
     # Several are equal to the threshold: of these the lower indices go.

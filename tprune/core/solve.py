@@ -54,15 +54,14 @@ def inverse_factor(gram: Tensor, damp: float) -> Tensor:
         ValueError: `gram` is not finite, or no damping makes it positive definite.
     """
     diagonal = gram.diagonal() + dead_inputs(gram).to(gram.dtype)
-    mean = diagonal.mean()
+    mean, info = diagonal.mean(), torch.empty(0, dtype=torch.int32, device=gram.device)
     for _ in range(8):
-        damped = gram.flip(0, 1)
+        damped = gram.flip(0, 1).t()  # symmetric; LAPACK works in place on columns
         damped.diagonal().copy_((diagonal + damp * mean).flip(0))
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        del damped
-        if not bool(failed) and bool(lower.isfinite().all()):
+        lower, failed = torch.linalg.cholesky_ex(damped, out=(damped, info))
+        if not bool(failed) and bool(lower.diagonal().isfinite().all()):
             upper = lower.flip(0, 1)
-            del lower
+            del damped, lower
             _invert(upper)
             return upper
         damp = 10 * max(damp, 1e-6)
@@ -74,6 +73,7 @@ def obs_prune(
     factor: Tensor,
     choose: Callable[[Tensor], Tensor],
     *,
+    dead: Tensor | None = None,
     group: int | None = None,
     block: int = BLOCK,
 ) -> tuple[Tensor, Tensor]:
@@ -88,15 +88,19 @@ def obs_prune(
         weight: float32 [R, C].
         factor: U of `inverse_factor`, [C, C].
         choose: from scores [R, columns] to the mask of what goes, bool [R, columns].
+        dead: bool [C], inputs whose weights count as zero.
         group: m of an n:m pattern; divides `block`.
         block: columns that `choose` sees at once.
 
     Returns:
-        The new weight [R, C] and the mask of what was removed, bool [R, C].
+        The new weight [R, C] (not contiguous) and the mask of what was removed, bool [R, C].
     """
     if group is not None and block % group:
         raise ValueError(f"a block of {block} columns does not divide into groups of {group}")
-    work = weight.t().contiguous()  # [C, R]: a column of the weight is a contiguous row
+    # [C, R]: a column of the weight is a contiguous row
+    work = weight.t().clone(memory_format=torch.contiguous_format)
+    if dead is not None:
+        work.masked_fill_(dead.unsqueeze(1), 0.0)
     removed = torch.zeros_like(work, dtype=torch.bool)
     width, diagonal = weight.shape[1], factor.diagonal()
     step, chunk = group or STRIP, group or block
@@ -113,7 +117,7 @@ def obs_prune(
             _solve_strip(work[start:stop], removed[start:stop], part, factor[start:stop, start:stop])
             work[stop:last].addmm_(factor[start:stop, stop:last].t(), part, alpha=-1)
         work[last:].addmm_(factor[first:last, last:].t(), error, alpha=-1)
-    return work.masked_fill_(removed, 0.0).t().contiguous(), removed.t().contiguous()
+    return work.masked_fill_(removed, 0.0).t(), removed.t().contiguous()
 
 
 def _solve_strip(work: Tensor, removed: Tensor, error: Tensor, factor: Tensor) -> None:

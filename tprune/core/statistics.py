@@ -78,7 +78,7 @@ class Gram:
             corner = self.total[rows, rows].triu()
             self.total[rows, rows] = corner + corner.triu(1).t()
             self.total[rows.stop :, rows] = self.total[rows, rows.stop :].t()
-        return {"gram": self.total * (2 / self.sequences)}
+        return {"gram": self.total.mul_(2 / self.sequences)}
 
 
 class Moments:

@@ -7,8 +7,9 @@ statistics gathered at the inputs of its linear layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -18,9 +19,9 @@ from torch.nn import functional
 from tprune.core.statistics import Inputs, token_cosine
 from tprune.models.blocks import Decoder, is_experts
 
-TOKENS_AT_ONCE = {"cpu": 1024}
-"""At most so many tokens go through a block together (at least one sequence): on a CPU more do not run faster, and
-what a block computes inside costs several times its input."""
+TOKENS_AT_ONCE = {"cpu": 512}
+"""At most so many tokens go through a block together (at least one sequence): on a CPU more hardly run faster, and
+what a block computes inside, several times its input, shall stay below the block's own size."""
 MANY_TOKENS = 4096
 """The same on any other device, which wants more to be busy."""
 
@@ -40,13 +41,14 @@ class Stream:
 
     Attributes:
         decoder: the model they go through.
+        tokens: int64 [N, L], the sequences themselves.
         hidden: [N, L, D], inputs of the coming block.
         rows: how many sequences go through a block together.
     """
 
     def __init__(self, decoder: Decoder, tokens: Tensor, batch_size: int):
         """Embed `tokens` int64 [N, L]; runs no block."""
-        self.decoder = decoder
+        self.decoder, self.tokens = decoder, tokens
         device = next(decoder.core.parameters()).device
         self.rows = rows_at_once(batch_size, tokens.shape[1], device)
         self._arguments: dict[tuple[int, int], tuple[tuple, dict[str, Any]]] = {}
@@ -60,7 +62,7 @@ class Stream:
                     self.hidden = part.new_empty(len(tokens), *part.shape[1:])
                 self.hidden[place * self.rows :][: len(chunk)] = part
 
-    def _run(self, index: int, x: Tensor) -> Tensor:
+    def run(self, index: int, x: Tensor) -> Tensor:
         """Block `index` on the hidden states x [b, L, D]."""
         positional, named = self._arguments[index, x.shape[0]]
         out = self.decoder.blocks[index](x, *positional, **named)
@@ -70,7 +72,7 @@ class Stream:
     def advance(self, index: int) -> None:
         """Send all sequences through block `index` as it stands."""
         for x in self.hidden.split(self.rows):
-            x.copy_(self._run(index, x))
+            x.copy_(self.run(index, x))
 
     @torch.no_grad()
     def gather(self, index: int, kinds: tuple[str, ...], names: list[str] | None = None) -> dict[str, Inputs]:
@@ -88,7 +90,7 @@ class Stream:
             for x in self.hidden.split(self.rows):
                 watch.begin(len(x), stop=True)
                 with suppress(_LastInput):
-                    self._run(index, x)
+                    self.run(index, x)
         return watch.inputs
 
     @torch.no_grad()
@@ -104,23 +106,22 @@ class Stream:
         with Watch(self.decoder, index, kinds, names) as watch:
             for x in self.hidden.split(self.rows):
                 watch.begin(len(x), stop=False)
-                out = self._run(index, x)
+                out = self.run(index, x)
                 if "similarity" in kinds:
                     total += token_cosine(x, out).double().sum()
                 x.copy_(out)
         return watch.inputs, total.item() / (self.hidden.shape[0] * self.hidden.shape[1])
 
 
-@contextmanager
 def _noting(
     decoder: Decoder, parts: list[Tensor], arguments: dict[tuple[int, int], tuple[tuple, dict[str, Any]]]
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Every block answers with its own input and notes what it was called with, per batch size.
 
     All sequences have the same length and no padding, so the arguments depend on nothing else.
     """
 
-    def stand_in(index: int) -> Any:
+    def stand_in(index: int) -> Callable[..., Tensor]:
         def forward(hidden_states: Tensor, *positional: Any, **named: Any) -> Tensor:
             arguments.setdefault((index, hidden_states.shape[0]), (positional, named))
             if index == 0:
@@ -129,6 +130,17 @@ def _noting(
 
         return forward
 
+    return standing_in(decoder, stand_in)
+
+
+def answering(decoder: Decoder, hidden: Tensor) -> AbstractContextManager[None]:
+    """Whatever goes in, `hidden` [B, L, D] leaves the last block: what follows up to the logits is the model's own."""
+    return standing_in(decoder, lambda index: lambda *positional, **named: hidden)
+
+
+@contextmanager
+def standing_in(decoder: Decoder, stand_in: Callable[[int], Callable[..., Tensor]]) -> Iterator[None]:
+    """Block i runs `stand_in(i)` instead of its own forward."""
     own = [
         vars(block).get("forward") for block in decoder.blocks
     ]  # accelerate leaves one on a dispatched block
@@ -156,7 +168,7 @@ class Watch:
         self.modules = modules if names is None else {name: modules[name] for name in names}
         self.inputs: dict[str, Inputs] = {}
         self._leader: dict[str, str] = {}
-        self._seen: list[tuple[Tensor, str]] = []
+        self._seen: list[tuple[weakref.ref[Tensor], str]] = []
         self._last: str | None = None
         self._stop = False
         self._sequences = 1
@@ -184,9 +196,9 @@ class Watch:
         def look(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             x = arguments[0]
             if name not in self._leader:
-                same = (leader for seen, leader in self._seen if seen is x)
+                same = (leader for seen, leader in self._seen if seen() is x)
                 self._leader[name] = next(same, name)
-                self._seen.append((x, name))
+                self._seen.append((weakref.ref(x), name))
                 leader = self._leader[name]
                 self.inputs[name] = Inputs(self.kinds) if leader == name else self.inputs[leader]
             if self._leader[name] == name:

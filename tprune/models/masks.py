@@ -32,6 +32,7 @@ def record(matrices: Iterable[tuple[Matrix, WeightEdit]]) -> dict[str, Tensor]:
         tensors[MASK + matrix.name] = pack_bits(edit.mask).cpu()
         if edit.weight is not None:
             changed[WEIGHT + matrix.parameter_name] = matrix.parameter
+        del edit  # before the next one is made
     return tensors | {name: parameter.data.cpu() for name, parameter in changed.items()}
 
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 import gc
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from tprune.evaluate.cost import PeakMemory, quartiles, timed
+from tprune.evaluate.cost import PeakMemory, peak_tensors, quartiles, timed
 from tprune.methods.base import WeightBudget
+from tprune.models import masks
 from tprune.models.blocks import find_decoder
 from tprune.models.calibrate import MANY_TOKENS
 from tprune.models.memory import give_back
 from tprune.models.subject import Subject
+from tprune.pipelines.base import Handle
 from tprune.pipelines.journal import Journal
 
 if TYPE_CHECKING:
@@ -29,10 +32,15 @@ def bench(driver: LlmWeights, subject: Subject, rounds: int) -> dict[str, Any]:
     and `MANY_TOKENS` allow (pruning takes smaller ones where that saves memory). Every pruning run works on a fresh
     copy of the model; copying, reading the text and tokenising it are not counted.
 
+    Memory is told twice, both in MB above the loaded model: `tensors_above_model_mb` is what was alive at the worst
+    moment (`peak_tensors`; one more run, not timed), `masks_mb` the part of it that is the outcome and grows with the
+    model, a bit per weight; `resident_above_model_mb` is what the process grew by, the most of the timed runs, with
+    the BLAS's buffers for every thread and what the C library has not yet given back (on a GPU: the same as the
+    first). `activations_mb` and `largest_block_mb` are what to measure them by.
+
     Returns:
-        `times` per part, the `ratios` to form, the quartiles of a run's time over that of the pass before it, the
-        highest peak memory of a run above the loaded model in MB, and what that is measured by: the calibration
-        activations and the weights of the largest block.
+        `times` per part, the `ratios` to form, the quartiles of a run's time over that of the pass before it, and the
+        memory.
     """
     decoder = find_decoder(subject.model)
     method, sequences = driver.method, driver.calibration_tokens(subject, decoder)
@@ -49,9 +57,10 @@ def bench(driver: LlmWeights, subject: Subject, rounds: int) -> dict[str, Any]:
     above = 0.0
     with torch.no_grad():
         plain()
+        alive, kept = _tensors(driver, subject, budget, tokens)
         for _ in range(rounds):
             times["plain pass"].append(timed(plain, subject.device))
-            seconds, memory = _prune_a_copy(driver, subject, budget, tokens)
+            seconds, memory = _time(driver, subject, budget, tokens)
             times["pruning"].append(seconds)
             above = max(above, memory)
     paired = [over / under for over, under in zip(times["pruning"], times["plain pass"], strict=True)]
@@ -62,23 +71,43 @@ def bench(driver: LlmWeights, subject: Subject, rounds: int) -> dict[str, Any]:
         "ratios": {"plain_passes": ["pruning", "plain pass"]},
         "plain_passes_q1": low,
         "plain_passes_q3": high,
-        "memory_above_model_mb": above,
+        "tensors_above_model_mb": alive,
+        "masks_mb": kept,
+        "resident_above_model_mb": above,
         "activations_mb": sequences.numel() * decoder.config.hidden_size * size / 2**20,
         "largest_block_mb": max(_bytes(block) for block in decoder.blocks) / 2**20,
         "calibration": f"{sequences.shape[0]} x {sequences.shape[1]} tokens",
     }
 
 
-def _prune_a_copy(
+def _on_a_copy(
     driver: LlmWeights, subject: Subject, budget: WeightBudget, tokens: Tensor | None
-) -> tuple[float, float]:
-    """Seconds of pruning a copy of the model, and the peak memory above it in MB."""
+) -> Callable[[], Handle]:
+    """Pruning of a copy of the model, to be called once; what the copy before left behind is given back."""
     copied = find_decoder(copy.deepcopy(subject.model))
     gc.collect()
     give_back()
+    return lambda: driver.prune(copied, budget, tokens, Journal(None, ""))
+
+
+def _tensors(
+    driver: LlmWeights, subject: Subject, budget: WeightBudget, tokens: Tensor | None
+) -> tuple[float, float]:
+    """Peak memory of tensors while a copy is pruned, and that of the masks among them, in MB."""
+    prune, handles = _on_a_copy(driver, subject, budget, tokens), []
+    peak = peak_tensors(lambda: handles.append(prune()), subject.device)
+    recorded = masks.only_masks(handles[0].tensors(by_reference=True))
+    return peak, sum(mask.nbytes for mask in recorded.values()) / 2**20
+
+
+def _time(
+    driver: LlmWeights, subject: Subject, budget: WeightBudget, tokens: Tensor | None
+) -> tuple[float, float]:
+    """Seconds of pruning a copy, and by how many MB the process (on CUDA: what is allocated) grew meanwhile."""
+    prune = _on_a_copy(driver, subject, budget, tokens)
     before = _resident(subject.device)
     with PeakMemory(subject.device) as memory:
-        seconds = timed(lambda: driver.prune(copied, budget, tokens, Journal(None, "")), subject.device)
+        seconds = timed(prune, subject.device)
     return seconds, memory.megabytes - before
 
 

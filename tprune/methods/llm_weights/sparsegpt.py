@@ -58,8 +58,8 @@ class SparseGPT(WeightMethod):
             count = floor_count(score.numel(), budget.sparsity)
             return inclusive_mask(score, count) if self.rule == "inclusive" else layer_mask(score, count)
 
-        start = linear.weight.masked_fill(dead, 0.0)
-        weight, mask = obs_prune(start, factor, choose, group=group, block=self.block)
+        weight, mask = obs_prune(linear.weight, factor, choose, dead=dead, group=group, block=self.block)
         if self.rule == "exact":
-            weight = torch.where(dead & ~mask, linear.weight, weight)
+            columns = dead.nonzero().flatten()
+            weight[:, columns] = linear.weight[:, columns].masked_fill(mask[:, columns], 0.0)
         return WeightEdit(mask, weight)
