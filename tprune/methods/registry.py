@@ -146,6 +146,11 @@ def build(
     return method.build({**method.built_in, **settings} if fit == "built-in" else settings)
 
 
+def running_on(kind: str) -> list[str]:
+    """The ids of the vit methods that work in this kind of vision model (`base.Shape.kind`)."""
+    return [entry.id for entry in facts("vit") if kind in load(entry.id, "vit").runs_on]
+
+
 @cache
 def _sources() -> tuple[tuple[str, str, str, Path], ...]:
     """(family, id, module, file) of every method."""

@@ -46,10 +46,6 @@ def anatomy(model: nn.Module) -> Anatomy:
         UserError: not a plain vision transformer.
     """
     name = type(model).__name__
-    if any(name.startswith(window) for window in WINDOWED):
-        raise UserError(
-            f"{name} attends within fixed windows, where single tokens cannot leave; use a plain ViT such as deit_s"
-        )
     if hasattr(model, "config"):
         return _transformers(model)
     if not isinstance(getattr(model, "blocks", None), nn.Sequential | nn.ModuleList) or not any(

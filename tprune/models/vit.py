@@ -271,6 +271,7 @@ class TokenDriver:
             depth=shape.depth,
             has_cls=shape.has_cls,
             grid=shape.grid,
+            window=shape.window,
             whole=real is None,
             real=real,
             position=inward.places(self.position),

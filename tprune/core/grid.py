@@ -1,0 +1,78 @@
+"""Tokens that form an image: windows and cells of their grid, and what lies in them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Size = tuple[int, int]
+"""Rows and columns."""
+
+
+def tiles(grid: Size, size: Size) -> Tensor:
+    """The places of a grid in tiles of `size`, tiles and places row by row: int64 [tiles, rows · columns].
+
+    `size` divides `grid`.
+    """
+    (rows, columns), (high, wide) = grid, size
+    place = torch.arange(rows * columns).view(rows // high, high, columns // wide, wide)
+    return place.transpose(1, 2).reshape(-1, high * wide)
+
+
+def overlapping(grid: Size, window: Size, reach: int) -> Tensor:
+    """Every window and what is around it: int64 [windows, (rows + reach) · (columns + reach)], at most the whole grid.
+
+    Windows in the middle reach to both sides, those at the border to the inside alone, so that all are of one size.
+    `window` divides `grid`.
+    """
+
+    def spans(side: int, inner: int) -> Tensor:
+        size = min(inner + reach, side)
+        first = (torch.arange(0, side, inner) - (size - inner) // 2).clamp(0, side - size)
+        return first.unsqueeze(1) + torch.arange(size)
+
+    rows, columns = (spans(*one) for one in zip(grid, window, strict=True))
+    place = rows[:, None, :, None] * grid[1] + columns[None, :, None, :]
+    return place.reshape(rows.shape[0] * columns.shape[0], -1)
+
+
+def pool_cells(x: Tensor, grid: Size, window: Size, cells: Size, kind: str = "max") -> Tensor:
+    """Every window of a grid pooled adaptively into `cells`, which form a smaller grid.
+
+    Args:
+        x: [B, rows · columns, D].
+        window: divides `grid`.
+        cells: rows and columns of cells in a window; they overlap where they do not divide it.
+        kind: "max" or "mean".
+
+    Returns:
+        [B, K, D] with K = windows · cells, row by row over the whole grid.
+    """
+    batch, _, width = x.shape
+    high, wide = grid[0] // window[0], grid[1] // window[1]
+    parts = x.view(batch, high, window[0], wide, window[1], width).permute(0, 1, 3, 5, 2, 4)
+    pool = functional.adaptive_max_pool2d if kind == "max" else functional.adaptive_avg_pool2d
+    pooled = pool(parts.reshape(-1, width, *window), cells)
+    pooled = pooled.view(batch, high, wide, width, *cells).permute(0, 1, 4, 2, 5, 3)
+    return pooled.reshape(batch, -1, width)
+
+
+def cell_owners(grid: Size, window: Size, cells: Size) -> tuple[Tensor, Tensor]:
+    """To which cell every place of a grid belongs, each to one, and the place in the middle of every cell.
+
+    Returns:
+        owner int64 [rows · columns] and middle int64 [K], cells as `pool_cells` orders them.
+    """
+
+    def axis(side: int, size: int, count: int) -> tuple[Tensor, Tensor]:
+        place = torch.arange(side)
+        owner = place // size * count + place % size * count // size
+        first = torch.searchsorted(owner, torch.arange(side // size * count + 1))
+        return owner, (first[:-1] + first[1:] - 1) // 2
+
+    (row, middle_row), (column, middle_column) = (axis(*one) for one in zip(grid, window, cells, strict=True))
+    columns = grid[1] // window[1] * cells[1]
+    owner = row.unsqueeze(1) * columns + column
+    middle = middle_row.unsqueeze(1) * grid[1] + middle_column
+    return owner.flatten(), middle.flatten()
