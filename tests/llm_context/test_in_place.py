@@ -13,46 +13,37 @@ from tprune.core.select import worst_between
 from tprune.methods import registry
 from tprune.methods.base import CacheMethod
 from tprune.models.cache import fork
-from tprune.models.cache_layer import PrunedLayer
+from tprune.models.room import Shelf
 
 PROMPT, STEPS = 96, 12
 
 KINDS = {fact.id: registry.load(fact.id, "llm-context") for fact in registry.facts("llm-context")}
 CACHE_METHODS = [name for name, kind in KINDS.items() if issubclass(kind, CacheMethod)]
-EVICTING = [name for name in CACHE_METHODS if KINDS[name].step is not CacheMethod.step]
+EVICTING = [name for name in CACHE_METHODS if registry.build(name, "llm-context").evicts_while_decoding]
 every_cache_method = pytest.mark.parametrize("method", CACHE_METHODS)
 every_evicting_method = pytest.mark.parametrize("method", EVICTING)
 
 
-class Ordered(PrunedLayer):
+class Ordered(Shelf):
     """Keeps temporal order by copying what is left at every step, and works shifts out anew."""
 
-    moved = False
-
-    def replace(self, edit, places):
-        after, state, places = places, self.state, self.places
-        slots = torch.arange(self.length).expand_as(places)
-        left = slots[slots != edit.slot.unsqueeze(-1)].view(*places.shape[:2], -1)
-        if self._cached is not None:
-            self.keys = torch.cat([self._cached, self.keys[:, :, self._cached.shape[2] :]], dim=2)
-        self.state = {}
-        self.evict(Evict(left))
-        # Numbers per entry come in the order of slots; here entries are in the order they came.
-        order = after.argsort(dim=-1, stable=True)
-        self.state = {name: v.gather(2, order) if per_entry(v) else v for name, v in state.items()}
+    def replace(self, edit, places, state):
+        if self.cached is not None:
+            self.keys[:, :, : self.cached.shape[2]] = self.cached
+        slots = torch.arange(places.shape[2]).expand_as(places)
+        left = Evict(slots[slots != edit.slot.unsqueeze(-1)].view(*places.shape[:2], -1))
+        self.keys[:, :, :-1], self.values[:, :, :-1] = left.apply(self.keys), left.apply(self.values)
+        self.places = left.apply(places)
+        self.state = {name: left.apply(v) if per_entry(v) else v for name, v in state.items()}
         assert (self.places.diff() >= 0).all()
-        self.moved = True
 
-    def shift_to_compact(self, turn):
-        self.turn = turn
-        super().shift_to_compact(turn)
-
-    def turned(self, shift, cached, keys):
-        if not self.moved:
-            super().turned(shift, cached, keys)
-            return
-        self.moved = False
-        self.shift_to_compact(self.turn)
+    def keep_compact(self, edit, places, real, turn):
+        seen = places[..., -1:] + 1
+        compact = seen - torch.arange(self.places.shape[2], 0, -1)
+        shift = (compact - self.places).clamp_min(0)
+        self.shift = shift[..., : int((shift > 0).sum(-1).max())]
+        self.cached = self.keys[:, :, : self.shift.shape[-1]].clone()
+        self.keys[:, :, : self.shift.shape[-1]] = turn(self.cached, self.shift)
 
 
 def prune(model, method, positions=None):
@@ -90,7 +81,7 @@ def decoded(model, method, positions, padded):
 def test_replacing_in_place_equals_copying_what_is_left(method, positions, padded, monkeypatch):
     model = decoder(num_attention_heads=8, num_key_value_heads=2)
     found = decoded(model, method, positions, padded)
-    monkeypatch.setattr("tprune.models.cache.PrunedLayer", Ordered)
+    monkeypatch.setattr("tprune.models.room.Shelf", Ordered)
     expected = decoded(model, method, positions, padded)
     for (logits, places), (logits_copied, places_copied) in zip(found, expected, strict=True):
         assert torch.allclose(logits, logits_copied, atol=1e-3)
@@ -190,4 +181,5 @@ def test_a_replacement_as_a_value_and_in_place_agree():
     edit = Replace(torch.tensor([[1, 4]]))
     assert edit.apply(numbers).tolist() == [[[0, 4, 2, 3], [5, 6, 7, 8]]]
     written = numbers.clone().unsqueeze(-1)
-    assert torch.equal(edit.write(written).squeeze(-1), edit.apply(numbers))
+    edit.write(written)
+    assert torch.equal(written[:, :, :-1].squeeze(-1), edit.apply(numbers))

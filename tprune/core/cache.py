@@ -43,14 +43,11 @@ class Evict:
         return rows.index_select(0, self._rows(length)).view(*self.index.shape, *entries.shape[3:])
 
     def _rows(self, length: int) -> Tensor:
-        """The index into all heads' entries at once, int64 [B·G·K]: whole rows are copied faster than gathered."""
+        """`flat_rows` of the index, known from the first of several calls."""
         known = self.__dict__.get("_known")
         if known is None or known[0] != length:
-            batch, groups, kept = self.index.shape
-            first = torch.arange(0, batch * groups * length, length, device=self.index.device)
-            flat = (self.index.reshape(-1, kept) + first.unsqueeze(1)).flatten()
-            object.__setattr__(self, "_known", (length, flat))
-            return flat
+            known = length, flat_rows(self.index, length)
+            object.__setattr__(self, "_known", known)
         return known[1]
 
 
@@ -70,11 +67,22 @@ class Replace:
         """The surviving ones of a number per entry: [B, G, T] -> [B, G, T - 1]."""
         return entries.scatter(2, self.slot.unsqueeze(2), entries[..., -1:])[..., :-1]
 
-    def write(self, entries: Tensor) -> Tensor:
-        """The surviving rows of keys or values [B, G, T, d], in place: a view of the first T - 1."""
-        latest = entries[:, :, -1:].clone()
-        entries.scatter_(2, self.slot[:, :, None, None].expand_as(latest), latest)
-        return entries[:, :, :-1]
+    def write(self, entries: Tensor) -> None:
+        """Let the latest of keys or values [B, G, T, d], which are contiguous, take the slot, in place."""
+        rows = flat_rows(self.slot.unsqueeze(2), entries.shape[2])
+        entries.view(-1, entries.shape[3]).index_copy_(
+            0, rows, entries[:, :, -1].reshape(-1, entries.shape[3])
+        )
+
+
+def flat_rows(index: Tensor, length: int) -> Tensor:
+    """Slots [B, G, K] of heads with `length` entries as an index into all heads' entries at once: int64 [B·G·K].
+
+    Whole rows are copied by it faster than gathered head by head.
+    """
+    batch, groups, kept = index.shape
+    first = torch.arange(0, batch * groups * length, length, device=index.device)
+    return (index.reshape(-1, kept) + first.unsqueeze(1)).flatten()
 
 
 def fill_left(x: Tensor, width: int) -> Tensor:

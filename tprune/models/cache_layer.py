@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from tprune.core.cache import Evict, Replace, per_entry
+from tprune.core.cache import Evict, per_entry
 from tprune.errors import UserError
 
 GROWTH = 8
@@ -48,6 +48,8 @@ class PrunedLayer(DynamicLayer):
         started: whether the prompt has been pruned.
         evicted: whether any entry has left.
         shift: int64 [B, G, m], by how many positions the first m keys have been turned, or None.
+        cached: [B, G, m, d], these keys as they were before, where shifts will change; else None.
+        stand: which place on which shelf (`room.Shelf`) its memory is, or None where the memory is its own.
         owner: whose rules it follows; once entries have left, the cache cannot be used without it.
     """
 
@@ -65,7 +67,8 @@ class PrunedLayer(DynamicLayer):
         self.limit: int | None = None
         self.started = self.evicted = False
         self.shift: Tensor | None = None
-        self._cached: Tensor | None = None
+        self.cached: Tensor | None = None
+        self.stand: tuple[object, int] | None = None
         self._buffers: tuple[Tensor, Tensor] | None = None
         self._places: Tensor | None = None
         self._left = 0
@@ -73,7 +76,7 @@ class PrunedLayer(DynamicLayer):
 
     def __copy__(self) -> PrunedLayer:
         """A layer that goes on by itself: whichever of the two writes first takes memory of its own."""
-        self._buffers = None
+        self._buffers = self.stand = None
         new = object.__new__(type(self))
         new.__dict__ = self.__dict__ | {"state": dict(self.state)}
         return new
@@ -157,6 +160,7 @@ class PrunedLayer(DynamicLayer):
             ours = first.data_ptr() == self.keys.data_ptr() and not first.requires_grad
             if ours and first.shape[2] >= count and first.is_inference() <= torch.is_inference_mode_enabled():
                 return
+        self.stand = None
         room = count if self.limit is not None else count + count // GROWTH
         held_states = self.keys, self.values
         self._buffers = tuple(x.new_empty(*x.shape[:2], room, x.shape[3]) for x in held_states)
@@ -179,22 +183,26 @@ class PrunedLayer(DynamicLayer):
         self._left = self.length
         self._each_number(edit.apply)
 
-    def replace(self, edit: Replace, places: Tensor) -> None:
-        """Apply an edit to keys and values, in place. Rows whose latest entry is padding must forget that one.
+    def move_in(self, stand: tuple[object, int], keys: Tensor, values: Tensor) -> None:
+        """Stand on a shelf, with these parts of its memory [B, G, T, d], which hold what the layer holds."""
+        self.stand, self._buffers = stand, (keys, values)
+        self.keys, self.values = keys, values
 
-        Numbers per entry are the caller's, and so are compact positions (`turned`): the keys are as they were cached.
+    def settle(self, places: Tensor, state: dict[str, int | Tensor]) -> None:
+        """After an entry of every head has left for the latest, in the layer's own memory: forget the last slot.
 
         Args:
-            edit: what leaves.
-            places: int64 [B, G, T - 1], what `edit.apply(self.places)` gives.
+            places: int64 [B, G, T - 1], of what is left.
+            state: what the method carries for it.
         """
-        self._reserve(self.length)
-        if self._cached is not None:
-            self.keys[:, :, : self._cached.shape[2]] = self._cached
-        self.keys, self.values = edit.write(self.keys), edit.write(self.values)
-        self._places = places
+        self.keys, self.values = (buffer[:, :, : places.shape[2]] for buffer in self._buffers)
+        self._places, self.state = places, state
         self.valid = None if self.valid is None else self.valid[:, :-1]
-        self._left = self.length
+
+    @property
+    def latest(self) -> int | Tensor:
+        """The place of the latest real token, counted without padding; int64 [B] where there is any."""
+        return self._real - 1
 
     def shift_to_compact(self, turn: Turn) -> None:
         """Turn keys so that entries stand one behind the other, up to the latest token's place.
@@ -206,16 +214,9 @@ class PrunedLayer(DynamicLayer):
         shift = (compact - self.places).clamp_min(0)
         shift = shift[..., : int((shift > 0).sum(-1).max())]
         cached = self.keys[:, :, : shift.shape[-1]].clone()
-        self.turned(shift, cached, turn(cached, shift) if shift.shape[-1] else cached)
-
-    def turned(self, shift: Tensor, cached: Tensor, keys: Tensor) -> None:
-        """The first keys are used as `keys` [B, G, m, d], `cached` turned by `shift` [B, G, m] positions.
-
-        Where shifts will change, they are kept as they were cached.
-        """
-        self.shift = shift
-        self.keys[:, :, : shift.shape[-1]] = keys
-        self._cached = None if self.limit is None else cached
+        self.shift, self.cached = shift, None if self.limit is None else cached
+        if shift.shape[-1]:
+            self.keys[:, :, : shift.shape[-1]] = turn(cached, shift)
 
     def _each_number(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply `change` to what the method carries per entry."""
@@ -275,8 +276,8 @@ class PrunedLayer(DynamicLayer):
         """Apply `change` to every tensor with a row per sample."""
         if self.length == 0:
             return
-        self._buffers = None
-        for name in ("keys", "values", "valid", "shift", "_cached", "_places", "_real"):
+        self._buffers = self.stand = None
+        for name in ("keys", "values", "valid", "shift", "cached", "_places", "_real"):
             value = getattr(self, name)
             if isinstance(value, Tensor):
                 setattr(self, name, change(value))

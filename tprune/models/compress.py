@@ -26,6 +26,7 @@ from tprune.models.cache_layer import Owner, PrunedLayer, Turn
 from tprune.models.room import Arrival, make_room
 from tprune.models.rope import Rotation
 from tprune.models.taps import AttentionCall, Output, Tap
+from tprune.models.threads import FewThreads
 
 
 class Compression:
@@ -137,8 +138,10 @@ class Compression:
 
     def _answer(self, layer: PrunedLayer, call: AttentionCall) -> Output:
         """Attention of the latest tokens over what the layer holds, where nothing leaves for them."""
-        mask = self._mask(layer.visible(call.query.shape[2]), call.query)
-        return call.attend(call.query, layer.keys, layer.values, mask)
+        queries = call.query.shape[2]
+        mask = self._mask(layer.visible(queries), call.query)
+        with FewThreads(queries * layer.keys.numel(), layer.keys.device):
+            return call.attend(call.query, layer.keys, layer.values, mask)
 
     def _arrive(
         self, place: int, layer: PrunedLayer, call: AttentionCall, query: Tensor
@@ -146,11 +149,12 @@ class Compression:
         """One token's attention [B, 1, H, d], where something will leave for it; its row is computed once for both."""
         mask = layer.visible(1)
         attention = Attention(query, layer.keys, layer.values, call.scale, bias=mask, softcap=call.softcap)
-        if "attention" in self.method.reads:
-            attention.map = attention.rows()
-            output = attend(attention.map, layer.values).transpose(1, 2)
-        else:
-            output = call.attend(query, layer.keys, layer.values, self._mask(mask, query))[0]
+        with FewThreads(layer.keys.numel(), layer.keys.device):
+            if "attention" in self.method.reads:
+                attention.map = attention.rows()
+                output = attend(attention.map, layer.values).transpose(1, 2)
+            else:
+                output = call.attend(query, layer.keys, layer.values, self._mask(mask, query))[0]
         return Arrival(layer, attention, self.turns[self.kinds[place]]), output
 
     def _mask(self, visible: Tensor | None, query: Tensor) -> Tensor | None:

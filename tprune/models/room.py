@@ -15,6 +15,7 @@ from tprune.core.cache import Replace, per_entry
 from tprune.methods.base import CacheMethod
 from tprune.methods.views import Attention, StepView
 from tprune.models.cache_layer import PrunedLayer, Turn
+from tprune.models.threads import FewThreads
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,22 +40,23 @@ def make_room(method: CacheMethod, arrivals: Sequence[Arrival]) -> None:
         numbers = tuple(value for value in layer.state.values() if isinstance(value, int))
         turned = None if layer.shift is None else layer.shift.shape[-1]
         alike.setdefault((layer.keys.shape, numbers, turned, arrival.turn), []).append(arrival)
-    for group in alike.values():
-        _make_room(method, group)
+    for (shape, *_), group in alike.items():
+        with FewThreads(len(group) * shape[:3].numel(), group[0].layer.keys.device):
+            _make_room(method, group)
 
 
 def _make_room(method: CacheMethod, group: Sequence[Arrival]) -> None:
     layers = [arrival.layer for arrival in group]
-    places = _stack([layer.places for layer in layers])
-    before = {name: _stack([layer.state[name] for layer in layers]) for name in layers[0].state}
+    shelf = Shelf.of(layers)
+    places = shelf.places_with(layers)
     # A number per entry starts at zero.
     before = {
         name: torch.nn.functional.pad(value, (0, 1)) if per_entry(value) else value
-        for name, value in before.items()
+        for name, value in shelf.state.items()
     }
     view = StepView(
         [arrival.attention for arrival in group],
-        _stack([layer.values[:, :, -1] for layer in layers]),
+        shelf.values[:, :, -1],
         places,
         0 if layers[0].valid is None else _stack([layer.fillers() for layer in layers]),
         dict(before),
@@ -66,34 +68,105 @@ def _make_room(method: CacheMethod, group: Sequence[Arrival]) -> None:
         for name, value in before.items():
             if per_entry(value):
                 view.state[name] = torch.where(real.unsqueeze(2), view.state[name], value)
-    after = {name: edit.apply(v) if per_entry(v) else v for name, v in view.state.items()}
-    count = len(layers)
-    states = {name: _split(value, count) for name, value in after.items()}
-    slots, moved = _split(edit.slot, count), _split(edit.apply(places), count)
-    for place, layer in enumerate(layers):
-        layer.state = {name: parts[place] for name, parts in states.items()}
-        layer.replace(Replace(slots[place]), moved[place])
-    if layers[0].shift is not None:
-        _keep_compact(layers, edit, places, real, group[0].turn)
+    shelf.replace(edit, places, view.state)
+    if shelf.shift is not None:
+        shelf.keep_compact(edit, places, real, group[0].turn)
+    shelf.settle(layers)
 
 
-def _keep_compact(
-    layers: Sequence[PrunedLayer], edit: Replace, places: Tensor, real: Tensor | None, turn: Turn
-) -> None:
-    """What is older than the entry that left, at `places` [B, G, T] before, moves up by one position."""
-    older = places < places.gather(2, edit.slot.unsqueeze(2))
-    if real is not None:
-        older &= real.unsqueeze(2)
-    before = _stack([layer.shift for layer in layers])
-    turned = before.shape[-1]
-    shift = edit.apply(older + torch.nn.functional.pad(before, (0, places.shape[-1] - turned)))
-    if not bool(shift[..., turned:].any()):
-        shift = shift[..., :turned]
-    cached = _stack([layer.keys[:, :, : shift.shape[-1]] for layer in layers])
-    keys = turn(cached, shift) if shift.shape[-1] else cached
-    parts = (_split(value, len(layers)) for value in (shift, cached, keys))
-    for layer, *values in zip(layers, *parts, strict=True):
-        layer.turned(*values)
+class Shelf:
+    """The memory of layers of equal size, one behind the other along the batch, so that one operation writes them all.
+
+    A layer stands on it until it takes memory of its own again. Its keys and values are then parts of the shelf's;
+    everything else is a value that it is handed after each step.
+
+    Attributes:
+        keys, values: [L·B, G, T, d]; the last slot is the newest entry's.
+        places: int64 [L·B, G, T - 1], of the other entries.
+        state: what the method carries, as in `StepView`, for these entries.
+        shift, cached: of compact positions, as in `PrunedLayer`.
+    """
+
+    def __init__(self, layers: Sequence[PrunedLayer]):
+        self.count = len(layers)
+        self.keys, self.values = (
+            torch.cat([getattr(x, name) for x in layers]) for name in ("keys", "values")
+        )
+        self.places = torch.cat([layer.places[..., :-1] for layer in layers])
+        self.state = {name: _stack([layer.state[name] for layer in layers]) for name in layers[0].state}
+        self.shift = self.cached = None
+        if layers[0].shift is not None:
+            self.shift = torch.cat([layer.shift for layer in layers])
+            self.cached = torch.cat([layer.cached for layer in layers])
+        rows = layers[0].keys.shape[0]
+        for place, layer in enumerate(layers):
+            # Autograd forbids writing into one of the parts that `chunk` gives.
+            part = slice(place * rows, (place + 1) * rows)
+            layer.move_in((self, place), self.keys[part], self.values[part])
+
+    @classmethod
+    def of(cls, layers: Sequence[PrunedLayer]) -> Shelf:
+        """The shelf on which exactly these layers stand, in this order; a new one where they do not."""
+        shelf = None if layers[0].stand is None else layers[0].stand[0]
+        if (
+            shelf is not None
+            and shelf.count == len(layers)
+            # What autograd has saved must not be written to.
+            and not shelf.keys.requires_grad
+            and all(layer.stand == (shelf, place) for place, layer in enumerate(layers))
+        ):
+            return shelf
+        return cls(layers)
+
+    def places_with(self, layers: Sequence[PrunedLayer]) -> Tensor:
+        """int64 [L·B, G, T], the places of all entries, the newest too."""
+        latest = _stack([layer.latest for layer in layers])
+        if isinstance(latest, int):
+            return torch.nn.functional.pad(self.places, (0, 1), value=latest)
+        newest = latest[:, None, None].expand(-1, self.places.shape[1], 1)
+        return torch.cat([self.places, newest], dim=-1)
+
+    def replace(self, edit: Replace, places: Tensor, state: dict[str, int | Tensor]) -> None:
+        """Carry out an edit, on keys and values in place.
+
+        Args:
+            edit: what leaves.
+            places, state: of all entries, the newest too.
+        """
+        if self.cached is not None:
+            self.keys[:, :, : self.cached.shape[2]] = self.cached
+        edit.write(self.keys)
+        edit.write(self.values)
+        self.places = edit.apply(places)
+        self.state = {name: edit.apply(v) if per_entry(v) else v for name, v in state.items()}
+
+    def keep_compact(self, edit: Replace, places: Tensor, real: Tensor | None, turn: Turn) -> None:
+        """What is older than the entry that left, at `places` [L·B, G, T] before, moves up by one position."""
+        older = places < places.gather(2, edit.slot.unsqueeze(2))
+        if real is not None:
+            older &= real.unsqueeze(2)
+        turned = self.shift.shape[-1]
+        before = torch.nn.functional.pad(self.shift, (0, places.shape[-1] - turned))
+        shift = edit.apply(older + before)
+        if not bool(shift[..., turned:].any()):
+            shift = shift[..., :turned]
+        self.shift, self.cached = shift, self.keys[:, :, : shift.shape[-1]].clone()
+        if shift.shape[-1]:
+            self.keys[:, :, : shift.shape[-1]] = turn(self.cached, shift)
+
+    def settle(self, layers: Sequence[PrunedLayer]) -> None:
+        """Let the layers know what is left of them."""
+        places = self.places.chunk(self.count)
+        names = list(self.state)
+        states = zip(*(_split(self.state[name], self.count) for name in names), strict=True)
+        states = states if names else [()] * self.count
+        for layer, where, values in zip(layers, places, states, strict=True):
+            layer.settle(where, dict(zip(names, values, strict=True)))
+        if self.shift is not None:
+            for layer, shift, cached in zip(
+                layers, self.shift.chunk(self.count), self.cached.chunk(self.count), strict=True
+            ):
+                layer.shift, layer.cached = shift, cached
 
 
 def _stack(values: Sequence[int | Tensor]) -> int | Tensor:
