@@ -45,7 +45,7 @@ class ImageViews:
         "text", a view of the prompt's text behind its last image (all of it where there is none), [B, M, D] with
         `real`, whose own signal "ids" are the tokens, int64 [B, M]; "patches", the pixels of the encoder's patches,
         0 to 1, float32 [E, P, channels, n]; "thumbnail", bool [B, N], the tokens of the crop that shows the whole
-        image.
+        image; "newlines", bool [B, N], those that no patch makes.
         """
         slot = torch.stack([unit.slot for unit in alike])
         there = slot >= 0
@@ -58,7 +58,7 @@ class ImageViews:
             there,
             whole=whole,
             depth=self.parts.depth,
-            grid=self._grid(sight, alike[0]),
+            grid=self.grid(sight, alike[0]),
             position=slot,
             real=there,
             pool=partial(self.pool, sight, alike),
@@ -67,6 +67,7 @@ class ImageViews:
             "text": partial(text_of, run, embeds, row),
             "patches": partial(sight.patches, crops, normalisation(self.processor)),
             "thumbnail": partial(self._thumbnail, sight, alike, slot.device),
+            "newlines": partial(self._newlines, sight, alike, slot.device),
         }
         if "seeds" in self.method.reads:
             view.seeds = unit_seeds(sight.inputs, alike, self.seed)
@@ -82,10 +83,10 @@ class ImageViews:
     def _before_projector(self, view: TokenView) -> TokenView:
         """The same tokens before the projector, behind the tower's class token where that could be projected too."""
         features, tower = view.signal("features"), view.encoder
-        prefix = tower.prefix if tower.hidden.shape[2] == features.shape[2] else 0
-        if tower.hidden.shape[0] != features.shape[0]:
-            prefix = 0
-        view.hidden = torch.cat([tower.hidden[:, :prefix], features], dim=1)
+        alike = tower.hidden.shape[0] == features.shape[0] and tower.hidden.shape[2] == features.shape[2]
+        prefix = tower.prefix if alike else 0
+        front = tower.hidden[:, :prefix] if prefix else features[:, :0]
+        view.hidden = torch.cat([front, features], dim=1)
         head = view.prunable.new_zeros(len(features), prefix)
         view.prunable = view.real = torch.cat([head, view.prunable], dim=1)
         view.position = torch.cat([head.long(), view.position], dim=1)
@@ -127,6 +128,11 @@ class ImageViews:
         rows = [tokens[unit.place.to(x.device)] for unit, tokens in zip(alike, packed, strict=True)]
         return torch.stack(rows).view(len(alike), -1, *x.shape[2:])
 
+    def _newlines(self, sight: Sight, alike: list[Unit], device: torch.device) -> Tensor:
+        """Which tokens no patch makes: the ends of the rows of LLaVA-NeXT's crops."""
+        marks = [torch.ones(unit.crops, self.parts.tokens or len(unit.slot)) for unit in alike]
+        return self._arrange(sight, alike, torch.cat(marks)).to(device) < 0.5
+
     def _thumbnail(self, sight: Sight, alike: list[Unit], device: torch.device) -> Tensor:
         """Which tokens show the whole image: the first of LLaVA-NeXT's crops, the last of InternVL's tiles."""
         first = 0 if self.packs else -1
@@ -138,7 +144,7 @@ class ImageViews:
             marks.append(mark)
         return self._arrange(sight, alike, torch.cat(marks)).to(device) > 0.5
 
-    def _grid(self, sight: Sight, unit: Unit) -> tuple[int, int] | None:
+    def grid(self, sight: Sight, unit: Unit) -> tuple[int, int] | None:
         """Rows and columns of a unit's tokens, where they are one."""
         thw = sight.inputs.get("image_grid_thw")
         if thw is not None:

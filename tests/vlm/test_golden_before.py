@@ -1,0 +1,90 @@
+"""Methods that choose before the decoder against the authors' own code (see tests/golden/vlm/*.json)."""
+
+import pytest
+import torch
+
+from tests.golden_values import golden
+from tprune.core.budget import PROJECTOR
+from tprune.methods import registry
+from tprune.methods.views import Attention, TokenView
+
+
+def cases(name):
+    """The cases of a golden file, by name."""
+    return golden("vlm", name)[1]["settings"]["cases"]
+
+
+def tower(hidden, attention, prefix=1):
+    """What a vision tower with class token shows of its projected block."""
+    prunable = torch.ones(hidden.shape[:2], dtype=torch.bool)
+    prunable[:, :prefix] = False
+    return TokenView(hidden, prunable, prefix=prefix, has_cls=prefix > 0, depth=24, attention=attention)
+
+
+def image(hidden, encoder=None, **more):
+    """Image tokens at the projector, one per patch."""
+    everything = torch.ones(hidden.shape[:2], dtype=torch.bool)
+    return TokenView(hidden, everything, real=everything, encoder=encoder, pool=lambda x: x, **more)
+
+
+@pytest.mark.parametrize("case", cases("visionzip"))
+def test_visionzip_projects_what_the_authors_project(case):
+    tensors, told = golden("vlm", "visionzip")
+    setting, hidden, key = told["settings"]["cases"][case], tensors["hidden"], tensors["metric"].unsqueeze(1)
+    rows = tensors["cls"].expand(-1, -1, hidden.shape[1], -1)
+    view = image(hidden, tower(hidden, Attention(key, key, key, 1.0, map=rows)))
+    view.prunable = view.encoder.prunable
+    view.prefix = 1
+    view.pool = lambda x: x
+    count = setting["dominant"] + setting["contextual"]
+    method = registry.build("visionzip", "vlm", {"contextual": setting["contextual"] / count})
+    reduction = method.reduce(PROJECTOR, view, count, {})
+    assert torch.allclose(reduction.apply(hidden), tensors[case], atol=1e-6)
+
+
+@pytest.mark.parametrize("case", cases("hiprune"))
+def test_hiprune_keeps_the_authors_tokens(case):
+    tensors, told = golden("vlm", "hiprune")
+    setting, settings = told["settings"]["cases"][case], told["settings"]
+    middle, deep = (
+        tower(
+            key.float().transpose(1, 2).flatten(2),
+            Attention(query.float(), key.float(), key, settings["scale"]),
+        )
+        for query, key in zip(tensors["query"], tensors["key"], strict=True)
+    )
+    view = image(torch.zeros(2, 576, 3), deep, encoders={8: middle}, grid=tuple(settings["grid"]))
+    method = registry.build("hiprune", "vlm", {"alpha": setting["alpha"]})
+    index = method.reduce(PROJECTOR, view, setting["count"], {}).index
+    assert torch.equal(torch.zeros(2, 576).scatter(1, index, 1), tensors[case].float())
+
+
+def test_hiprunes_neighbours_stop_at_the_sides_where_rows_do_not_wrap():
+    anchors = torch.zeros(1, 12, dtype=torch.bool)
+    anchors[0, 4] = True
+    wrapped, kept = (
+        registry.build("hiprune", "vlm", {"wrap": wrap}).with_buffers(anchors, (3, 4)) for wrap in (1, 0)
+    )
+    assert wrapped[0].nonzero().flatten().tolist() == [0, 3, 4, 5, 8]
+    assert kept[0].nonzero().flatten().tolist() == [0, 4, 5, 8]
+
+
+@pytest.mark.parametrize("case", cases("holov"))
+def test_holov_keeps_the_authors_tokens_in_their_order(case):
+    """Where they append zero vectors, tokens take their places, all of theirs among them."""
+    tensors, told = golden("vlm", "holov")
+    setting, theirs = told["settings"]["cases"][case], tensors[case].long()
+    row = torch.cat([torch.zeros(2, 1), tensors[setting["attention"]]], 1)
+    rows = row[:, None, None].expand(-1, 1, 51, -1)
+    key = torch.zeros(2, 1, 51, 4)
+    view = image(tensors["tokens"], tower(torch.zeros(2, 51, 4), Attention(key, key, key, 1.0, map=rows)))
+    method = registry.build("holov", "vlm", {"bands": setting["bands"], "order": "attention"})
+    index = method.reduce(PROJECTOR, view, setting["count"], {}).index
+    for ours, known, zeros in zip(index, theirs, setting["zeros"], strict=True):
+        if zeros:
+            assert set(known[known >= 0].tolist()) <= set(ours.tolist())
+            assert len(set(ours.tolist())) == setting["count"]
+        else:
+            assert torch.equal(ours, known)
+    ascending = registry.build("holov", "vlm", {"bands": setting["bands"]})
+    assert torch.equal(ascending.reduce(PROJECTOR, view, setting["count"], {}).index, index.sort(1).values)
