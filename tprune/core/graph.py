@@ -34,3 +34,28 @@ def normalised(graph: Tensor) -> Tensor:
     graph = graph.float()
     root = graph.sum(2).clamp_min(1).rsqrt()
     return root.unsqueeze(2) * graph * root.unsqueeze(1)
+
+
+def similarity_walk(
+    features: Tensor, threshold: float, temperature: float, group: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A random walk between similar tokens of a group (G-Prune, section 3.2).
+
+    A step goes to a token of the same group of cosine `threshold` or more, itself included, with a softmax of cosine
+    over `temperature`; a token that is like none stays.
+
+    Args:
+        features: [B, N, D].
+        threshold: above 0.
+        temperature: what cosines are divided by.
+        group: int64 [B, N].
+
+    Returns:
+        float32 [B, N, N], rows sum to 1; and how many tokens each can go to, int64 [B, N].
+    """
+    unit = cosine_normalise(features, eps=1e-12)
+    similarity = unit @ unit.transpose(1, 2)
+    apart = (similarity < threshold) | (group.unsqueeze(1) != group.unsqueeze(2))
+    # Rounding, or a token of zeros, must not leave a row empty.
+    apart.diagonal(dim1=1, dim2=2).fill_(False)
+    return similarity.div_(temperature).masked_fill_(apart, -torch.inf).softmax(2), (~apart).sum(2)

@@ -20,6 +20,7 @@ from tprune.models.encoder import Sight, Watch
 from tprune.models.image_view import ImageViews, check
 from tprune.models.layout import Unit, token_count, unit_seeds, units
 from tprune.models.run import Inputs, Run
+from tprune.models.tower import TowerSite
 from tprune.models.vlm import Anatomy, image_tokens
 
 
@@ -51,6 +52,8 @@ class Projector:
         self.latest: Sight | None = None
         self.views = ImageViews(model, parts, method, seed, processor)
         self.watch = Watch(parts, check(method, parts), "projector" in method.reads)
+        block = method.tower_block(len(parts.blocks))
+        self.inside = None if block is None else TowerSite(parts, block, method, stages_of)
 
         encode = parts.outer.get_image_features
         names = list(signature(encode).parameters)
@@ -58,8 +61,11 @@ class Projector:
         @wraps(encode)
         def encode_and_note(*args: Any, **kwargs: Any) -> Any:
             self.watch.clear()
+            given = dict(zip(names, args, strict=False)) | kwargs
+            if self.inside is not None:
+                self.inside.begin(given)
             output = encode(*args, **kwargs)
-            self.latest = self.watch.take(dict(zip(names, args, strict=False)) | kwargs)
+            self.latest = self.watch.take(given)
             # `generate` makes this call ahead of the forward and hands its result on.
             output.tprune_sight = self.latest
             return output
@@ -69,6 +75,8 @@ class Projector:
     def remove(self) -> None:
         """Take the hooks off the tower and the note off its call."""
         self.watch.remove()
+        if self.inside is not None:
+            self.inside.remove()
         self.parts.outer.__dict__.pop("get_image_features", None)
         self.latest = None
 

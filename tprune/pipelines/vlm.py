@@ -15,7 +15,7 @@ from torch import Tensor
 from tprune.core.budget import PROJECTOR, Stage, counts_entering
 from tprune.data import questions
 from tprune.errors import UserError
-from tprune.methods.base import Shape
+from tprune.methods.base import Shape, TokenMethod
 from tprune.models import load as loaders
 from tprune.models import vlm as adapter
 from tprune.models.decoder import DecoderDriver
@@ -104,6 +104,11 @@ class VlmPipeline(Pipeline):
         tokens = parts.tokens or NOMINAL_TOKENS
         self.method.check(self.shape(parts, tokens))
         self.stages(parts, tokens)
+
+    @property
+    def acting(self) -> TokenMethod:
+        """The method that runs: under --keep all its counts are fixed."""
+        return self.method if self.stage.keep is None else self.method.counted()
 
     def shape(self, parts: adapter.Anatomy, tokens: int) -> Shape:
         """What the method may know of a prompt, or an image, with so many image tokens."""
@@ -195,7 +200,7 @@ class VlmPipeline(Pipeline):
         projector = Projector(
             subject.model,
             parts,
-            self.method,
+            self.acting,
             stages_of,
             self.recipe.seed,
             ascending=positions == "gap",
@@ -203,7 +208,7 @@ class VlmPipeline(Pipeline):
         )
         driver = DecoderDriver(
             subject.model,
-            self.method,
+            self.acting,
             partial(adapter.image_tokens, subject.model),
             stages_of,
             positions="compact" if positions == "compact" else "original",
@@ -216,7 +221,7 @@ class VlmPipeline(Pipeline):
 
     def stages(self, parts: adapter.Anatomy, tokens: int) -> tuple[Stage, ...]:
         """Where tokens leave a prompt, or an image, with so many image tokens."""
-        return solve(self.method, self.shape(parts, tokens), self.stage.keep)
+        return solve(self.acting, self.shape(parts, tokens), self.stage.keep)
 
     def positions(self, parts: adapter.Anatomy) -> str:
         """As asked; else the paper's own, but never renumbered where positions are rows and columns of an image.
@@ -251,7 +256,7 @@ class VlmPipeline(Pipeline):
         inputs = self.noise(subject, self.recipe.batch_size)
         found = self.beside_dense(subject, lambda one: self.prefill(one, inputs), rounds)
         found["times"] |= bench_vlm.parts(lambda one: self.apply(one, None), subject, inputs, rounds)
-        found["times"]["select 64 of 576"] = bench_vlm.select_alone(self.method, subject.device, rounds)
+        found["times"]["select 64 of 576"] = bench_vlm.select_alone(self.acting, subject.device, rounds)
         return found | {"items": self.recipe.batch_size, "unit": "prompts"}
 
 

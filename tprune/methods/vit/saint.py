@@ -12,9 +12,10 @@ from math import ceil
 import torch
 
 from tprune.core import select
+from tprune.core.alike import redundancy_of_evens
 from tprune.core.budget import Site, Stage
 from tprune.core.reduction import Reduction
-from tprune.core.score import cosine_normalise, redundancy
+from tprune.core.score import cosine_normalise
 from tprune.errors import UserError
 from tprune.methods.base import Paper, TokenMethod, param
 
@@ -70,17 +71,15 @@ class Saint(TokenMethod):
         real = (
             torch.ones_like(metric[..., 0], dtype=torch.bool) if view.real is None else view.real[:, prefix:]
         )
-        even, odd = real[:, ::2], real[:, 1::2]
-        similarity = metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)
-        worth, alike = redundancy(similarity, odd, self.threshold, self.gamma)
+        worth, alike = redundancy_of_evens(metric, real, self.threshold, self.gamma)
         if self.varies():
-            leaving = ((alike >= self.partners) & even).sum(1)
+            leaving = (alike >= self.partners).sum(1)
             if self.counts == "batch":
                 leaving = leaving.float().mean().floor().long().expand(batch)
         else:
             leaving = torch.full((batch,), patches - count, device=metric.device)
 
-        order = worth.masked_fill(~even, -torch.inf).argsort(dim=1, descending=True, stable=True)
+        order = worth.argsort(dim=1, descending=True, stable=True)
         rank = order.argsort(dim=1)
         place = torch.arange(patches, device=metric.device)
         key = place.repeat(batch, 1) + patches

@@ -1,0 +1,59 @@
+"""Methods that choose before the decoder, against the authors' own code (see tests/golden/vlm/*.json)."""
+
+import pytest
+import torch
+
+from tests.golden_values import golden
+from tprune.core.budget import PROJECTOR, Site
+from tprune.methods import registry
+from tprune.methods.views import Attention, TokenView
+
+
+def keyed(keys):
+    """A view of tokens of which only the keys [1, N, d] are known."""
+    everything = torch.ones(keys.shape[:2], dtype=torch.bool)
+    attention = Attention(keys[:, None], keys[:, None], keys[:, None], 1.0)
+    return TokenView(keys, everything, real=everything, attention=attention)
+
+
+@pytest.mark.parametrize("case", ["default", "authors", "loose", "none", "alone"])
+def test_saint_drops_the_authors_tokens_layer_after_layer_inside_a_decoder(case):
+    tensors, told = golden("vlm", "saint-vlm")
+    setting = {name: told["settings"]["llm"][case][name] for name in ("threshold", "partners", "gamma")}
+    method = registry.build("saint-vlm", "vlm", setting)
+    alive = torch.arange(49)
+    for step in range(3):
+        view = keyed(tensors["keys"][:, alive])
+        alive = alive[method.reduce(Site(8 + step), view, len(alive), {}).index[0]]
+        assert torch.equal(alive, tensors[f"llm.{case}.{step}"])
+
+
+@pytest.mark.parametrize("case", ["k33_r16", "k20_r4", "k8_r16", "k49_r5"])
+def test_saint_keeps_the_authors_patches_in_a_vision_tower(case):
+    tensors, told = golden("vlm", "saint-vlm")
+    setting = told["settings"]["vit"][case]
+    method = registry.build("saint-vlm", "vlm", {"divisor": setting["r"]})
+    tower = keyed(torch.cat([tensors["cls_key"], tensors["keys"]], 1))
+    tower.prefix, tower.depth = 1, 24
+    view = keyed(tensors["keys"])
+    view.encoder, view.encoders, view.pool = tower, {19: tower}, lambda x: x
+    reduction = method.reduce(PROJECTOR, view, setting["left"], {})
+    assert torch.equal(reduction.index[0], tensors[f"vit.{case}"])
+
+
+@pytest.mark.parametrize("case", ["authors", "quarter", "loose", "strict"])
+def test_g_prune_keeps_the_authors_tokens_of_thumbnail_and_crops(case):
+    tensors, told = golden("vlm", "g-prune")
+    setting = told["settings"]["cases"][case]
+    hidden = tensors["features"][None]
+    everything, place = torch.ones(hidden.shape[:2], dtype=torch.bool), torch.arange(hidden.shape[1])
+    thumbnail = (place < 16)[None]
+    newlines = ((place >= 16) & ((place - 16) % 9 == 8))[None]
+    signals = {"thumbnail": lambda: thumbnail, "newlines": lambda: newlines}
+    view = TokenView(hidden, everything, real=everything, signals=signals)
+    known = {name: setting[name] for name in ("threshold", "temperature", "steps")}
+    method = registry.build("g-prune", "vlm", known)
+    worth = method.worth(view, thumbnail, newlines)[0]
+    assert torch.allclose(worth[:16], tensors[f"{case}.thumbnail"], rtol=1e-4)
+    assert torch.allclose(worth[16:][~newlines[0, 16:]], tensors[f"{case}.canvas"], rtol=1e-4)
+    assert torch.equal(method.reduce(PROJECTOR, view, setting["kept"], {}).index[0], tensors[f"{case}.kept"])
