@@ -18,6 +18,7 @@ from tests.llm_weights.test_contract import METHODS
 from tests.llm_weights.tiny import logits, save
 from tprune.cli import command
 from tprune.errors import UserError
+from tprune.methods import registry
 from tprune.pipelines import journal
 from tprune.pipelines.run import execute
 from tprune.progress import Progress
@@ -51,7 +52,9 @@ def test_an_artifact_loads_again_and_its_recipe_gives_the_same_bytes(method, fol
     asked = recipe(folder, text, method)
     report = execute(asked, QUIET, out=str(tmp_path / "one"))
     assert {"perplexity", "agreement", "flops"} <= report["dense"].keys() == report["pruned"].keys()
-    assert report["kind"] == {"shortgpt": "plain", "flap": "wrapped"}.get(method, "masked")
+    kind = registry.load(method, "llm-weights")
+    structured = "wrapped" if kind.units else "plain"
+    assert report["kind"] == (structured if kind.scope == "model" else "masked")
     again = tprune.load(str(tmp_path / "one"))
     execute(read(tmp_path / "one" / "recipe.yaml"), QUIET, out=str(tmp_path / "two"), evaluate=False)
     assert weights(tmp_path / "one") == weights(tmp_path / "two")

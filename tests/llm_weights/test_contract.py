@@ -90,7 +90,7 @@ def test_the_same_seed_gives_the_same_weights_and_the_global_generator_is_untouc
 def test_the_batch_size_of_calibration_changes_no_choice(method, text):
     models = decoder(), decoder()
     for model, batch in zip(models, (1, 4), strict=True):
-        prune(model, method, text, sparsity=0.5, batch_size=batch)
+        prune(model, method, text, sparsity=0.4, batch_size=batch)
     one, other = state(models[0]), state(models[1])
     assert one.keys() == other.keys()
     for name in one:
@@ -102,7 +102,7 @@ def test_the_batch_size_of_calibration_changes_no_choice(method, text):
 def test_embeddings_head_and_norms_are_not_touched_and_tied_weights_stay_tied(method, text):
     model = decoder(tie_word_embeddings=True)
     before = state(model)
-    prune(model, method, text, sparsity=0.5)
+    prune(model, method, text, sparsity=0.4)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     for name in ("model.embed_tokens.weight", "model.norm.weight"):
         assert torch.equal(model.state_dict()[name], before[name])

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.decoders import decoder
 from tests.golden_values import golden
 from tprune.core import solve
 from tprune.core.select import cumulative_mask, inclusive_mask, nm_mask
@@ -11,6 +12,11 @@ from tprune.core.statistics import Gram, Moments, Norm, token_cosine
 from tprune.methods import registry
 from tprune.methods.base import WeightBudget
 from tprune.methods.views import BlockView, LinearView, ModelView, UnitView
+from tprune.models.blocks import find_decoder
+from tprune.models.calibrate import Stream
+from tprune.pipelines.journal import Journal
+from tprune.pipelines.removal import Removal
+from tprune.progress import Progress
 
 PATTERNS = {"W_2_4": (2, 4), "W_4_8": (4, 8), "W_keep1_4": (1, 4)}
 
@@ -189,6 +195,38 @@ def test_shortgpt_removes_the_blocks_of_the_re_implementation(case):
     if case == "bi":
         influence = torch.tensor([1 - block.similarity for block in blocks])
         assert torch.allclose(influence * 28, tensors["bi.importance"].float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["barriers", "free"])
+def test_sleb_removes_the_authors_blocks_at_the_authors_losses(case, tmp_path):
+    tensors, told = golden("llm-weights", "sleb")
+    stream = Stream(find_decoder(decoder(num_hidden_layers=8)), tensors["tokens"], batch_size=3)
+    setting = told["settings"]["cases"][case]
+    method = registry.build(
+        "sleb", "llm-weights", {name: setting[name] for name in ("early_barrier", "latter_barrier")}
+    )
+    budget, found = WeightBudget(setting["num_remove_blocks"] / 8), []
+
+    def search(folder):
+        removal = Removal(stream, Journal(folder, "losses"), Progress(quiet=True))
+        blocks = [BlockView(index, 1) for index in range(8)]
+        found.clear()
+
+        def losses_without(gone, candidates):
+            found.append((list(gone), removal(gone, candidates)))
+            return found[-1][1]
+
+        return [edit.block for edit in method.plan(ModelView(blocks, False, losses_without), budget)]
+
+    removed = search(tmp_path)
+    assert removed == sorted(setting["removed"])
+    assert [gone for gone, _ in found] == [setting["removed"][:done] for done in range(len(found))]
+    # The authors sum 24 times the mean of 23 losses over 4 windows.
+    assert torch.allclose(
+        torch.cat([losses for _, losses in found]) * 96, tensors[f"{case}.losses"], rtol=1e-5
+    )
+    stream.run = None
+    assert search(tmp_path) == removed, "answers come from the journal when a search is started again"
 
 
 def test_sparsegpt_loses_less_of_the_output_than_the_same_mask_without_update():

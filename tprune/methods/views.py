@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -301,7 +301,10 @@ class ModelView:
     Attributes:
         blocks: in order.
         uniform: whether all blocks must keep the same number of units of a kind (`--loadable plain`).
+        losses_without: (gone, candidates) -> float64 [C], the model's mean loss on the calibration tokens without the
+            blocks `gone` and one more, each of `candidates` (ascending) in turn; for methods with `measures`.
     """
 
     blocks: list[BlockView]
     uniform: bool = False
+    losses_without: Callable[[Collection[int], Sequence[int]], Tensor] | None = None

@@ -127,7 +127,7 @@ class LlmWeights(Pipeline):
 
     def calibration_tokens(self, subject: Subject, decoder: Decoder) -> Tensor | None:
         """The calibration sequences, int64 [N, L]; None where the method reads nothing."""
-        if not self.method.stats:
+        if not self.method.stats and not self.method.measures:
             return None
         self.check_length(decoder)
         source = text.read(self.recipe.data, "calibration")

@@ -15,6 +15,7 @@ from tprune.models import shapes, units
 from tprune.models.blocks import Decoder
 from tprune.models.calibrate import Stream
 from tprune.pipelines.journal import Journal
+from tprune.pipelines.removal import Removal
 from tprune.progress import Progress
 
 KEEP, BIAS, REMOVED = "keep/", "bias/", "removed"
@@ -26,7 +27,7 @@ class StructurePruner:
     Attributes:
         decoder: edited in place.
         method, budget: what is done.
-        stream: the calibration sequences; None for methods without statistics.
+        stream: the calibration sequences; None for methods that read nothing.
         plain: choose shapes that stock transformers can load.
     """
 
@@ -55,12 +56,15 @@ class StructurePruner:
                     f"{self.method.id} does not fit this model: the {kind} of {type(self.decoder.model).__name__} "
                     "cannot be removed (experts, norms over all heads, or an unknown layout)"
                 )
-        view = ModelView(blocks, uniform=self.plain)
+        view = ModelView(blocks, self.plain, self._losses(journal) if self.method.measures else None)
         edits = self.method.plan(view, self.budget)
         if self.plain:
             edits = [self._without_bias(edit) for edit in edits]
         shapes.apply(self.decoder, edits)
         return edits, view
+
+    def _losses(self, journal: Journal) -> Removal:
+        return Removal(self.stream, Journal(journal.folder, f"{journal.name}-losses"), self.progress)
 
     def _view(self, index: int, kinds: list[str], journal: Journal) -> BlockView:
         """One block with its statistics, from the journal or from the stream, which then stands behind it."""
@@ -70,7 +74,7 @@ class StructurePruner:
         known = journal.read(index)
         if known is not None:
             self.stream.advance(index)
-        elif self.stream is not None:
+        elif self.method.stats:
             readers = [place.reader_name for place in places.values()]
             entering = self.stream.hidden[:, -1].float().cpu().clone()
             inputs, similarity = self.stream.gather_and_advance(index, self.method.stats, readers)

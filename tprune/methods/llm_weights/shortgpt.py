@@ -13,8 +13,8 @@ import torch
 
 from tprune.core.statistics import token_cosine
 from tprune.core.weights import StructureEdit
-from tprune.errors import BudgetError
 from tprune.methods.base import Paper, WeightBudget, WeightMethod, param
+from tprune.methods.llm_weights._depth import blocks_to_remove
 from tprune.methods.views import ModelView
 
 
@@ -45,15 +45,7 @@ class ShortGPT(WeightMethod):
 
     def plan(self, model: ModelView, budget: WeightBudget) -> list[StructureEdit]:
         """Rank the blocks once and remove the least influential."""
-        depth = len(model.blocks)
-        count = round(budget.sparsity * depth)
-        if count == depth or (count == 0 and budget.sparsity > 0):
-            raise BudgetError(
-                f"--sparsity {budget.sparsity:g} is {count} of {depth} blocks; reachable are {1 / depth:.4g} to "
-                f"{1 - 1 / depth:.4g}",
-                1 / depth,
-                1 - 1 / depth,
-            )
+        count = blocks_to_remove(budget.sparsity, len(model.blocks))
         gone = self.angular(model, count) if self.metric == "angular" else self.least(model, count)
         return [StructureEdit(index, removed=True) for index in gone]
 
