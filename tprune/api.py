@@ -19,6 +19,7 @@ def prune(
     pattern: str | None = None,
     positions: str | None = None,
     loadable: str = "any",
+    allocate: str = "uniform",
     data: str | None = None,
     tokenizer: Any = None,
     seed: int = 0,
@@ -39,6 +40,7 @@ def prune(
         positions: "original" or "compact" position ids, for vlm also "gap" (original ids, tokens in their order); the
             paper's by default.
         loadable: "plain" for widths that stock transformers can load, "any" otherwise.
+        allocate: how `sparsity` is shared out among matrices, as `--allocate`: "uniform", "global", "owl", "erk".
         data: calibration text, as `--data`; the built-in by default.
         tokenizer: of a language model, for calibration; its processor for a vision-language model, or for a
             vision model of transformers that is fitted.
@@ -61,7 +63,7 @@ def prune(
     from tprune.pipelines.run import pipeline
 
     fact = registry.find(method)
-    stage = Stage(fact.family, fact.id, keep, sparsity, pattern, settings, positions, loadable, fit)
+    stage = Stage(fact.family, fact.id, keep, sparsity, pattern, settings, positions, loadable, fit, allocate)
     check_budget(stage)
     parameter = next(model.parameters())
     library = "transformers" if hasattr(model, "config") else "timm"

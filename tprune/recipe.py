@@ -45,6 +45,7 @@ class Stage:
         positions: "original" or "compact", for vlm also "gap"; None for the paper's own.
         loadable: "plain" for shapes that stock transformers loads, "any" otherwise.
         fit: what a method that learns is fitted on: "built-in", or a folder of class folders.
+        allocate: how the sparsity is shared out among matrices: "uniform", "owl", "owl:spread=0.1" …
     """
 
     family: str
@@ -56,6 +57,7 @@ class Stage:
     positions: str | None = None
     loadable: str = "any"
     fit: str | None = None
+    allocate: str = "uniform"
 
 
 @dataclass(frozen=True)
@@ -212,6 +214,8 @@ def check_budget(stage: Stage) -> None:
         if stage.sparsity is not None:
             raise UserError("--sparsity and --pattern exclude each other: a pattern fixes the sparsity")
         pattern(stage.pattern)
+    if not weights and stage.allocate != "uniform":
+        raise UserError(f"--allocate {stage.allocate}: only budgets of weights are shared out; leave it out")
     policies = ("original", "compact", "gap") if stage.family == "vlm" else ("original", "compact")
     if stage.positions not in (None, *policies):
         raise UserError(f"--positions {stage.positions}: expected {' or '.join(policies)}")

@@ -84,7 +84,7 @@ def family_command(family: str, help: str) -> click.Command:
                 click.echo(f"no model given: using the built-in {model}", err=True)
         budget = {
             name: options.pop(name)
-            for name in ("keep", "sparsity", "pattern", "positions", "loadable", "fit")
+            for name in ("keep", "sparsity", "pattern", "positions", "loadable", "fit", "allocate")
             if name in options
         }
         budget = {name: value for name, value in budget.items() if value is not None}
@@ -102,12 +102,20 @@ def family_command(family: str, help: str) -> click.Command:
         extra = (
             click.option("--sparsity", type=float, metavar="S", help="Fraction of weights removed."),
             click.option("--pattern", metavar="N:M", help="N weights kept of every M."),
+            click.option(
+                "--allocate",
+                default="uniform",
+                metavar="RULE",
+                help="How it is shared out: uniform, global, owl[:factor=5,spread=0.08], erk.",
+            ),
             click.option("--loadable", default="any", help="'plain': only shapes that stock loaders read."),
         )
     else:
         extra = (
             click.option("--keep", type=float, metavar="R", help="Fraction of tokens or entries kept."),
-            click.option("--positions", help="'original' or 'compact' position ids, for vlm also 'gap' [paper's]."),
+            click.option(
+                "--positions", help="'original' or 'compact' position ids, for vlm also 'gap' [paper's]."
+            ),
         )
     if family == "vit":
         extra += (

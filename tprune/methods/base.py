@@ -237,6 +237,8 @@ class TokenMethod(Method):
     tokens in front, and what is merged is projected again."""
     calibrates: ClassVar[bool] = False
     """Whether `state` comes from a look at `images` calibration images, before anything is pruned or fitted."""
+    restores: ClassVar[bool] = False
+    """Whether all that left is back after the last block, with the values it left with; `finish` is called before."""
     runs_on: ClassVar[tuple[str, ...]] = ("plain",)
     """The kinds of vision model it works in (`Shape.kind`)."""
     sees: ClassVar[bool] = False
@@ -282,6 +284,10 @@ class TokenMethod(Method):
     def edit_attention(self, attention: Tensor) -> Tensor:
         """The map that such a block uses instead of its own softmaxed one, float32 [B, H, N, N]."""
         raise NotImplementedError
+
+    def decays(self) -> bool:
+        """Whether a state-space model's state goes on decaying over the places of tokens that have left."""
+        return False
 
     def skip_scale(self) -> float:
         """What a block multiplies its input by where a stage skips its attention, before the MLP adds to it."""
@@ -345,6 +351,12 @@ class TokenMethod(Method):
             memory: what this forward carries from site to site; empty at its start.
         """
         raise NotImplementedError
+
+    def finish(self, view: TokenView, memory: dict[str, Any]) -> None:
+        """After the last block, of a method that `restores`: a look at what is left.
+
+        A map of what all patches show goes into `memory["map"]`, probabilities [B, N, names].
+        """
 
 
 @dataclass(frozen=True)
@@ -416,6 +428,13 @@ class WeightMethod(Method):
     """What feeds the next block's statistics: the "pruned" blocks before it, or the "dense" ones."""
     patterns: ClassVar[bool] = True
     """Whether n:m patterns are possible."""
+
+    def score(self, linear: LinearView) -> Tensor:
+        """What the weights of one linear layer are compared by, smallest first to go: float32 [out, in].
+
+        For methods of scope "block" whose scores can be compared between layers.
+        """
+        raise NotImplementedError
 
     def prune(self, linear: LinearView, budget: WeightBudget, generator: torch.Generator) -> WeightEdit:
         """New weights of one linear layer (scope "block")."""

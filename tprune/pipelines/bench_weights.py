@@ -43,10 +43,8 @@ def bench(driver: LlmWeights, subject: Subject, rounds: int) -> dict[str, Any]:
         memory.
     """
     decoder = find_decoder(subject.model)
-    method, sequences = driver.method, driver.calibration_tokens(subject, decoder)
-    if sequences is None:
-        sequences = torch.zeros(1, driver.length, dtype=torch.int64)
-    budget, tokens = driver.budget(), sequences if method.stats else None
+    budget, tokens = driver.budget(), driver.calibration_tokens(subject, decoder)
+    sequences = torch.zeros(1, driver.length, dtype=torch.int64) if tokens is None else tokens
     rows = max(1, min(driver.recipe.batch_size, MANY_TOKENS // driver.length))
 
     def plain() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ from tprune import recipe as recipes
 from tprune.data import text
 from tprune.errors import BudgetError, UserError
 from tprune.evaluate.perplexity import perplexity, score_windows
+from tprune.methods.allocate import Allocation, parse
 from tprune.methods.base import WeightBudget
 from tprune.models import load as loaders
 from tprune.models import masks, shapes
 from tprune.models.blocks import Decoder, find_decoder
 from tprune.models.calibrate import Stream
 from tprune.models.subject import Subject
-from tprune.pipelines import stream, structure
+from tprune.pipelines import allocation, stream, structure
 from tprune.pipelines.base import Achieved, Handle, Pipeline, Quality, Sample, Workload
 from tprune.pipelines.journal import Journal
 from tprune.pipelines.weights_report import (
@@ -50,8 +52,9 @@ class LlmWeights(Pipeline):
         return self.recipe.length or LENGTH
 
     def check(self) -> None:
-        """Refuse a missing budget, or a pattern from a method that has none."""
+        """Refuse a missing budget, a pattern from a method that has none, or an allocation that does not fit."""
         self.budget()
+        self.allocation()
 
     def load(self) -> Subject:
         """The dense model and its tokenizer."""
@@ -110,6 +113,27 @@ class LlmWeights(Pipeline):
             raise UserError(f"{stage.method} needs a budget: give {both}")
         return WeightBudget(stage.sparsity)
 
+    def allocation(self) -> Allocation | None:
+        """How the budget is shared out among matrices; None where all lose the same fraction.
+
+        Raises:
+            UserError: no such rule, or it does not go with this method or a pattern.
+        """
+        found = parse(self.stage.allocate)
+        if found is None:
+            return None
+        if self.method.scope == "model":
+            raise UserError(
+                f"--allocate {self.stage.allocate}: {self.stage.method} shares its budget out itself"
+            )
+        if self.stage.pattern is not None:
+            raise UserError(
+                f"--allocate {self.stage.allocate}: --pattern {self.stage.pattern} leaves nothing to share out; "
+                "give --sparsity S"
+            )
+        found.needs(self.method)
+        return found
+
     def evaluate(self, subject: Subject) -> Quality:
         """Perplexity on the windows, and what is predicted for every token."""
         losses, predictions = score_windows(
@@ -127,7 +151,9 @@ class LlmWeights(Pipeline):
 
     def calibration_tokens(self, subject: Subject, decoder: Decoder) -> Tensor | None:
         """The calibration sequences, int64 [N, L]; None where the method reads nothing."""
-        if not self.method.stats and not self.method.measures:
+        allocation = self.allocation()
+        shared = allocation is not None and allocation.needs(self.method)
+        if not self.method.stats and not self.method.measures and not shared:
             return None
         self.check_length(decoder)
         source = text.read(self.recipe.data, "calibration")
@@ -153,15 +179,28 @@ class LlmWeights(Pipeline):
         training = decoder.model.training
         decoder.model.eval()
         try:
-            calibration = None if tokens is None else Stream(decoder, tokens, self.recipe.batch_size)
+            shares = self._shares(decoder, budget, tokens, journal)
+            reads = self.method.stats or self.method.measures
+            calibration = Stream(decoder, tokens, self.recipe.batch_size) if reads else None
             if self.method.scope == "model":
                 return self._prune_structure(decoder, budget, calibration, journal)
             pruner = stream.BlockPruner(
-                decoder, self.method, budget, self.recipe.seed, calibration, self.progress
+                decoder, self.method, budget, self.recipe.seed, calibration, self.progress, shares
             )
             return self._masked(decoder, pruner.run(journal), budget)
         finally:
             decoder.model.train(training)
+
+    def _shares(
+        self, decoder: Decoder, budget: WeightBudget, tokens: Tensor | None, journal: Journal
+    ) -> dict[str, float] | None:
+        """What each matrix loses; None where all lose the same fraction, or nothing at all."""
+        rule = self.allocation()
+        if rule is None or budget.sparsity == 0:
+            return None
+        start = partial(Stream, decoder, tokens, self.recipe.batch_size)
+        own = Journal(journal.folder, f"{journal.name}-shares")
+        return allocation.sparsities(decoder, rule, self.method, budget.sparsity, start, own, self.progress)
 
     def _masked(self, decoder: Decoder, edits: dict[str, Tensor], budget: WeightBudget | None) -> Handle:
         """The handle of matrices pruned by masks."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -43,6 +44,17 @@ def check_pattern(decoder: Decoder, pattern: tuple[int, int] | None) -> None:
                 )
 
 
+def look(matrix: Matrix, seen: Inputs | None, kinds: tuple[str, ...]) -> LinearView:
+    """A matrix as methods see it, with the statistics `kinds` of its inputs, if there are any."""
+    weight = matrix.read()
+    if seen is None:
+        return LinearView(matrix.name, matrix.block, weight)
+    known = seen.result() if seen.tokens else white(kinds, matrix.shape[1], weight.device)
+    return LinearView(
+        matrix.name, matrix.block, weight, tokens=seen.tokens, shared=seen.shared, **_wanted(known)
+    )
+
+
 class BlockPruner:
     """One run of a block-scope method over a decoder.
 
@@ -50,6 +62,7 @@ class BlockPruner:
         decoder: edited in place.
         method, budget, seed: what is done.
         stream: the calibration sequences; None for methods without statistics.
+        shares: the fraction that each matrix loses, by name, where that is not the same for all.
     """
 
     def __init__(
@@ -60,9 +73,10 @@ class BlockPruner:
         seed: int,
         stream: Stream | None,
         progress: Progress,
+        shares: dict[str, float] | None = None,
     ):
         self.decoder, self.method, self.budget, self.seed = decoder, method, budget, seed
-        self.stream, self.progress = stream, progress
+        self.stream, self.progress, self.shares = stream, progress, shares or {}
         self.starved: list[str] = []
 
     def run(self, journal: Journal) -> dict[str, Tensor]:
@@ -107,18 +121,13 @@ class BlockPruner:
 
     def _edit(self, matrix: Matrix, inputs: dict[str, Inputs]) -> WeightEdit:
         """Ask the method about one matrix and carry out what it says."""
-        weight = matrix.read()
-        view = LinearView(matrix.name, matrix.block, weight)
-        if self.stream is not None:
-            seen = inputs[matrix.input]
-            if matrix.expert is not None and seen.tokens < FEW_TOKENS:
-                self.starved.append(f"{matrix.name} ({seen.tokens})")
-            known = seen.result() if seen.tokens else white(self.method.stats, matrix.shape[1], weight.device)
-            view = LinearView(
-                matrix.name, matrix.block, weight, tokens=seen.tokens, shared=seen.shared, **_wanted(known)
-            )
+        seen = None if self.stream is None else inputs[matrix.input]
+        if seen is not None and matrix.expert is not None and seen.tokens < FEW_TOKENS:
+            self.starved.append(f"{matrix.name} ({seen.tokens})")
+        view = look(matrix, seen, self.method.stats)
+        budget = replace(self.budget, sparsity=self.shares.get(matrix.name, self.budget.sparsity))
         try:
-            edit = self.method.prune(view, self.budget, generator(self.seed, matrix.name))
+            edit = self.method.prune(view, budget, generator(self.seed, matrix.name))
         except ValueError as error:
             if isinstance(error, UserError):
                 raise

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from tprune.core.select import floor_count, inclusive_mask, weight_mask
 from tprune.core.weights import WeightEdit
@@ -40,9 +41,13 @@ class Magnitude(WeightMethod):
         choices=("exact", "inclusive"),
     )
 
+    def score(self, linear: LinearView) -> Tensor:
+        """The absolute value."""
+        return linear.weight.abs()
+
     def prune(self, linear: LinearView, budget: WeightBudget, generator: torch.Generator) -> WeightEdit:
-        """Score every weight by its absolute value."""
-        score = linear.weight.abs()
+        """Remove the weights of the smallest absolute values."""
+        score = self.score(linear)
         if self.rule == "inclusive" and budget.pattern is None and self.group == "layer":
             return WeightEdit(inclusive_mask(score, floor_count(score.numel(), budget.sparsity)))
         return WeightEdit(weight_mask(score, budget.sparsity, budget.pattern, self.group))

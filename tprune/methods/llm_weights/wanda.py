@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from tprune.core.select import cumulative_mask, weight_mask
 from tprune.core.weights import WeightEdit
 from tprune.methods.base import Paper, WeightBudget, WeightMethod, param
+from tprune.methods.llm_weights._scores import lowest
 from tprune.methods.views import LinearView
 
 
@@ -38,9 +39,10 @@ class Wanda(WeightMethod):
         False, "Let rows lose different numbers, by a share of their summed scores (appendix)"
     )
 
+    def score(self, linear: LinearView) -> Tensor:
+        """The magnitude of every weight times the norm of its input over all calibration tokens."""
+        return linear.weight.abs().mul_(linear.norm)
+
     def prune(self, linear: LinearView, budget: WeightBudget, generator: torch.Generator) -> WeightEdit:
-        """Score every weight by its magnitude times the norm of its input over all calibration tokens."""
-        score = linear.weight.abs().mul_(linear.norm)
-        if self.variant and budget.pattern is None and budget.sparsity > 0:
-            return WeightEdit(cumulative_mask(score, budget.sparsity))
-        return WeightEdit(weight_mask(score, budget.sparsity, budget.pattern, self.group))
+        """Remove what scores lowest in every row."""
+        return lowest(self.score(linear), budget, self.group, self.variant)

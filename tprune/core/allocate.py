@@ -1,0 +1,89 @@
+"""How a budget of sparsity is shared out among the matrices of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def spread_by_outliers(outliers: Sequence[float], sparsity: float, spread: float) -> list[float]:
+    """Sparsities around `sparsity`, lower where there are more outliers (OWL, equation 2 as the code has it).
+
+    The shares of outliers are stretched to [0, 2 · spread] and shifted to the mean density 1 - sparsity; what falls to
+    0 or below becomes 0.01, as in the authors' code. Where all are equal, so are the sparsities.
+
+    Args:
+        outliers: one figure per block; only their proportions matter.
+        sparsity: the mean, over blocks.
+        spread: λ, the largest distance from it that even outliers could lead to.
+    """
+    share = torch.tensor(outliers, dtype=torch.float64)
+    width = share.max() - share.min()
+    if width == 0:
+        return [sparsity] * len(outliers)
+    density = (share - share.min()) / width * 2 * spread
+    found = 1 - (density - density.mean() + 1 - sparsity)
+    return torch.where(found <= 0, 0.01, found).clamp_max(1.0).tolist()
+
+
+def erk(shapes: Sequence[tuple[int, int]], sparsity: float) -> list[float]:
+    """Sparsities by the Erdős–Rényi kernel rule: the density of a matrix [R, C] is proportional to (R + C) / (R · C).
+
+    What would be denser than dense stays dense, and the others share the rest; together they lose `sparsity` of all
+    weights (Evci et al., arXiv 1911.11134).
+    """
+    sizes = torch.tensor([rows * columns for rows, columns in shapes], dtype=torch.float64)
+    raw = torch.tensor([rows + columns for rows, columns in shapes], dtype=torch.float64) / sizes
+    dense = torch.zeros(len(shapes), dtype=torch.bool)
+    while not bool(dense.all()):
+        left = (1 - sparsity) * sizes.sum() - sizes[dense].sum()
+        scale = left / (raw * sizes)[~dense].sum()
+        over = ~dense & (raw * scale > 1)
+        if not bool(over.any()):
+            return torch.where(dense, 0.0, 1 - raw * scale).tolist()
+        dense |= over
+    return [0.0] * len(shapes)
+
+
+def smallest_of_all(scores: Callable[[], Iterable[Tensor]], count: int) -> list[int]:
+    """How many of the `count` smallest scores of all tensors together are in each; of equals the earlier tensors'.
+
+    Works with one tensor at a time, in three passes: the threshold is found by the upper and then by the lower half of
+    the scores' bits, so that nothing is sorted and no approximation is made.
+
+    Args:
+        scores: gives the float32 tensors, the same ones at every call.
+        count: 0 to the number of all entries.
+    """
+    chosen = -1
+    below = 0
+    for high in (True, False):
+        histogram = sum(_histogram(score, None if high else chosen) for score in scores())
+        place = int((histogram.cumsum(0) + below < count).sum())
+        below += int(histogram[:place].sum())
+        chosen = place if high else (chosen << 16) + place
+    found, equal = [], []
+    for score in scores():
+        keys = _keys(score)
+        found.append(int((keys < chosen).sum()))
+        equal.append(int((keys == chosen).sum()))
+    left = count - sum(found)
+    for place, ties in enumerate(equal):
+        found[place] += min(ties, left)
+        left -= min(ties, left)
+    return found
+
+
+def _keys(score: Tensor) -> Tensor:
+    """Whole numbers from 0 to 2³² - 1 in the order of the scores: int64, flat."""
+    bits = (score.flatten().float() + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() + 2**31
+
+
+def _histogram(score: Tensor, high: int | None) -> Tensor:
+    """How often each upper half of the keys occurs, int64 [65536]; or each lower half where the upper one is `high`."""
+    keys = _keys(score)
+    halves = keys >> 16 if high is None else keys[keys >> 16 == high] & 0xFFFF
+    return torch.bincount(halves, minlength=65536)
