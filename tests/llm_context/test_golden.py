@@ -7,12 +7,14 @@ import transformers
 from tests.decoders import decoder
 from tests.golden_values import golden
 from tprune.core.budget import Site, Stage
-from tprune.core.cache import Evict
+from tprune.core.cache import stack_rows
 from tprune.core.score import attention_rows, mean_over_group, pool_neighbours, window_attention
 from tprune.methods import registry
 from tprune.methods.views import Attention, LayerView
 from tprune.models.cache_layer import Owner, PrunedLayer
+from tprune.models.compress import biased
 from tprune.models.decoder import DecoderDriver
+from tprune.models.prompt_cache import hold
 from tprune.models.room import Arrival, make_room
 from tprune.models.rope import Rotation
 from tprune.pipelines.llm_context import prompt_tokens
@@ -37,8 +39,8 @@ class Played:
         )
         view = self.view(attention, {})
         edit = self.method.start(view, count)
-        self.layer.state, self.layer.started, self.layer.limit = view.state, True, count
-        self.layer.evict(edit)
+        hold(self.layer, [view], [edit])
+        self.layer.started, self.layer.limit = True, count
         if self.rotation is not None:
             self.layer.shift_to_compact(self.turn)
 
@@ -50,7 +52,9 @@ class Played:
         one = slice(token, token + 1)
         self.layer.update(self.key[:, :, one], self.value[:, :, one])
         layer = self.layer
-        attention = Attention(self.query[:, :, one], layer.keys, layer.values, self.scale)
+        query = self.query[:, :, one]
+        bias = biased(None, layer, query)
+        attention = Attention(query, layer.keys, layer.values, self.scale, bias=bias)
         rows = attention.rows()
         output = rows @ layer.values.repeat_interleave(rows.shape[1] // layer.values.shape[1], dim=1)
         make_room(self.method, [Arrival(layer, attention, self.turn if self.rotation else None)])
@@ -90,6 +94,44 @@ def test_vatp_lets_the_next_query_see_what_the_authors_let_it_see(case):
         seen = tensors[f"{case}.{name}.mask_next"][:, :-1].bool()
         expected = torch.stack([row.nonzero()[:, 0] for row in seen])
         assert torch.equal(played.layer.places[0].sort().values, expected)
+
+
+@pytest.mark.parametrize("case", golden("llm-context", "a2sf")[1]["settings"]["cases"])
+def test_a2sf_sums_and_keeps_what_the_authors_do(case):
+    tensors, facts = golden("llm-context", "a2sf")
+    sizes = facts["settings"]["cases"][case]
+    settings = {"forgetting": sizes["forgetting_factor"], "recent": sizes["recent_budget"]}
+    played = Played(registry.build("a2sf", "llm-context", settings), tensors["q"], tensors["k"], tensors["v"])
+    played.start(40, sizes["total_budget"])
+    kept = tensors[f"{case}.kept"]
+    assert torch.equal(played.layer.places[0], kept)
+    expected = tensors[f"{case}.score"].gather(1, kept)
+    assert torch.allclose(played.layer.state["received"][0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", golden("llm-context", "zeromerge")[1]["settings"]["cases"])
+def test_zeromerge_merges_scores_and_answers_as_the_authors(case):
+    tensors, facts = golden("llm-context", "zeromerge")
+    sizes = facts["settings"]["cases"][case]
+    settings = {
+        "tail": sizes["cache_tail"],
+        "means": sizes["cache_dense"],
+        "scale": sizes["scale_factor"],
+        "forgetting": sizes["shrink_factor"],
+        "metric": sizes["metric"][:3].removesuffix("_"),
+        "update": sizes["score_update"],
+    }
+    method = registry.build("zeromerge", "llm-context", settings)
+    played = Played(method, tensors["q"], tensors["k"], tensors["v"])
+    played.start(facts["settings"]["prompt"], sizes["cache_budget"])
+    for name in ["prefill", *(f"step{i}" for i in range(facts["settings"]["steps"]))]:
+        if name != "prefill":
+            output = played.step(facts["settings"]["prompt"] + int(name[4:]))
+            assert torch.allclose(output, tensors[f"{case}.{name}.out"], atol=1e-5)
+        state = played.layer.state
+        assert torch.equal(state["others"][0].sort(-1).values + 1, tensors[f"{case}.{name}.mass"])
+        assert torch.allclose(state["score"][0].sort(-1).values, tensors[f"{case}.{name}.score"], atol=1e-5)
+        assert torch.allclose(played.layer.keys[0].sum(1), tensors[f"{case}.{name}.keys"], atol=1e-4)
 
 
 SNAPKV = golden("llm-context", "snapkv")[1]["settings"]["cases"]
@@ -189,7 +231,6 @@ def test_lazyllm_sends_on_the_tokens_and_makes_the_logits_of_the_port(case):
     assert torch.allclose(logits, tensors[f"{case}.logits"], atol=1e-4)
 
 
-def test_an_edit_of_rows_fills_the_shorter_ones_on_the_left():
-    edit = Evict.rows([torch.tensor([[0, 2, 5]]), torch.tensor([[1]])])
-    assert edit.index.tolist() == [[[0, 2, 5]], [[0, 0, 1]]]
-    assert edit.valid.tolist() == [[True, True, True], [False, False, True]]
+def test_rows_of_different_lengths_are_filled_on_the_left():
+    rows = [torch.tensor([[[0, 2, 5]]]), torch.tensor([[[1]]])]
+    assert stack_rows(rows).tolist() == [[[0, 2, 5]], [[0, 0, 1]]]

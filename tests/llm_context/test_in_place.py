@@ -31,6 +31,8 @@ class Ordered(Shelf):
         if self.cached is not None:
             self.keys[:, :, : self.cached.shape[2]] = self.cached
         slots = torch.arange(places.shape[2]).expand_as(places)
+        edit.absorb(self.keys)
+        edit.absorb(self.values)
         left = Evict(slots[slots != edit.slot.unsqueeze(-1)].view(*places.shape[:2], -1))
         self.keys[:, :, :-1], self.values[:, :, :-1] = left.apply(self.keys), left.apply(self.values)
         self.places = left.apply(places)
@@ -99,7 +101,8 @@ def test_a_decode_step_moves_no_entry(method):
         for step in range(1, 6):
             model(ids[:, step : step + 1], past_key_values=cache)
             assert layer.keys.data_ptr() == where
-            assert (layer.keys != held).any(-1).sum(-1).max() <= step
+            # One entry comes, and another may take in the one that leaves.
+            assert (layer.keys != held).any(-1).sum(-1).max() <= 2 * step
 
 
 @every_cache_method

@@ -15,32 +15,24 @@ class Evict:
 
     Attributes:
         index: int64 [B, G, K], ascending slots of the cache.
-        valid: bool [B, K], False where a row keeps fewer than K entries and the slot is a filler, or None.
     """
 
     index: Tensor
-    valid: Tensor | None = None
 
     @classmethod
     def nothing(cls, batch: int, groups: int, length: int, device: torch.device | str = "cpu") -> Evict:
         """Keep all `length` entries in their places."""
         return cls(torch.arange(length, device=device).expand(batch, groups, length))
 
-    @classmethod
-    def rows(cls, parts: Sequence[Tensor]) -> Evict:
-        """One edit of a batch from the indices [G, K_b] of its rows; shorter rows get fillers on the left."""
-        widest = max(part.shape[-1] for part in parts)
-        index = torch.stack([fill_left(part, widest) for part in parts])
-        if all(part.shape[-1] == widest for part in parts):
-            return cls(index)
-        kept = torch.tensor([part.shape[-1] for part in parts], device=index.device)
-        return cls(index, torch.arange(widest, device=index.device) >= widest - kept[:, None])
-
     def apply(self, entries: Tensor) -> Tensor:
         """The surviving rows of keys, values [B, G, T, d] or of one number per entry [B, G, T]."""
         batch, groups, length = entries.shape[:3]
         rows = entries.reshape(batch * groups * length, *entries.shape[3:])
         return rows.index_select(0, self._rows(length)).view(*self.index.shape, *entries.shape[3:])
+
+    def carry(self, entries: Tensor) -> Tensor:
+        """What the survivors hold afterwards, of keys or values [B, G, T, d]: here, what they held."""
+        return self.apply(entries)
 
     def _rows(self, length: int) -> Tensor:
         """`flat_rows` of the index, known from the first of several calls."""
@@ -49,6 +41,40 @@ class Evict:
             known = length, flat_rows(self.index, length)
             object.__setattr__(self, "_known", known)
         return known[1]
+
+
+@dataclass(frozen=True, eq=False)
+class Merge(Evict):
+    """Some of those that leave flow into survivors, whose keys and values become the mean of all they stand for.
+
+    Attributes:
+        into: int64 [B, G, T], the place in `index` of the survivor that each entry flows into, its own for a
+            survivor; K for those that are forgotten.
+    """
+
+    into: Tensor
+
+    @classmethod
+    def of(cls, index: Tensor, leaving: Tensor, leader: Tensor, length: int) -> Merge:
+        """Of `length` entries those at `index` [B, G, K] stay; each of `leaving` [B, G, M] joins its `leader`."""
+        kept = index.shape[-1]
+        into = index.new_full((*index.shape[:2], length), kept)
+        into.scatter_(2, index, torch.arange(kept, device=index.device).expand_as(index))
+        return cls(index, into.scatter(2, leaving, into.gather(2, leader)))
+
+    def carry(self, entries: Tensor) -> Tensor:
+        """The means, in float32 and back."""
+        kept = self.index.shape[-1]
+        shape = (*self.index.shape[:2], kept + 1, entries.shape[3])
+        into = self.into.unsqueeze(3).expand_as(entries)
+        sums = entries.new_zeros(shape, dtype=torch.float32).scatter_add_(2, into, entries.float())
+        return (sums[:, :, :kept] / self.members().unsqueeze(3)).to(entries.dtype)
+
+    def members(self) -> Tensor:
+        """How many entries each survivor stands for, itself too: float32 [B, G, K]."""
+        kept = self.index.shape[-1]
+        counts = torch.zeros(*self.index.shape[:2], kept + 1, device=self.index.device)
+        return counts.scatter_add_(2, self.into, torch.ones_like(self.into, dtype=counts.dtype))[..., :kept]
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,12 +93,46 @@ class Replace:
         """The surviving ones of a number per entry: [B, G, T] -> [B, G, T - 1]."""
         return entries.scatter(2, self.slot.unsqueeze(2), entries[..., -1:])[..., :-1]
 
+    def absorb(self, entries: Tensor) -> None:
+        """What becomes of the entry that leaves, of keys or values [B, G, T, d], in place: nothing."""
+
     def write(self, entries: Tensor) -> None:
         """Let the latest of keys or values [B, G, T, d], which are contiguous, take the slot, in place."""
+        self.absorb(entries)
         rows = flat_rows(self.slot.unsqueeze(2), entries.shape[2])
         entries.view(-1, entries.shape[3]).index_copy_(
             0, rows, entries[:, :, -1].reshape(-1, entries.shape[3])
         )
+
+    def only(self, real: Tensor, latest: int) -> Replace:
+        """The edit where `real` [B, 1]; elsewhere the entry in slot `latest` leaves, and nothing else changes."""
+        return Replace(torch.where(real, self.slot, latest))
+
+
+@dataclass(frozen=True, eq=False)
+class Fold(Replace):
+    """As `Replace`, but the entry that leaves is not forgotten: another takes it in.
+
+    Attributes:
+        into: int64 [B, G], which entry.
+        share: float [B, G], what the leaving one weighs in their weighted mean.
+    """
+
+    into: Tensor
+    share: Tensor
+
+    def absorb(self, entries: Tensor) -> None:
+        """The mean takes the place of the entry that takes in, of keys or values [B, G, T, d], in place."""
+        length, width = entries.shape[2:]
+        flat = entries.view(-1, width)
+        into = flat_rows(self.into.unsqueeze(2), length)
+        leaving, share = flat[flat_rows(self.slot.unsqueeze(2), length)], self.share.reshape(-1, 1)
+        mean = torch.lerp(flat[into].float(), leaving.float(), share)
+        flat.index_copy_(0, into, mean.to(entries.dtype))
+
+    def only(self, real: Tensor, latest: int) -> Fold:
+        """The edit where `real` [B, 1]; elsewhere the entry in slot `latest` leaves, and nothing else changes."""
+        return Fold(torch.where(real, self.slot, latest), self.into, self.share * real)
 
 
 def flat_rows(index: Tensor, length: int) -> Tensor:
@@ -85,9 +145,20 @@ def flat_rows(index: Tensor, length: int) -> Tensor:
     return (index.reshape(-1, kept) + first.unsqueeze(1)).flatten()
 
 
-def fill_left(x: Tensor, width: int) -> Tensor:
-    """`x` [..., K] with zeros before it: [..., width]."""
-    return x if x.shape[-1] == width else torch.nn.functional.pad(x, (width - x.shape[-1], 0))
+def fill_left(x: Tensor, width: int, dim: int = -1) -> Tensor:
+    """`x` with zeros before it along `dim`, up to `width`."""
+    missing = width - x.shape[dim]
+    if missing == 0:
+        return x
+    shape = list(x.shape)
+    shape[dim] = missing
+    return torch.cat([x.new_zeros(shape), x], dim=dim)
+
+
+def stack_rows(parts: Sequence[Tensor], dim: int = -1) -> Tensor:
+    """Rows [1, ...] of different lengths along `dim` as one batch, the shorter ones filled on the left."""
+    widest = max(part.shape[dim] for part in parts)
+    return torch.cat([fill_left(part, widest, dim) for part in parts])
 
 
 def per_entry(value: int | Tensor) -> bool:
@@ -98,6 +169,5 @@ def per_entry(value: int | Tensor) -> bool:
 def merge_rows(values: list[int | Tensor]) -> int | Tensor:
     """State of single rows as one: [1, G, K_b] filled on the left and stacked; an int where all rows agree."""
     if per_entry(values[0]):
-        widest = max(value.shape[-1] for value in values)
-        return torch.cat([fill_left(value, widest) for value in values])
+        return stack_rows(values)
     return values[0] if len(set(values)) == 1 else torch.tensor(values)

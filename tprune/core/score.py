@@ -24,8 +24,8 @@ def _logits(query: Tensor, key: Tensor, scale: float, softcap: float | None = No
     `softcap` c (Gemma 2) a logit x becomes c · tanh(x / c).
     """
     batch, heads, rows, width = query.shape
-    grouped = (query.float() * scale).reshape(batch, key.shape[1], -1, width)
-    logits = (grouped @ key.float().transpose(-1, -2)).view(batch, heads, rows, key.shape[2])
+    grouped = (query.float() * scale).reshape(batch * key.shape[1], -1, width)
+    logits = grouped.bmm(key.float().flatten(0, 1).transpose(1, 2)).view(batch, heads, rows, key.shape[2])
     return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
 
@@ -86,7 +86,7 @@ def attention_rows(
 def attend(attention: Tensor, value: Tensor) -> Tensor:
     """What attention [B, H, R, T] reads of grouped values [B, G, T, d]: [B, H, R, d], in the dtype of `value`."""
     batch, heads, rows, keys = attention.shape
-    grouped = attention.to(value.dtype).reshape(batch, value.shape[1], -1, keys) @ value
+    grouped = attention.to(value.dtype).reshape(batch * value.shape[1], -1, keys).bmm(value.flatten(0, 1))
     return grouped.view(batch, heads, rows, -1)
 
 
@@ -98,6 +98,7 @@ def attention_column_sums(
     bias: Tensor | None = None,
     causal: bool = False,
     softcap: float | None = None,
+    decay: float = 1.0,
     tile: int | None = None,
 ) -> Tensor:
     """The attention every key receives, summed over queries: float32 [B, H, T], memory linear in T.
@@ -107,6 +108,7 @@ def attention_column_sums(
 
     Args:
         query, key, scale, bias, causal, softcap: as for `attention_rows`.
+        decay: the last query counts 1, each one before it `decay` times the next (A2SF, the forgetting factor).
         tile: query rows at a time; by default as many as keep a tile in the processor's cache.
     """
     batch, heads, length = query.shape[:3]
@@ -116,6 +118,7 @@ def attention_column_sums(
         tile = min(max(elements // (batch * heads * keys), 16), length)
     key = key.float()
     future = torch.ones(tile, tile, dtype=torch.bool, device=query.device).triu(1)
+    weight = decay ** torch.arange(length - 1, -1, -1, device=query.device, dtype=torch.float32)
     sums = torch.zeros(batch, heads, keys, device=query.device)
     for first in range(0, length, tile):
         last = min(first + tile, length)
@@ -129,7 +132,7 @@ def attention_column_sums(
         received = logits.softmax(dim=-1)
         if bias is not None:
             received.nan_to_num_()
-        sums[..., :seen] += received.sum(2)
+        sums[..., :seen] += received.sum(2) if decay == 1 else weight[first:last] @ received
     return sums
 
 
@@ -250,7 +253,34 @@ def transform_weights(features: Tensor, outputs: Tensor, temperature: float) -> 
     return (receiving @ unit.transpose(1, 2) / temperature).softmax(dim=1)
 
 
+def mean_rows(attention: Tensor, real: Tensor) -> Tensor:
+    """The mean over heads and over the rows that are `real` [B, R], of attention [B, H, R, N]: [B, N]."""
+    weight = real.to(attention.dtype) / real.sum(1, keepdim=True).clamp_min(1)
+    return (attention.mean(1) * weight.unsqueeze(2)).sum(1)
+
+
+def transition(entering: Tensor, leaving: Tensor, real: Tensor) -> Tensor:
+    """How much a sublayer changes each token (TransPrune, token transition variation): [B, N].
+
+    The ratio of norms after and before, times exp(1 - cosine) as a share of the sum over the row's real tokens.
+
+    Args:
+        entering, leaving: [B, N, D], a sublayer's input and output.
+        real: bool [B, N].
+    """
+    entering, leaving = entering.float(), leaving.float()
+    turn = (1 - torch.cosine_similarity(entering, leaving, dim=-1)).exp() * real
+    ratio = leaving.norm(dim=-1) / entering.norm(dim=-1).clamp_min(1e-12)
+    return ratio * turn / turn.sum(1, keepdim=True)
+
+
 def uniform(shape: tuple[int, ...], seeds: Tensor) -> Tensor:
     """Uniform noise float32 [B, *shape], row b drawn from `seeds[b]` alone, on the CPU."""
     rows = [torch.rand(shape, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds.tolist()]
+    return torch.stack(rows)
+
+
+def gaussian(shape: tuple[int, ...], seeds: Tensor) -> Tensor:
+    """Normal noise float32 [B, *shape], row b drawn from `seeds[b]` alone, on the CPU."""
+    rows = [torch.randn(shape, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds.tolist()]
     return torch.stack(rows)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tprune.core import score
+from tprune.core import score, select
 from tprune.errors import UserError
 
 
@@ -58,12 +58,21 @@ class Attention:
             softcap=self.softcap,
         )
 
-    def column_sums(self) -> Tensor:
-        """The attention every key received, summed over the queries that see it: float32 [B, H, N]."""
-        if self.map is not None:
+    def column_sums(self, decay: float = 1.0) -> Tensor:
+        """The attention every key received, summed over the queries that see it: float32 [B, H, N].
+
+        The last query counts 1, each one before it `decay` times the next.
+        """
+        if self.map is not None and decay == 1:
             return self.map.sum(2)
         return score.attention_column_sums(
-            self.query, self.key, self.scale, bias=self.bias, causal=self.causal, softcap=self.softcap
+            self.query,
+            self.key,
+            self.scale,
+            bias=self.bias,
+            causal=self.causal,
+            softcap=self.softcap,
+            decay=decay,
         )
 
     def window(self, size: int) -> Tensor:
@@ -134,6 +143,27 @@ class TokenView:
         behind = self._places() > self._places().mul(self.prunable).amax(1, keepdim=True)
         return behind if self.real is None else behind & self.real
 
+    def saliency(self) -> Tensor:
+        """What every token behind the prefix receives in this block, float32 [B, N - prefix]: the class token's
+        attention, mean over heads; without a class token the mean over all queries.
+        """
+        if self.has_cls:
+            received = self.attention.rows(slice(0, 1)).mean(1)[:, 0]
+        else:
+            received = self.attention.column_sums().mean(1) / self.hidden.shape[1]
+        return received[:, self.prefix :]
+
+    def text_attention(self) -> Tensor:
+        """What every token receives from the instruction, mean over heads and its tokens: float32 [B, N].
+
+        Where no text stands behind the images it is the last token that looks.
+        """
+        text = self.text
+        none = ~text.any(1, keepdim=True) & (self._places() == self.last)
+        rows, said = select.places(text | none)
+        paid = self.attention.rows(rows).mean(1)  # [B, R, N]
+        return (paid * said.unsqueeze(2)).sum(1) / said.sum(1, keepdim=True)
+
     def _places(self) -> Tensor:
         return torch.arange(self.prunable.shape[1], device=self.prunable.device)
 
@@ -194,7 +224,7 @@ class StepView:
 
     Attributes:
         attentions: per layer, of the new token's query over the entries.
-        newest: [B, G, d], the value of the new entry, which is in the last slot.
+        key, value: [B, G, T, d], the cache; the new entry is in the last slot.
         position: int64 [B, G, T], the place of every entry in its sequence, counted without padding; in any order
             but for the last slot's.
         fillers: how many leading entries of a row are fillers, to be kept and never read; int64 [B] where rows
@@ -203,7 +233,8 @@ class StepView:
     """
 
     attentions: list[Attention]
-    newest: Tensor
+    key: Tensor
+    value: Tensor
     position: Tensor
     fillers: int | Tensor
     state: dict[str, int | Tensor]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from tprune.core.cache import Evict, per_entry
+from tprune.core.cache import per_entry
 from tprune.errors import UserError
 
 GROWTH = 8
@@ -168,20 +168,23 @@ class PrunedLayer(DynamicLayer):
         self.keys.copy_(held_states[0])
         self.values.copy_(held_states[1])
 
-    def evict(self, edit: Evict) -> None:
-        """Apply an edit: keys, values, places, validity and the numbers per entry follow it."""
-        if self._places is None:
-            self._real = self.length if self.valid is None else self.valid.sum(1)
-        self._places = edit.apply(self.places)
-        if self.valid is not None or edit.valid is not None:
-            kept = edit.index[:, 0]
-            valid = edit.valid if self.valid is None else self.valid.gather(1, kept)
-            self.valid = valid if edit.valid is None else valid & edit.valid
-            self._real = self._real + torch.zeros_like(kept[:, 0])
-        self.evicted |= edit.index.shape[-1] < self.length
-        self.keys, self.values = self._buffers = edit.apply(self.keys), edit.apply(self.values)
+    def hold(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        places: Tensor,
+        state: dict[str, int | Tensor],
+        valid: Tensor | None = None,
+    ) -> None:
+        """Hold these entries from now on, [B, G, K, d] at `places` [B, G, K]: what an edit left of the prompt.
+
+        `valid` bool [B, K] is False for fillers; None where there are none.
+        """
+        self._real = self.length if self.valid is None else self.valid.sum(1)
+        self.evicted |= keys.shape[2] < self.length
+        self.keys, self.values = self._buffers = keys, values
+        self._places, self.state, self.valid = places, state, valid
         self._left = self.length
-        self._each_number(edit.apply)
 
     def move_in(self, stand: tuple[object, int], keys: Tensor, values: Tensor) -> None:
         """Stand on a shelf, with these parts of its memory [B, G, T, d], which hold what the layer holds."""
@@ -207,7 +210,7 @@ class PrunedLayer(DynamicLayer):
     def shift_to_compact(self, turn: Turn) -> None:
         """Turn keys so that entries stand one behind the other, up to the latest token's place.
 
-        Entries must be in temporal order, just left by `evict`.
+        Entries must be in temporal order, as after `hold`.
         """
         came = self._real if isinstance(self._real, int) else self._real[:, None, None]
         compact = came - torch.arange(self.length, 0, -1, device=self.keys.device)

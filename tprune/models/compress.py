@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tprune.core.cache import Evict, merge_rows, per_entry
 from tprune.core.score import attend
 from tprune.errors import BudgetError, UserError
 from tprune.methods.base import CacheMethod
-from tprune.methods.views import Attention, LayerView
+from tprune.methods.views import Attention
 from tprune.models.cache import prunable_layers, take_over
 from tprune.models.cache_layer import Owner, PrunedLayer, Turn
+from tprune.models.prompt_cache import hold, prompt_views
 from tprune.models.room import Arrival, make_room
 from tprune.models.rope import Rotation
 from tprune.models.taps import AttentionCall, Output, Tap
@@ -139,7 +139,7 @@ class Compression:
     def _answer(self, layer: PrunedLayer, call: AttentionCall) -> Output:
         """Attention of the latest tokens over what the layer holds, where nothing leaves for them."""
         queries = call.query.shape[2]
-        mask = self._mask(layer.visible(queries), call.query)
+        mask = self._mask(biased(layer.visible(queries), layer, call.query), call.query)
         with FewThreads(queries * layer.keys.numel(), layer.keys.device):
             return call.attend(call.query, layer.keys, layer.values, mask)
 
@@ -147,7 +147,7 @@ class Compression:
         self, place: int, layer: PrunedLayer, call: AttentionCall, query: Tensor
     ) -> tuple[Arrival, Tensor]:
         """One token's attention [B, 1, H, d], where something will leave for it; its row is computed once for both."""
-        mask = layer.visible(1)
+        mask = biased(layer.visible(1), layer, query)
         attention = Attention(query, layer.keys, layer.values, call.scale, bias=mask, softcap=call.softcap)
         with FewThreads(layer.keys.numel(), layer.keys.device):
             if "attention" in self.method.reads:
@@ -159,7 +159,7 @@ class Compression:
 
     def _mask(self, visible: Tensor | None, query: Tensor) -> Tensor | None:
         """A mask as the implementation takes it."""
-        if visible is None or not self.additive:
+        if visible is None or visible.dtype != torch.bool or not self.additive:
             return visible
         return torch.zeros_like(visible, dtype=query.dtype).masked_fill_(
             ~visible, torch.finfo(query.dtype).min
@@ -167,63 +167,15 @@ class Compression:
 
     def prune_prompt(self, place: int, layer: PrunedLayer, call: AttentionCall) -> None:
         """Prune what the prompt left: all rows at once, or row by row without their padding."""
-        batch, _, length = layer.keys.shape[:3]
-        if layer.valid is None:
-            columns = [None]
-            lengths = [length] * batch
-        else:
-            columns = [row.nonzero().squeeze(1) for row in layer.valid]
-            lengths = [len(column) for column in columns]
-        parts, states = [], []
-        for row, column in enumerate(columns):
-            view = self._prompt_view(place, layer, call, row, column)
-            edit = self.method.start(view, self.count(place, lengths[row]))
-            parts.append(edit.index if column is None else column[edit.index[0]])
-            states.append({name: edit.apply(v) if per_entry(v) else v for name, v in view.state.items()})
-        kept = [part.shape[-1] for part in parts] if layer.valid is not None else [parts[0].shape[-1]] * batch
-        if layer.valid is None:
-            layer.evict(Evict(parts[0]))
-        elif kept == lengths:
-            layer.evict(Evict.nothing(*layer.keys.shape[:3], layer.keys.device))
-        else:
-            layer.evict(Evict.rows(parts))
+        views = prompt_views(place, len(self.kinds), layer, call, self.seeds)
+        edits = [self.method.start(view, self.count(place, view.length)) for view in views]
+        kept, lengths = hold(layer, views, edits)
         layer.started = True
-        if self.method.evicts_while_decoding and kept != lengths:
+        if self.method.evicts_while_decoding and kept < lengths:
             layer.limit = layer.length
-        layer.state = self._merge(states, columns, layer.length if kept == lengths else None)
-        self.kept[place] = (sum(kept), sum(lengths))
+        self.kept[place] = kept, lengths
         if self.turns[self.kinds[place]] is not None:
             layer.shift_to_compact(self.turns[self.kinds[place]])
-
-    def _merge(
-        self, states: list[dict[str, Any]], columns: list[Tensor | None], width: int | None
-    ) -> dict[str, Any]:
-        """The rows' states as the batch's; with `width` nothing left, and numbers go back to their columns."""
-        if columns[0] is None:
-            return states[0]
-        if width is not None:
-            states = [
-                {
-                    name: v.new_zeros(*v.shape[:2], width).index_copy(2, column, v) if per_entry(v) else v
-                    for name, v in state.items()
-                }
-                for state, column in zip(states, columns, strict=True)
-            ]
-        return {name: merge_rows([state[name] for state in states]) for name in states[0]}
-
-    def _prompt_view(
-        self, place: int, layer: PrunedLayer, call: AttentionCall, row: int, column: Tensor | None
-    ) -> LayerView:
-        """What the method sees of the prompt: the batch (no column), or the real entries of one row."""
-        query, keys, values, seeds = call.query, layer.keys, layer.values, self.seeds
-        if column is not None:
-            one = slice(row, row + 1)
-            asked = column[column >= layer.length - query.shape[2]] - (layer.length - query.shape[2])
-            query, seeds = query[one, :, asked], seeds[one]
-            keys, values = keys[one, :, column], values[one, :, column]
-        attention = Attention(query, keys, values, call.scale, causal=True, softcap=call.softcap)
-        position = torch.arange(keys.shape[2], device=keys.device).expand(keys.shape[:3])
-        return LayerView(place, len(self.kinds), attention, keys, values, position, {}, seeds)
 
     def make_room(self, arrivals: Sequence[Arrival]) -> None:
         """One token came in each of some layers: let the method choose what leaves for it."""
@@ -283,6 +235,17 @@ def _attention_modules(base: nn.Module) -> tuple[list[int], list[str | None], di
     depth = text.num_hidden_layers
     kinds = getattr(text, "layer_types", None) or [None] * depth
     return places, kinds, modules
+
+
+def biased(visible: Tensor | None, layer: PrunedLayer, query: Tensor) -> Tensor | None:
+    """What is `visible`, with what the method adds to the logits of entries: float [B, H, 1, T]."""
+    bias = layer.state.get("bias")
+    if bias is None:
+        return visible
+    later = layer.length - bias.shape[-1]
+    bias = torch.nn.functional.pad(bias, (0, later)).repeat_interleave(query.shape[1] // bias.shape[1], dim=1)
+    bias = bias.unsqueeze(2).to(query.dtype)
+    return bias if visible is None else bias.masked_fill(~visible, -torch.inf)
 
 
 def _padding(mask: Any, seen: int, coming: int) -> Tensor | None:

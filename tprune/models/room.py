@@ -56,7 +56,8 @@ def _make_room(method: CacheMethod, group: Sequence[Arrival]) -> None:
     }
     view = StepView(
         [arrival.attention for arrival in group],
-        shelf.values[:, :, -1],
+        shelf.keys,
+        shelf.values,
         places,
         0 if layers[0].valid is None else _stack([layer.fillers() for layer in layers]),
         dict(before),
@@ -64,7 +65,7 @@ def _make_room(method: CacheMethod, group: Sequence[Arrival]) -> None:
     edit = method.step(view)
     real = None if layers[0].valid is None else _stack([layer.valid[:, -1:] for layer in layers])
     if real is not None:
-        edit = Replace(torch.where(real, edit.slot, places.shape[2] - 1))
+        edit = edit.only(real, places.shape[2] - 1)
         for name, value in before.items():
             if per_entry(value):
                 view.state[name] = torch.where(real.unsqueeze(2), view.state[name], value)

@@ -56,7 +56,7 @@ class VATP(CacheMethod):
     def step(self, view: StepView) -> Replace:
         """Add the new query's attention; the entry of least worth between sinks and recent ones goes."""
         received = view.state["received"] + sum_over_group(view.attention_rows(), view.groups)  # [B, G, T]
-        norm = cat([view.state["norm"][..., :-1], _norm(view.newest).unsqueeze(-1)], -1)
+        norm = cat([view.state["norm"][..., :-1], _norm(view.value[:, :, -1:])], -1)
         view.state["received"], view.state["norm"] = received, norm
         first = view.fillers + view.state["first"]
         return Replace(worst_between(received * norm, view.position, first, view.state["recent"]))

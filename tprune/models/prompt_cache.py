@@ -1,0 +1,94 @@
+"""What a prompt left in one layer's cache: shown to a method, and replaced by what it keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tprune.core.cache import Evict, merge_rows, per_entry, stack_rows
+from tprune.methods.views import Attention, LayerView
+from tprune.models.cache_layer import PrunedLayer
+from tprune.models.taps import AttentionCall
+
+
+def prompt_views(
+    place: int, depth: int, layer: PrunedLayer, call: AttentionCall, seeds: Tensor | None
+) -> list[LayerView]:
+    """One view of all rows where nothing is padding, else one of each row's real entries.
+
+    Args:
+        place, depth: which layer of how many.
+        layer: its cache.
+        call: the prompt's attention.
+        seeds: int64 [B], of the rows.
+    """
+    if layer.valid is None:
+        return [_view(place, depth, call, call.query, layer.keys, layer.values, seeds)]
+    before = layer.length - call.query.shape[2]
+    views = []
+    for row, column in enumerate(_columns(layer)):
+        one, asked = slice(row, row + 1), column[column >= before] - before
+        entries = (x[one, :, column] for x in (layer.keys, layer.values))
+        views.append(_view(place, depth, call, call.query[one, :, asked], *entries, seeds[one]))
+    return views
+
+
+def _columns(layer: PrunedLayer) -> list[Tensor]:
+    """The slots of each row's real entries."""
+    return [row.nonzero().squeeze(1) for row in layer.valid]
+
+
+def _view(
+    place: int,
+    depth: int,
+    call: AttentionCall,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    seeds: Tensor | None,
+) -> LayerView:
+    attention = Attention(query, keys, values, call.scale, causal=True, softcap=call.softcap)
+    position = torch.arange(keys.shape[2], device=keys.device).expand(keys.shape[:3])
+    return LayerView(place, depth, attention, keys, values, position, {}, seeds)
+
+
+def hold(layer: PrunedLayer, views: Sequence[LayerView], edits: Sequence[Evict]) -> tuple[int, int]:
+    """Let `layer` hold what the edits leave of the views; -> how many entries stay, and of how many, over rows."""
+    kept, lengths = [edit.index.shape[-1] for edit in edits], [view.length for view in views]
+    states = [
+        {name: edit.apply(v) if per_entry(v) else v for name, v in view.state.items()}
+        for view, edit in zip(views, edits, strict=True)
+    ]
+    if layer.valid is None:
+        view, edit = views[0], edits[0]
+        keys, values = edit.carry(view.key), edit.carry(view.value)
+        layer.hold(keys, values, edit.apply(view.position), states[0])
+        return kept[0] * len(keys), lengths[0] * len(keys)
+    if kept == lengths:
+        state = _spread(layer, states)
+        layer.hold(layer.keys, layer.values, layer.places, state, layer.valid)
+        return sum(kept), sum(lengths)
+    pairs = list(zip(views, edits, strict=True))
+    keys = stack_rows([edit.carry(view.key) for view, edit in pairs], dim=2)
+    values = stack_rows([edit.carry(view.value) for view, edit in pairs], dim=2)
+    places = stack_rows([edit.apply(view.position) for view, edit in pairs])
+    state = {name: merge_rows([state[name] for state in states]) for name in states[0]}
+    valid = stack_rows([edit.index.new_ones(1, edit.index.shape[-1], dtype=torch.bool) for edit in edits])
+    layer.hold(keys, values, places, state, valid)
+    return sum(kept), sum(lengths)
+
+
+def _spread(layer: PrunedLayer, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The rows' states as the batch's where nothing left: numbers go back to their columns."""
+    columns = _columns(layer)
+    spread = [
+        {
+            name: v.new_zeros(*v.shape[:2], layer.length).index_copy(2, column, v) if per_entry(v) else v
+            for name, v in state.items()
+        }
+        for state, column in zip(states, columns, strict=True)
+    ]
+    return {name: merge_rows([state[name] for state in spread]) for name in spread[0]}
