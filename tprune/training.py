@@ -1,4 +1,4 @@
-"""Checkpoints of a training run in one safetensors file: weights, AdamW's running moments, and how far it is."""
+"""Checkpoints of a training run in one safetensors file: weights, the optimizer's moments, and how far it is."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 SAVE_EVERY_SECONDS = 120
+MOMENTS = {"mean": "exp_avg", "square": "exp_avg_sq", "velocity": "momentum_buffer"}
+"""What AdamW and SGD keep of every parameter: our name and PyTorch's."""
 
 
 def warm_cosine(step: int, steps: int, warmup: int, floor: float) -> float:
@@ -24,12 +26,11 @@ def warm_cosine(step: int, steps: int, warmup: int, floor: float) -> float:
 
 
 def moments(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """AdamW's two running moments by parameter name."""
+    """The running moments of AdamW, or of SGD, by parameter name."""
     kept = {}
     for name, parameter in named.items():
-        state = optimizer.state.get(parameter)
-        if state:
-            kept[f"mean.{name}"], kept[f"square.{name}"] = state["exp_avg"], state["exp_avg_sq"]
+        state = optimizer.state.get(parameter) or {}
+        kept |= {f"{ours}.{name}": state[theirs] for ours, theirs in MOMENTS.items() if theirs in state}
     return kept
 
 
@@ -38,12 +39,13 @@ def restore_moments(
 ) -> None:
     """Give `optimizer` back what `moments` read from it after `step` steps."""
     for name, parameter in named.items():
-        if f"mean.{name}" in kept:
-            optimizer.state[parameter] = {
-                "step": torch.tensor(float(step)),
-                "exp_avg": kept[f"mean.{name}"].to(parameter.device),
-                "exp_avg_sq": kept[f"square.{name}"].to(parameter.device),
-            }
+        own = {
+            theirs: kept[f"{ours}.{name}"].to(parameter.device)
+            for ours, theirs in MOMENTS.items()
+            if f"{ours}.{name}" in kept
+        }
+        if own:
+            optimizer.state[parameter] = {"step": torch.tensor(float(step))} | own
 
 
 def save(path: Path, named: Mapping[str, Tensor], kept: Mapping[str, Tensor], facts: dict[str, str]) -> None:

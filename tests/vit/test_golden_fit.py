@@ -7,6 +7,7 @@ from timm.models.vision_transformer import VisionTransformer
 import tprune
 from tests.golden_values import golden, under
 from tprune.methods import registry
+from tprune.methods.vit._eet_fit import class_codes, hide
 from tprune.models.anatomy import anatomy
 from tprune.models.relaxed import FitDriver
 
@@ -90,3 +91,38 @@ def test_diffrate_in_training_gives_the_authors_logits_and_gradients():
     (out * tensors["fit.weight"]).sum().backward()
     assert torch.allclose(fit.logits.grad, tensors["fit.grad"], rtol=1e-3, atol=1e-5)
     driver.remove()
+
+
+def test_eet_in_training_gives_the_authors_losses_and_gradients():
+    tensors, told = golden("vit", "eet-fit")
+    setting, (images, model_told) = told["settings"], golden("vit", "eet")
+    model = VisionTransformer(**model_told["settings"]["model"]).eval()
+    model.load_state_dict(under(images, "model."))
+    parts = anatomy(model)
+    method = registry.build("eet", "vit", {name: setting[name] for name in ("bits", "hidden")})
+    fit = method.fit(parts.shape, None, 0)
+    for name, head in (("head", fit.head), ("teacher", fit.teacher)):
+        head.load_state_dict({part: tensors[f"{name}.{part}"] for part in ("weight", "bias")})
+    fit.codes[tensors["labels"]] = tensors["target"]
+    driver = FitDriver(parts, method, fit, 0)
+    pixels = images["image"].float()
+    outputs = model(pixels)
+    losses = fit.losses(outputs, tensors["labels"], {"pixels": pixels, "again": model}, None)
+    driver.remove()
+    assert torch.equal(
+        hide(torch.ones_like(pixels), fit.attended, 4, (14, 14))[:, :1] == 0, tensors["hidden"]
+    )
+    for name, expected in setting["losses"].items():
+        assert abs(losses[name].item() - expected) < 1e-5
+    sum(losses.values()).backward()
+    found = {"grad": model.blocks[2].attn.qkv.weight, "head.grad": fit.head.weight}
+    found["teacher.grad"] = fit.teacher.weight
+    for name, parameter in found.items():
+        assert torch.allclose(parameter.grad, tensors[name], rtol=1e-3, atol=1e-6)
+
+
+def test_eet_codes_are_the_authors():
+    tensors, _ = golden("vit", "eet-fit")
+    classes = torch.nn.functional.one_hot(tensors["codes.labels"]).double().T
+    found = class_codes(classes, tensors["codes.values"], tensors["codes.signs"])
+    assert torch.equal(found, tensors["codes"].double())

@@ -86,6 +86,21 @@ def bisect(measure: Callable[[float], float], target: float, steps: int = 40) ->
     return min((high, low), key=lambda knob: abs(measure(knob) - target))
 
 
+def knob_at(
+    keep: float | None, stages: Callable[[float], Sequence[Stage]], tokens: int, depth: int
+) -> float | None:
+    """The knob at which `stages` keep the mean fraction `keep`, as near as counts allow; None where none is asked.
+
+    Args:
+        keep: mean fraction entering, over all attention and MLP sublayers.
+        stages: of a knob in [0, 1]; what they keep rises with it.
+        tokens, depth: of the model.
+    """
+    if keep is None or keep == 1:
+        return keep
+    return bisect(lambda knob: mean_entering(stages(knob), tokens, depth), keep)
+
+
 def whole_steps(rates: Sequence[float]) -> list[int]:
     """Fractional amounts as whole ones with nearly the same running sum: what rounding leaves over goes to the next."""
     due = list(accumulate(rates, initial=0.0))

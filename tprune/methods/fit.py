@@ -99,6 +99,9 @@ class Fit(nn.Module):
         """
         raise NotImplementedError
 
+    def finish(self, view: TokenView, memory: dict[str, Any]) -> None:
+        """After the last block, of a method that `restores`: as the method's `finish`."""
+
     def losses(
         self, outputs: Tensor, labels: Tensor, memory: dict[str, Any], dense: Any
     ) -> dict[str, Tensor]:

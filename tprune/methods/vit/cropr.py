@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 
 from tprune.core import select
-from tprune.core.budget import Site, Stage, bisect, mean_entering, whole_steps
+from tprune.core.budget import Site, Stage, knob_at, whole_steps
 from tprune.core.reduction import Reduction
 from tprune.errors import UserError
 from tprune.methods.base import Paper, TokenMethod, param
@@ -115,8 +115,5 @@ class Cropr(TokenMethod):
         if shape.classes == 0:
             raise UserError("cropr is fitted to classes, and this model has none; use one with a head")
 
-        def measure(knob):
-            return mean_entering(self.stages(shape, knob), shape.tokens, shape.depth)
-
-        knob = None if keep is None else 1.0 if keep == 1 else bisect(measure, keep)
+        knob = knob_at(keep, lambda knob: self.stages(shape, knob), shape.tokens, shape.depth)
         return Croppers(self, shape, self.counts(shape, knob), seed)

@@ -1,20 +1,23 @@
 """EET keeps the patches the class token attends to, with heads that read much at a patch counting more there.
 
-Three cuts after complete blocks; the rule has no parameters. In the paper a retrieval model is distilled with it.
+Three cuts after complete blocks; the rule has no parameters. A model that is to be searched by short codes learns with
+it from its own whole self.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from math import log
+from typing import Any, ClassVar
 
 import torch
 
 from tprune.core import score, select
-from tprune.core.budget import Site, Stage, scale_layer
+from tprune.core.budget import Site, Stage, knob_at, scale_layer
 from tprune.core.reduction import Reduction
 from tprune.errors import UserError
 from tprune.methods.base import Paper, TokenMethod, param
+from tprune.methods.vit._eet_fit import Distilled
 
 DEPTH, PATCHES = 12, 196
 """The paper's model."""
@@ -22,7 +25,7 @@ DEPTH, PATCHES = 12, 196
 
 @dataclass(frozen=True)
 class EET(TokenMethod):
-    """Content-based token selection after blocks 3, 7 and 9; training-free here, the paper distils with it."""
+    """Content-based token selection after blocks 3, 7 and 9; with a fit, the paper's distillation."""
 
     paper = Paper(
         title="Rethinking Vision Transformer for Large-Scale Fine-Grained Image Retrieval",
@@ -31,11 +34,14 @@ class EET(TokenMethod):
         arxiv="2504.16691",
         code="WhiteJiang/EET",
         checked="code",
-        notes="The pruning alone, without the paper's hashing head and its distillation from the dense model. "
-        "Distillation and register tokens are protected.",
+        notes="Distillation and register tokens are protected. In a fit teacher and student share their weights, the "
+        "authors train two copies of one checkpoint; codes are per class, theirs per image, from its class; and the "
+        "patches that are hidden are the ones attended to, theirs with row and column exchanged.",
     )
     needs_cls = True
     native = ("counts",)
+    learns = "optional"
+    built_in: ClassVar[dict[str, Any]] = {"epochs": 1.0, "batch": 16}
 
     layers: tuple[int, ...] = param(
         (3, 7, 9), "blocks after which tokens leave, of 12", low=0, high=DEPTH - 2
@@ -43,6 +49,15 @@ class EET(TokenMethod):
     counts: tuple[int, ...] = param(
         (98, 49, 12), "patches left after each of them, of 196", low=1, high=PATCHES - 1
     )
+    bits: int = param(16, "length of the codes in a fit", low=1)
+    hidden: int = param(4, "patches hidden from the student in a fit", low=0)
+    epochs: float = param(90.0, "of a fit", low=0)
+    batch: int = param(64, "images per step of a fit", low=1)
+    lr: float = param(0.01, "of a fit, at its peak", low=1e-12)
+    momentum: float = param(0.9, "of its SGD", low=0, high=1)
+    warmup: float = param(0.06, "fraction of the steps: 500 of CUB's 8,460", low=0, high=1)
+    task: float = param(0.1, "weight of the student's cross-entropies in a fit", low=0)
+    distillation: float = param(1.0, "weight of the codes' distance in a fit", low=0)
 
     def check(self, shape):
         """Every block has its count."""
@@ -69,9 +84,20 @@ class EET(TokenMethod):
 
     def reduce(self, site, view, count, memory):
         """The best patches in descending order, as the authors have them."""
-        patches = slice(view.prefix, None)
-        row = view.attention.rows(slice(0, 1))[:, :, 0, patches]
-        worth = score.cls_times_head_norm(row, view.attention.output[:, :, patches])
-        best = select.top_ranked(worth, count) + view.prefix
+        best = select.top_ranked(self.worth(view), count) + view.prefix
         head = torch.arange(view.prefix, device=best.device).expand(len(best), -1)
         return Reduction.keep(torch.cat([head, best], dim=1), view.hidden.shape[1])
+
+    def worth(self, view):
+        """What the class token attends to, heads weighed by the norm of their output there: [B, patches]."""
+        patches = slice(view.prefix, None)
+        row = view.attention.rows(slice(0, 1))[:, :, 0, patches]
+        return score.cls_times_head_norm(row, view.attention.output[:, :, patches])
+
+    def fit(self, shape, keep, seed):
+        """The model itself, pruned as at inference, and a head that makes codes of its logits."""
+        if shape.classes == 0:
+            raise UserError("eet is fitted to classes, and this model has none; use one with a head")
+
+        knob = knob_at(keep, lambda knob: self.stages(shape, knob), shape.tokens, shape.depth)
+        return Distilled(self, shape, self.stages(shape, knob), seed)
