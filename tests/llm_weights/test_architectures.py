@@ -89,6 +89,21 @@ def test_statistics_are_those_of_every_matrix_s_true_inputs(name):
         assert torch.allclose(inputs[key].result()["gram"], x.T @ x * (2 / 3), rtol=1e-3, atol=1e-2)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_what_feeds_the_channels_of_an_mlp_knows_who_reads_them(name):
+    found = find_decoder(decoder(name))
+    whole = found.matrices(1)
+    found.part = "mlp"
+    part = found.matrices(1)
+    readers = {matrix.reader for matrix in part if matrix.reader}
+    read = {matrix.input: matrix.shape[1] for matrix in part if not matrix.reader}
+    assert read.keys() == readers
+    assert all(matrix.shape[0] == read[matrix.reader] for matrix in part if matrix.reader)
+    attention = [matrix.name for matrix in whole if matrix.name not in {one.name for one in part}]
+    assert attention
+    assert all("att" in name for name in attention)
+
+
 @pytest.mark.parametrize("name", EXPERTS)
 def test_experts_together_see_every_token_as_often_as_it_is_routed(name):
     model, ids = decoder(name), tokens(3, 20)

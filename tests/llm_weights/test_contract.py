@@ -9,7 +9,7 @@ from tests.decoders import decoder, tokens
 from tests.llm_weights.tiny import logits, prune
 from tprune.errors import UserError
 from tprune.methods import registry
-from tprune.models.blocks import find_decoder
+from tprune.pipelines.stream import grouped_axis
 
 METHODS = [fact.id for fact in registry.facts("llm-weights")]
 MASKING = [name for name in METHODS if registry.load(name, "llm-weights").scope == "block"]
@@ -39,7 +39,7 @@ def test_sparsity_zero_leaves_the_outputs_bitwise_equal(method, text):
 def test_the_count_of_removed_weights_is_exact(method, sparsity, text):
     model = decoder()
     assert prune(model, method, text, sparsity=sparsity).achieved().value == sparsity
-    found = find_decoder(model)
+    found = _driver(method).decoder(model)
     for index in range(len(found.blocks)):
         for matrix in found.matrices(index):
             assert (matrix.read() == 0).sum() == sparsity * matrix.shape[0] * matrix.shape[1]
@@ -53,10 +53,12 @@ def test_a_pattern_holds_in_every_group(method, pattern, text):
     keep, group = map(int, pattern.split(":"))
     assert handle.achieved().value == 1 - keep / group
     assert handle.achieved().details["groups_within_pattern"] == 1
-    found = find_decoder(model)
+    driver = _driver(method)
+    found = driver.decoder(model)
     for index in range(len(found.blocks)):
         for matrix in found.matrices(index):
-            assert ((matrix.read() != 0).unflatten(1, (-1, group)).sum(-1) == keep).all()
+            axis = grouped_axis(matrix, driver.method.groups_outputs)
+            assert ((matrix.read() != 0).unflatten(axis, (-1, group)).sum(axis + 1) == keep).all()
 
 
 @pytest.mark.parametrize("method", STRUCTURED)
@@ -114,9 +116,9 @@ def test_what_is_stored_makes_the_same_edit_on_the_dense_model_and_none_on_the_p
     dense = copy.deepcopy(model)
     handle = prune(model, method, text, sparsity=0.4)
     driver = _driver(method)
-    driver.reload(find_decoder(dense), handle.tensors(by_reference=True))
+    driver.reload(driver.decoder(dense), handle.tensors(by_reference=True))
     assert torch.equal(logits(dense, ids), logits(model, ids))
-    driver.reload(find_decoder(model), handle.tensors(by_reference=False))
+    driver.reload(driver.decoder(model), handle.tensors(by_reference=False))
     assert torch.equal(logits(dense, ids), logits(model, ids))
 
 

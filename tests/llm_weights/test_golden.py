@@ -71,6 +71,26 @@ def test_wanda_feeds_the_second_block_with_the_pruned_first():
         x = x + torch.tanh(x @ weight.T)
 
 
+@pytest.mark.parametrize("case", ["s50", "s30", "2_4", "4_8"])
+def test_dass_removes_the_authors_weights_block_after_block(case):
+    tensors, _ = golden("llm-weights", "dass")
+    method, x = ("dass", "llm-weights"), tensors["X"]
+    for block in range(2):
+        names = ("gate", "up", "down")
+        dense = [tensors[f"W{block}.mlp.{name}_proj"] for name in names]
+        x = x + torch.tanh(x @ tensors[f"W{block}.q_proj"].T)
+        channels = torch.nn.functional.silu(x @ dense[0].T) * (x @ dense[1].T)
+        norm, channel_norm = (statistic(Norm, part)["norm"] for part in (x, channels))
+        gate, up, down = (
+            pruned(method, dense[0], f"W_{case}", norm=norm, channel_norm=channel_norm),
+            pruned(method, dense[1], f"W_{case}", norm=norm, channel_norm=channel_norm),
+            pruned(method, dense[2], f"W_{case}", norm=channel_norm),
+        )
+        for name, found in zip(names, (gate, up, down), strict=True):
+            assert torch.equal(found, tensors[f"{case}.W{block}.mlp.{name}_proj"])
+        x = x + (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+
 @pytest.mark.parametrize("case", ["W_s50", "W_s30", "W_2_4", "W_4_8"])
 def test_magnitude_removes_the_authors_weights(case):
     tensors, _ = golden("llm-weights", "magnitude")

@@ -443,3 +443,7 @@ class WeightMethod(Method):
     def plan(self, model: ModelView, budget: WeightBudget) -> list[WeightEdit]:
         """The edits of a whole model (scope "model")."""
         raise NotImplementedError
+    part: ClassVar[str] = "all"
+    """Which matrices of a block a method of scope "block" prunes, and its budget counts: "all", or those of the "mlp"."""
+    groups_outputs: ClassVar[bool] = False
+    """Whether groups of a pattern are consecutive outputs, not inputs, in matrices that feed the channels of an MLP."""

@@ -258,6 +258,8 @@ class LinearView:
         block: index of the block it stands in.
         weight: float32 [out, in], a copy.
         norm: float32 [in], the L2 norm of each input over all calibration tokens, if asked for.
+        channel_norm: float32 [out], of a matrix that feeds an MLP, the L2 norm of the channel that each output makes (as
+            the projection behind reads it), where `norm` was asked for; None for any other matrix.
         gram: float32 [in, in], (2 / sequences) · Σ x xᵀ, if asked for.
         tokens: how many calibration tokens it saw.
         shared: what was computed from the statistics so far, for all matrices with the same inputs.
@@ -267,6 +269,7 @@ class LinearView:
     block: int
     weight: Tensor
     norm: Tensor | None = None
+    channel_norm: Tensor | None = None
     gram: Tensor | None = None
     tokens: int = 0
     shared: dict[str, Any] = field(default_factory=dict)

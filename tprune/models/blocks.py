@@ -22,6 +22,16 @@ ROUTERS = ("gate", "router", "shared_expert_gate")
 INTERLEAVED = ("gpt_neox", "gpt_neox_japanese", "bloom")
 """Model types whose `query_key_value` holds q, k and v of one head after the other."""
 
+CHANNELS = (
+    ("mlp", ("gate_proj", "up_proj"), "down_proj"),
+    ("mlp", ("gate_up_proj",), "down_proj"),
+    ("mlp", ("c_fc",), "c_proj"),
+    ("mlp", ("dense_h_to_4h",), "dense_4h_to_h"),
+    ("", ("fc1",), "fc2"),
+)
+"""MLPs: the submodule of a block, the projections that feed the channels, the one that reads them."""
+READERS = {feed: reader for _, feeds, reader in CHANNELS for feed in feeds}
+
 
 @dataclass(eq=False)
 class Matrix:
@@ -35,6 +45,7 @@ class Matrix:
         expert: index into a 3-D parameter, or None.
         transposed: whether the parameter is stored [in, out].
         rows: its output rows in the parameter, int64, ascending; None for all.
+        reader: of a matrix that feeds the channels of an MLP, the `input` of the one that reads them; else None.
     """
 
     name: str
@@ -45,6 +56,7 @@ class Matrix:
     expert: int | None = None
     transposed: bool = False
     rows: Tensor | None = None
+    reader: str | None = None
 
     def _view(self) -> Tensor:
         """The parameter as [all rows, in], sharing its memory."""
@@ -89,6 +101,7 @@ class Decoder:
         config: the text model's configuration.
         blocks: the decoder blocks.
         name: the name of `blocks` in the model.
+        part: which matrices count: "all", or those of the "mlp" (those that feed or read its channels).
     """
 
     model: nn.Module
@@ -96,6 +109,7 @@ class Decoder:
     config: Any
     blocks: nn.ModuleList
     name: str
+    part: str = "all"
 
     def block_name(self, index: int) -> str:
         """The full name of a block."""
@@ -109,6 +123,12 @@ class Decoder:
                 found += self._linear(name, module, index)
             elif is_experts(module):
                 found += _experts(name, module, index)
+        inputs = {matrix.input for matrix in found}
+        for matrix in found:
+            matrix.reader = _reader(matrix, inputs)
+        if self.part == "mlp":
+            readers = {matrix.reader for matrix in found}
+            found = [matrix for matrix in found if matrix.reader or matrix.input in readers]
         return found
 
     def inputs(self, index: int) -> dict[str, nn.Module]:
@@ -142,6 +162,16 @@ class Decoder:
         if last == "gate_up_proj":
             return list(zip((".gate", ".up"), rows.chunk(2), strict=True))
         return [("", None)]
+
+
+def _reader(matrix: Matrix, inputs: set[str]) -> str | None:
+    """The `input` of the matrix that reads the channels which this one feeds."""
+    if matrix.expert is not None:
+        stack, end = matrix.input[: -len(".in")], matrix.input[-len(".in") :]
+        return f"{stack}.out" if end == ".in" else None
+    parent, _, last = matrix.input.rpartition(".")
+    reader = f"{parent}.{READERS.get(last)}"
+    return reader if reader in inputs else None
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tprune.models.blocks import Decoder, Matrix, is_linear, key_value_heads, width
+from tprune.models.blocks import CHANNELS, Decoder, Matrix, is_linear, key_value_heads, width
 
 WIRING = {
     "heads": (
@@ -24,13 +24,7 @@ WIRING = {
         ("attention", ("query_key_value",), "dense"),
         ("attn", ("c_attn",), "c_proj"),
     ),
-    "channels": (
-        ("mlp", ("gate_proj", "up_proj"), "down_proj"),
-        ("mlp", ("gate_up_proj",), "down_proj"),
-        ("mlp", ("c_fc",), "c_proj"),
-        ("mlp", ("dense_h_to_4h",), "dense_4h_to_h"),
-        ("", ("fc1",), "fc2"),
-    ),
+    "channels": CHANNELS,
 }
 """Per kind of unit: the submodule of a block, the projections that feed the units, the one that reads them."""
 PER_LAYER = ("layer_types", "mlp_only_layers", "no_rope_layers")

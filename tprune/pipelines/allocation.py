@@ -44,7 +44,7 @@ def sparsities(
         def views() -> Iterator[LinearView]:
             for index in range(len(decoder.blocks)):
                 for matrix in decoder.matrices(index):
-                    yield look(matrix, None if inputs is None else inputs[index][matrix.input], kinds)
+                    yield look(matrix, None if inputs is None else inputs[index], kinds)
 
         with torch.no_grad():
             found = allocation.sparsities(views, method, sparsity)

@@ -82,7 +82,7 @@ def _on_a_copy(
     driver: LlmWeights, subject: Subject, budget: WeightBudget, tokens: Tensor | None
 ) -> Callable[[], Handle]:
     """Pruning of a copy of the model, to be called once; what the copy before left behind is given back."""
-    copied = find_decoder(copy.deepcopy(subject.model))
+    copied = driver.decoder(copy.deepcopy(subject.model))
     gc.collect()
     give_back()
     return lambda: driver.prune(copied, budget, tokens, Journal(None, ""))

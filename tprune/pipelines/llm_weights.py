@@ -65,15 +65,21 @@ class LlmWeights(Pipeline):
 
     def prepare(self, subject: Subject) -> None:
         """Cut the evaluation windows; refuse a model or a budget that does not fit before anything is measured."""
-        decoder = find_decoder(subject.model)
+        decoder = self.decoder(subject.model)
         if subject.model.get_output_embeddings() is None:
             raise UserError(f"{self.recipe.model.name} has no language-modelling head: perplexity needs one")
         self.check_length(decoder)
         if self.stage.pattern:
-            stream.check_pattern(decoder, self.budget().pattern)
+            stream.check_pattern(decoder, self.budget().pattern, self.method.groups_outputs)
         self.evaluation = text.read(self.recipe.data, "evaluation")
         limit = self.recipe.limit or self.default_limit
         self.windows = text.windows(self.evaluation, self.tokenizer(subject), self.length, limit)
+
+    def decoder(self, model: torch.nn.Module) -> Decoder:
+        """The model's decoder, with the matrices that the method is about."""
+        found = find_decoder(model)
+        found.part = self.method.part
+        return found
 
     def check_length(self, decoder: Decoder) -> None:
         """Refuse sequences longer than the model's positions."""
@@ -162,11 +168,11 @@ class LlmWeights(Pipeline):
 
     def apply(self, subject: Subject, work: Path | None, state: dict[str, Tensor] | None = None) -> Handle:
         """Prune in place, or make stored edits again."""
-        decoder = find_decoder(subject.model)
+        decoder = self.decoder(subject.model)
         if state is not None:
             return self.reload(decoder, state)
         budget = self.budget()
-        stream.check_pattern(decoder, budget.pattern)
+        stream.check_pattern(decoder, budget.pattern, self.method.groups_outputs)
         if self.method.scope == "block" and budget.pattern is None:
             self.progress.say("unstructured masks: no speed-up is to be expected from dense kernels")
         journal = Journal(work, f"stage-{self.recipe.stages.index(self.stage)}")
@@ -214,7 +220,9 @@ class LlmWeights(Pipeline):
         everything = sum(parameter.numel() for parameter in decoder.model.parameters())
         details: dict[str, Any] = {"over_all_parameters": gone / everything}
         if budget is not None and budget.pattern:
-            details["groups_within_pattern"] = pattern_share(decoder, budget.pattern)
+            details["groups_within_pattern"] = pattern_share(
+                decoder, budget.pattern, self.method.groups_outputs
+            )
         plain = self.stage.loadable == "plain"
         beside = {} if plain else masks.only_masks(edits)
         kind = "wrapped" if hasattr(decoder.config, "tprune") else "plain" if plain else "masked"

@@ -31,28 +31,44 @@ def generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def check_pattern(decoder: Decoder, pattern: tuple[int, int] | None) -> None:
-    """Refuse a pattern that does not divide the inputs of every matrix."""
+def check_pattern(decoder: Decoder, pattern: tuple[int, int] | None, groups_outputs: bool) -> None:
+    """Refuse a pattern that does not divide the inputs of every matrix (where groups are of outputs, those)."""
     if pattern is None:
         return
     for index in range(len(decoder.blocks)):
         for matrix in decoder.matrices(index):
-            if matrix.shape[1] % pattern[1]:
+            axis = grouped_axis(matrix, groups_outputs)
+            if matrix.shape[axis] % pattern[1]:
                 raise UserError(
-                    f"--pattern {pattern[0]}:{pattern[1]}: the {matrix.shape[1]} inputs of {matrix.name} do not divide "
-                    f"into groups of {pattern[1]}; choose a pattern whose M divides them"
+                    f"--pattern {pattern[0]}:{pattern[1]}: the {matrix.shape[axis]} {('outputs', 'inputs')[axis]} of "
+                    f"{matrix.name} do not divide into groups of {pattern[1]}; choose a pattern whose M divides them"
                 )
 
 
-def look(matrix: Matrix, seen: Inputs | None, kinds: tuple[str, ...]) -> LinearView:
-    """A matrix as methods see it, with the statistics `kinds` of its inputs, if there are any."""
+def grouped_axis(matrix: Matrix, groups_outputs: bool) -> int:
+    """Along which axis [out, in] the groups of a pattern lie."""
+    return 0 if groups_outputs and matrix.reader is not None else 1
+
+
+def look(matrix: Matrix, inputs: dict[str, Inputs] | None, kinds: tuple[str, ...]) -> LinearView:
+    """A matrix as methods see it, with the statistics `kinds` of a block's inputs, if there are any."""
     weight = matrix.read()
-    if seen is None:
-        return LinearView(matrix.name, matrix.block, weight)
-    known = seen.result() if seen.tokens else white(kinds, matrix.shape[1], weight.device)
-    return LinearView(
-        matrix.name, matrix.block, weight, tokens=seen.tokens, shared=seen.shared, **_wanted(known)
-    )
+    view = LinearView(matrix.name, matrix.block, weight)
+    if inputs is None:
+        return view
+    seen = inputs[matrix.input]
+    known = _result(seen, kinds, matrix.shape[1], weight.device)
+    view.tokens, view.shared = seen.tokens, seen.shared
+    view.norm, view.gram = known.get("norm"), known.get("gram")
+    if matrix.reader is not None:
+        read = _result(inputs[matrix.reader], kinds, matrix.shape[0], weight.device)
+        view.channel_norm = read.get("norm")
+    return view
+
+
+def _result(seen: Inputs, kinds: tuple[str, ...], width: int, device: torch.device) -> dict[str, Tensor]:
+    """The statistics of an input; where no token came, those of inputs that nothing is known of."""
+    return seen.result() if seen.tokens else white(kinds, width, device)
 
 
 class BlockPruner:
@@ -113,18 +129,19 @@ class BlockPruner:
         self, matrices: list[Matrix], inputs: dict[str, Inputs]
     ) -> Iterator[tuple[Matrix, WeightEdit]]:
         """Edit the matrices one by one, and let go of the statistics that no later one reads."""
-        last = {matrix.input: matrix for matrix in matrices}
+        last = {name: matrix for matrix in matrices for name in (matrix.input, matrix.reader)}
         for matrix in matrices:
             yield matrix, self._edit(matrix, inputs)
-            if last[matrix.input] is matrix:
-                inputs.pop(matrix.input, None)
+            for name in (matrix.input, matrix.reader):
+                if last[name] is matrix:
+                    inputs.pop(name, None)
 
     def _edit(self, matrix: Matrix, inputs: dict[str, Inputs]) -> WeightEdit:
         """Ask the method about one matrix and carry out what it says."""
         seen = None if self.stream is None else inputs[matrix.input]
         if seen is not None and matrix.expert is not None and seen.tokens < FEW_TOKENS:
             self.starved.append(f"{matrix.name} ({seen.tokens})")
-        view = look(matrix, seen, self.method.stats)
+        view = look(matrix, None if self.stream is None else inputs, self.method.stats)
         budget = replace(self.budget, sparsity=self.shares.get(matrix.name, self.budget.sparsity))
         try:
             edit = self.method.prune(view, budget, generator(self.seed, matrix.name))
@@ -142,8 +159,3 @@ class BlockPruner:
                 f"{len(self.starved)} expert matrices saw fewer than {FEW_TOKENS} calibration tokens: {shown}; "
                 "those that saw none are pruned by magnitude. More text helps: --calibration N"
             )
-
-
-def _wanted(known: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The statistics that a LinearView has a place for."""
-    return {name: known[name] for name in ("norm", "gram") if name in known}

@@ -12,6 +12,7 @@ from tprune.methods.views import ModelView
 from tprune.models import masks
 from tprune.models.blocks import Decoder
 from tprune.pipelines.base import Achieved, Handle
+from tprune.pipelines.stream import grouped_axis
 
 
 class WeightHandle(Handle):
@@ -73,12 +74,13 @@ def mask_row(decoder: Decoder, index: int, edits: dict[str, Tensor]) -> dict[str
     }
 
 
-def pattern_share(decoder: Decoder, pattern: tuple[int, int]) -> float:
+def pattern_share(decoder: Decoder, pattern: tuple[int, int], groups_outputs: bool) -> float:
     """The fraction of groups of m weights with at most n left; 1 where the pattern holds."""
     good = total = 0
     for index in range(len(decoder.blocks)):
         for matrix in decoder.matrices(index):
-            left = (matrix.read().unflatten(1, (-1, pattern[1])) != 0).sum(-1)
+            axis = grouped_axis(matrix, groups_outputs)
+            left = (matrix.read().unflatten(axis, (-1, pattern[1])) != 0).sum(axis + 1)
             good, total = good + int((left <= pattern[0]).sum()), total + left.numel()
     return good / total
 
