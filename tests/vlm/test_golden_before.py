@@ -2,11 +2,15 @@
 
 import pytest
 import torch
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+import tprune
 from tests.golden_values import golden
+from tests.vlm.tiny import IMAGE, TEXT
 from tprune.core.budget import PROJECTOR
 from tprune.methods import registry
 from tprune.methods.views import Attention, TokenView
+from tprune.methods.vlm.mmtok import keywords
 
 
 def cases(name):
@@ -88,3 +92,67 @@ def test_holov_keeps_the_authors_tokens_in_their_order(case):
             assert torch.equal(ours, known)
     ascending = registry.build("holov", "vlm", {"bands": setting["bands"]})
     assert torch.equal(ascending.reduce(PROJECTOR, view, setting["count"], {}).index, index.sort(1).values)
+
+
+def text(hidden):
+    """A question's embeddings, the same for every image."""
+    real = torch.ones(hidden.shape[:2], dtype=torch.bool)
+    words = TokenView(hidden, ~real, real=real)
+    words.signals["reworded"] = lambda: lambda rewrite: words
+    return words
+
+
+@pytest.mark.parametrize("case", cases("mmtok"))
+def test_mmtok_keeps_the_authors_tokens(case):
+    tensors, told = golden("vlm", "mmtok")
+    setting = dict(told["settings"]["cases"][case])
+    count, hidden = setting.pop("count"), tensors["projected"][None]
+    patches = torch.cat([torch.zeros(1, 1, 6), tensors["patches"][None]], 1)
+    view = image(hidden, tower(patches, None), signals={"text": lambda: text(tensors["text"][None])})
+    index = registry.build("mmtok", "vlm", setting).reduce(PROJECTOR, view, count, {}).index
+    assert torch.equal(index[0], tensors[case])
+
+
+def test_mmtoks_keywords_are_the_authors():
+    for question, words in golden("vlm", "mmtok")[1]["settings"]["keywords"].items():
+        assert keywords(question) == words
+
+
+@pytest.mark.parametrize("case", cases("script"))
+def test_script_keeps_the_authors_tokens(case):
+    tensors, told = golden("vlm", "script")
+    setting = told["settings"]["cases"][case]
+    segments = tensors[f"text{setting['segments']}"].expand(2, -1, -1)
+    view = image(tensors["projected"], signals={"clip": lambda: (tensors["image"], text(segments))})
+    index = registry.build("script", "vlm").reduce(PROJECTOR, view, setting["count"], {}).index
+    assert torch.equal(torch.zeros(2, 40).scatter(1, index, 1), tensors[case].float())
+
+
+@pytest.mark.parametrize("case", cases("flowcut"))
+def test_flowcut_leaves_the_authors_patches_on_their_way_through_the_tower(case):
+    """A batch here, one image at a time there; in each the numbers at the blocks are its own."""
+    tensors, told = golden("vlm", "flowcut")
+    config = CLIPVisionConfig(**told["settings"]["config"])
+    tokens, target = 36, told["settings"]["cases"][case]["target"]
+    with torch.random.fork_rng():
+        model = LlavaForConditionalGeneration(
+            LlavaConfig(vision_config=config, text_config=LlamaConfig(**TEXT), image_token_id=IMAGE)
+        ).eval()
+    tower, flat = model.model.vision_tower, tensors["weights"].float()
+    for name, weight in sorted(tower.state_dict().items()):
+        if weight.is_floating_point():
+            weight.copy_(flat[: weight.numel()].view_as(weight))
+            flat = flat[weight.numel() :]
+    assert not len(flat)
+    projected = model.model.multi_modal_projector(tensors[f"{case}.features"])
+    ids = torch.tensor([5, *[IMAGE] * tokens, 6, 7]).repeat(3, 1)
+    entered = {}
+    model.model.language_model.layers[0].register_forward_pre_hook(
+        lambda module, args, kwargs: entered.update(x=args[0] if args else kwargs["hidden_states"]),
+        with_kwargs=True,
+    )
+    with torch.no_grad(), tprune.prune(model, "vlm/flowcut", ratio=target / tokens) as handle:
+        model(input_ids=ids, pixel_values=tensors["pixels"].float(), attention_mask=torch.ones_like(ids))
+        kept = handle.driver.tally.owner[:, 1 : tokens + 1] >= 0
+    assert torch.equal(kept.nonzero()[:, 1].view(3, target), tensors[f"{case}.kept"])
+    assert torch.allclose(entered["x"][:, 1 : target + 1], projected, atol=1e-4)

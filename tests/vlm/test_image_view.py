@@ -4,11 +4,15 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from transformers import CLIPConfig, CLIPModel
 
-from tests.vlm.tiny import KINDS, tiny
+import tprune
+from tests.vlm.tiny import KINDS, TOWER, tiny
 from tprune.core.budget import PROJECTOR, Stage
 from tprune.core.reduction import Reduction
+from tprune.errors import UserError
 from tprune.methods.vlm.random import Random
+from tprune.models.clip import Clip
 from tprune.models.prompts import noise_prompts
 from tprune.models.subject import Subject
 from tprune.models.vlm import anatomy
@@ -161,3 +165,38 @@ def test_the_thumbnail_is_the_first_crop_of_llava_next_and_the_last_tile_of_inte
     assert view.signal("thumbnail")[0].nonzero().flatten().tolist() == list(range(16))
     [view] = views(tiny("internvl"), noise_prompts(tiny("internvl"), 1, 0), by_crop=False)
     assert view.signal("thumbnail").all()
+
+
+def test_text_and_patches_meet_in_the_space_of_the_clip_that_is_given():
+    config = {
+        "projection_dim": 5,
+        "text_config": {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1},
+    }
+    config["text_config"] |= {
+        "num_attention_heads": 2,
+        "vocab_size": 30,
+        "max_position_embeddings": 6,
+        "eos_token_id": 2,
+    }
+    with torch.random.fork_rng():
+        clip = CLIPModel(CLIPConfig(vision_config=TOWER, **config)).eval().requires_grad_(False)
+
+    def tokenizer(row):
+        return {"input_ids": [1, *(3 + ord(letter) % 20 for letter in row), 2]}
+
+    beside = Clip(clip, tokenizer)
+    text = beside.text(["abc", "abcdefgh"])
+    assert text.real.tolist() == [[True, False], [True, True]]
+    alone = clip.get_text_features(
+        input_ids=torch.tensor([tokenizer("abc")["input_ids"] + [0]]),
+        attention_mask=torch.tensor([[1, 1, 1, 1, 1, 0]]),
+    ).pooler_output
+    assert torch.allclose(text.hidden[0, 0], alone[0], atol=1e-6)
+    patches = torch.randn(1, 4, 24, generator=torch.Generator().manual_seed(0))
+    expected = clip.visual_projection(clip.vision_model.post_layernorm(patches))
+    assert torch.allclose(beside.image(patches), expected)
+
+
+def test_a_clip_that_is_not_there_is_named():
+    with pytest.raises(UserError, match="--set clip=/nowhere"):
+        tprune.prune(tiny("llava"), "vlm/script", keep=0.5, clip="/nowhere")

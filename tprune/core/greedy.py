@@ -84,13 +84,14 @@ def coverage(gains: Tensor, count: int, allowed: Tensor | None = None) -> Tensor
         bar[rows, pick] = -torch.inf
         better = gains[rows, :, pick]
         sample, row = (better > covered).nonzero(as_tuple=True)
-        touched, before = gains[sample, row], covered[sample, row].unsqueeze(1)
-        after = better[sample, row].unsqueeze(1)
+        # In double precision differences of floats are exact, so that small gains stay right to the end.
+        touched, before = gains[sample, row].double(), covered[sample, row].double().unsqueeze(1)
+        after = better[sample, row].double().unsqueeze(1)
         lost = (touched.minimum(after) - before).clamp_min_(0)
         if batch == 1:
             worth[0] -= lost.sum(0)
         else:
-            worth.index_add_(0, sample, lost.double(), alpha=-1)
+            worth.index_add_(0, sample, lost, alpha=-1)
         covered = torch.maximum(covered, better)
     return order
 
@@ -124,4 +125,25 @@ def determinant(kernel: Tensor, count: int, allowed: Tensor | None = None) -> Te
         row = row.masked_fill(left[rows, pick].unsqueeze(1) <= 1e-10, 0.0)
         factor[:, place] = row
         left = left - row.square()
+    return order
+
+
+def remaining_variance(kernel: Tensor, count: int, allowed: Tensor | None = None) -> Tensor:
+    """As `determinant`, but each pick takes from the others what it shares with them as if it were the only one.
+
+    What several picks share is taken as often as they are (the code of Script, TMLR 2025).
+    """
+    kernel = kernel.float()
+    batch, length = kernel.shape[:2]
+    rows = torch.arange(batch, device=kernel.device)
+    bar = _barred((batch, length), allowed, kernel)
+    left = kernel.diagonal(dim1=1, dim2=2).clone()
+    order = torch.empty(batch, count, dtype=torch.int64, device=kernel.device)
+    for place in range(count):
+        pick = (left + bar).argmax(dim=1)
+        order[:, place] = pick
+        worth = left[rows, pick].unsqueeze(1)
+        bar[rows, pick] = -torch.inf
+        shared = kernel[rows, pick] / (worth.clamp_min(0).sqrt() + 1e-6)
+        left = torch.where(worth > 0, left - shared.square(), left)
     return order

@@ -269,9 +269,9 @@ def transition(entering: Tensor, leaving: Tensor, real: Tensor) -> Tensor:
         real: bool [B, N].
     """
     entering, leaving = entering.float(), leaving.float()
-    turn = (1 - torch.cosine_similarity(entering, leaving, dim=-1)).exp() * real
+    turn = (1 - torch.cosine_similarity(entering, leaving, dim=-1)).exp().masked_fill(~real, 0)
     ratio = leaving.norm(dim=-1) / entering.norm(dim=-1).clamp_min(1e-12)
-    return ratio * turn / turn.sum(1, keepdim=True)
+    return (ratio * turn / turn.sum(1, keepdim=True)).masked_fill(~real, 0)
 
 
 def uniform(shape: tuple[int, ...], seeds: Tensor) -> Tensor:

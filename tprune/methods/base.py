@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from tprune.core.reduction import Reduction
     from tprune.core.weights import WeightEdit
     from tprune.methods.fit import Fit
-    from tprune.methods.views import LayerView, LinearView, ModelView, StepView, TokenView
+    from tprune.methods.views import Attention, LayerView, LinearView, ModelView, StepView, TokenView
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,11 @@ def param(
     choices: Sequence[Any] | None = None,
     low: float | None = None,
     high: float | None = None,
+    kw_only: bool = False,
 ) -> Any:
     """A hyperparameter: its default, one line of help, and the values it may take (inclusive bounds)."""
     metadata = {"help": help, "choices": choices, "low": low, "high": high}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata, kw_only=kw_only)
 
 
 class State(dict[str, Any]):
@@ -226,7 +227,7 @@ class TokenMethod(Method):
     needs_cls: ClassVar[bool] = False
     reads: ClassVar[tuple[str, ...]] = ("attention",)
     """What of the view is read and costs something to provide: "attention", "encoder", "projector", "seeds",
-    "sublayers", "embeddings", "before" (what the layer before a site was given)."""
+    "sublayers", "neurons", "embeddings", "before" (what the layer before a site was given)."""
     unit: ClassVar[str] = "image"
     """What a view holds at a VLM's projector: a whole "image", or each "crop" of it by itself."""
     native: ClassVar[tuple[str, ...]] = ()
@@ -253,11 +254,13 @@ class TokenMethod(Method):
         """The blocks of a vision tower of so many that are seen beside the projected one (reads "encoder")."""
         return ()
 
-    def tower_block(self, depth: int) -> int | None:
-        """The block of a vision tower of so many behind whose attention leaves what leaves at a VLM's projector, where
-        the tower allows it (unit "crop"); None: behind the tower. `reduce` is asked in both places, for the same.
+    def tower_blocks(self, depth: int, projected: int) -> Sequence[int]:
+        """The blocks of a vision tower, ascending, behind which leaves what leaves at the projector, where the tower
+        allows it (unit "crop"); none: behind the tower. It has `depth`, and `projected` is the one that is projected.
+
+        `reduce` is asked behind each of them with the same `memory`, and at the projector again, for the same.
         """
-        return None
+        return ()
 
     def stages(self, shape: Shape, knob: float | None) -> list[Stage]:
         """Where tokens leave and how many are left.
@@ -272,6 +275,24 @@ class TokenMethod(Method):
     def weighs_by_size(self) -> bool:
         """Whether attention after a merge counts a token as often as the tokens it stands for (log-size bias)."""
         return False
+
+    def watches(self, depth: int) -> Sequence[int]:
+        """The decoder's layers whose attention `watch` is shown, in prompts and behind them (reads "attention")."""
+        return ()
+
+    def watch(
+        self, layer: int, attention: Attention, image: Tensor, total: int, memory: dict[str, Any]
+    ) -> None:
+        """Look at a layer that `watches` names.
+
+        Args:
+            layer: which.
+            attention: of the prompt, or of what came behind it, over all T keys of the layer.
+            image: int64 [B, T], which of its row's image tokens each key is, counted from 0; -1 for all else.
+            total: how many image tokens the row with the most of them had.
+            memory: lasts from prompt to prompt until `reset` of the handle; `reduce` has it as `memory["episode"]`.
+        """
+        raise NotImplementedError
 
     def hides(self) -> bool:
         """Whether what leaves inside a decoder is hidden from attention, and goes on being computed and cached."""
@@ -372,19 +393,27 @@ class CacheMethod(Method):
 
     positions: ClassVar[str] = "original"
     reads: ClassVar[tuple[str, ...]] = ("attention",)
-    """What `step` reads and costs something to provide: "attention" or nothing."""
+    """What is read and costs something to provide: "attention" (by `step`), "seeds" (by `start`)."""
 
     @property
     def evicts_while_decoding(self) -> bool:
         """Whether entries leave at each generated token, and not only after the prompt."""
         return type(self).step is not CacheMethod.step
 
+    pyramid: float | None = param(
+        None, "budgets fall from layer to layer, to one part in so many of the mean", low=1, kw_only=True
+    )
+
     def check_length(self, length: int, count: int) -> None:
         """Raise UserError where `count` entries of a prompt of `length` tokens are too few; count < length."""
 
     def counts(self, length: int, layers: int, keep: float) -> list[int]:
-        """How many entries each layer keeps per key-value head, of `length`; the same in all by default."""
-        return [round(keep * length)] * layers
+        """How many entries each layer keeps per key-value head, of `length`: the same in all without a pyramid."""
+        from tprune.core.budget import falling_counts
+
+        if self.pyramid is None or keep == 1:
+            return [round(keep * length)] * layers
+        return falling_counts(keep * length, length - 1, layers, self.pyramid)
 
     def start(self, layer: LayerView, count: int) -> Evict:
         """After the prompt went through `layer`: which `count` entries stay (all of them at --keep 1)."""
@@ -419,11 +448,16 @@ class WeightMethod(Method):
 
     scope: ClassVar[str] = "block"
     stats: ClassVar[tuple[str, ...]] = ()
-    """What is gathered at the input of every linear layer: "norm", "gram", "moments"; or per block "similarity"."""
+    """What is gathered at the input of every linear layer: "norm", "gram", "moments"; per block "similarity"; or for
+    every weight of the dense model, before anything is pruned, "gradient"."""
     units: ClassVar[tuple[str, ...]] = ()
     """The kinds of unit whose statistics a method of scope "model" reads: "heads", "channels"."""
     measures: ClassVar[bool] = False
     """Whether a method of scope "model" asks for the loss without some blocks (`ModelView.losses_without`)."""
+    part: ClassVar[str] = "all"
+    """Which matrices of a block a method of scope "block" prunes, and its budget counts: "all", or those of the "mlp"."""
+    groups_outputs: ClassVar[bool] = False
+    """Whether groups of a pattern are consecutive outputs, not inputs, in matrices that feed the channels of an MLP."""
     propagate: ClassVar[str] = "pruned"
     """What feeds the next block's statistics: the "pruned" blocks before it, or the "dense" ones."""
     patterns: ClassVar[bool] = True
@@ -443,7 +477,3 @@ class WeightMethod(Method):
     def plan(self, model: ModelView, budget: WeightBudget) -> list[WeightEdit]:
         """The edits of a whole model (scope "model")."""
         raise NotImplementedError
-    part: ClassVar[str] = "all"
-    """Which matrices of a block a method of scope "block" prunes, and its budget counts: "all", or those of the "mlp"."""
-    groups_outputs: ClassVar[bool] = False
-    """Whether groups of a pattern are consecutive outputs, not inputs, in matrices that feed the channels of an MLP."""

@@ -34,6 +34,8 @@ class Sight:
         calls: per block of the tower, its attention; several where it ran in pieces.
         outputs: per block, the residual stream behind it, [crops, prefix + P, C] or [P, C].
         projecting: what the projector was given, or None where nobody asked.
+        left: bool [crops, P], the patches that are left where some left inside the tower; None elsewhere.
+        converted: the projector's weights in other dtypes.
     """
 
     parts: Anatomy
@@ -41,6 +43,8 @@ class Sight:
     calls: dict[int, list[AttentionCall]] = field(default_factory=dict)
     outputs: dict[int, Tensor] = field(default_factory=dict)
     projecting: Tensor | None = None
+    left: Tensor | None = None
+    converted: dict[torch.dtype, dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
     def block(self, index: int, crops: Sequence[int]) -> TokenView:
         """The patches of some crops behind a block, and its attention; images are crops where the tower has none."""
@@ -118,11 +122,24 @@ class Sight:
         return self.split(x, crops).unflatten(1, (-1, self.parts.merge**2)).flatten(2)
 
     def project(self, features: Tensor) -> Tensor:
-        """The projector on what `features` gave or a mixture of it: [..., C] -> [..., D]."""
+        """The projector on what `features` gave or a mixture of it: [..., C] -> [..., D], in the dtype given."""
+        rows = features
         if self.lengths is not None:
             rows = features.reshape(-1, features.shape[-1] // self.parts.merge**2)
-            return self.parts.projector(rows).view(*features.shape[:-1], -1)
-        return self.parts.projector(features)
+        projector = self.parts.projector
+        if next(projector.parameters()).dtype == features.dtype:
+            found = projector(rows)
+        else:
+            found = torch.func.functional_call(projector, self._weights(features.dtype), (rows,))
+        return found.view(*features.shape[:-1], -1)
+
+    def _weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The projector's weights in another dtype."""
+        if dtype not in self.converted:
+            self.converted[dtype] = {
+                name: weight.to(dtype) for name, weight in self.parts.projector.named_parameters()
+            }
+        return self.converted[dtype]
 
     def patches(self, crops: Sequence[int], normalisation: tuple[Any, Any] | None) -> Tensor:
         """The pixels of every patch as the tower saw them, brought back to 0 .. 1: float32 [crops, P, channels, n].

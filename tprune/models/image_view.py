@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from tprune.core.reduction import gather_tokens
 from tprune.errors import UserError
 from tprune.methods.base import TokenMethod
 from tprune.methods.views import TokenView
+from tprune.models.clip import Clip
 from tprune.models.encoder import Sight
 from tprune.models.layout import Unit, pack, unit_seeds
 from tprune.models.pixels import normalisation
@@ -28,24 +29,39 @@ class ImageViews:
         method: whose `reads` say what is shown.
         seed: of random draws.
         processor: of the model, to tell how pixels were normalised; None where there is none.
+        clip: the CLIP that the tower is of, or None.
     """
 
     def __init__(
-        self, model: nn.Module, parts: Anatomy, method: TokenMethod, seed: int, processor: Any = None
+        self,
+        model: nn.Module,
+        parts: Anatomy,
+        method: TokenMethod,
+        seed: int,
+        processor: Any = None,
+        clip: Clip | None = None,
     ):
         self.config, self.parts, self.method = model.config, parts, method
-        self.seed, self.processor = seed, processor
+        self.seed, self.processor, self.clip = seed, processor, clip
+        self.embed = model.get_input_embeddings()
         self.packs = hasattr(parts.outer, "pack_image_features")
 
     def of(self, sight: Sight, alike: list[Unit], run: Run, embeds: Tensor) -> TokenView:
         """Units of equally many tokens (padding of a crop included) as one view.
 
-        Signals, each computed when it is asked for: "features" [B, N, C], what the projector makes the tokens of, and
-        "projector", the projector as a callable [..., C] -> [..., D] (both for methods that read "projector");
-        "text", a view of the prompt's text behind its last image (all of it where there is none), [B, M, D] with
-        `real`, whose own signal "ids" are the tokens, int64 [B, M]; "patches", the pixels of the encoder's patches,
-        0 to 1, float32 [E, P, channels, n]; "thumbnail", bool [B, N], the tokens of the crop that shows the whole
-        image; "newlines", bool [B, N], those that no patch makes.
+        Signals, each computed when it is asked for:
+
+        - "features" [B, N, C], what the projector makes the tokens of, and "projector", the projector as a callable
+          [..., C] -> [..., D] (for methods that read "projector");
+        - "text", a view of the prompt's text behind its last image (all of it where there is none), [B, M, D] with
+          `real`; its own signals are "ids", the tokens, int64 [B, M], and "reworded", which gives the view of the text
+          as a function str -> str leaves it;
+        - "rows", whose prompt each unit is in, int64 [B];
+        - "patches", the pixels of the encoder's patches, 0 to 1, float32 [E, P, channels, n];
+        - "thumbnail", bool [B, N], the tokens of the crop that shows the whole image;
+        - "newlines", bool [B, N], tokens that no patch makes;
+        - "left", bool [B, N], what a method left inside the tower (there where it could);
+        - "clip", the tokens [B, N, d] and a view of the text's segments in the space of a CLIP (where one is given).
         """
         slot = torch.stack([unit.slot for unit in alike])
         there = slot >= 0
@@ -64,21 +80,45 @@ class ImageViews:
             pool=partial(self.pool, sight, alike),
         )
         view.signals = {
-            "text": partial(text_of, run, embeds, row),
+            "text": partial(self._text, run, embeds, row),
+            "rows": lambda: row,
             "patches": partial(sight.patches, crops, normalisation(self.processor)),
             "thumbnail": partial(self._thumbnail, sight, alike, slot.device),
             "newlines": partial(self._newlines, sight, alike, slot.device),
         }
+        if sight.left is not None:
+            view.signals["left"] = lambda: view.pool(sight.split(sight.left, crops).float()) > 0
         if "seeds" in self.method.reads:
             view.seeds = unit_seeds(sight.inputs, alike, self.seed)
         if "encoder" in self.method.reads:
             blocks = [self.parts.projected, *self.method.encoder_blocks(len(self.parts.blocks))]
             view.encoders = {block: sight.block(block, crops) for block in dict.fromkeys(blocks)}
             view.encoder = view.encoders[self.parts.projected]
+        if self.clip is not None:
+            view.signals["clip"] = partial(self._in_clip, view)
         if "projector" in self.method.reads:
             view.signals["projector"] = lambda: sight.project
             view.signals["features"] = lambda: self._arrange(sight, alike, sight.features(crops))
         return self._before_projector(view) if self.method.projects else view
+
+    def _text(self, run: Run, embeds: Tensor, rows: Tensor) -> TokenView:
+        """The text of these rows, with the means to put it in other words where there is a tokenizer."""
+        text = text_of(run, embeds, rows)
+        tokenizer = getattr(self.processor, "tokenizer", None)
+        text.signals["reworded"] = lambda: (
+            (lambda rewrite: text) if tokenizer is None else partial(reworded, text, tokenizer, self.embed)
+        )
+        return text
+
+    def _in_clip(self, view: TokenView) -> tuple[Tensor, TokenView]:
+        """Image tokens and text in the space of CLIP: [B, N, d], and a view of the segments [B, M, d]."""
+        tokenizer = getattr(self.processor, "tokenizer", None)
+        if tokenizer is None:
+            raise UserError(
+                f"{self.method.id} reads the prompt's text, and the model has no tokenizer beside it"
+            )
+        patches = view.encoder.hidden[:, view.encoder.prefix :]
+        return view.pool(self.clip.image(patches)), self.clip.text(told(view.signal("text"), tokenizer))
 
     def _before_projector(self, view: TokenView) -> TokenView:
         """The same tokens before the projector, behind the tower's class token where that could be projected too."""
@@ -176,6 +216,31 @@ def text_of(run: Run, embeds: Tensor, rows: Tensor) -> TokenView:
     return TokenView(
         hidden, torch.zeros_like(real), whole=False, position=index, real=real, signals={"ids": lambda: ids}
     )
+
+
+def told(text: TokenView, tokenizer: Any) -> list[str]:
+    """What the tokens of each row say, without special tokens."""
+    pairs = zip(text.signal("ids"), text.real, strict=True)
+    return [tokenizer.decode(ids[real], skip_special_tokens=True) for ids, real in pairs]
+
+
+def reworded(
+    text: TokenView, tokenizer: Any, embed: Callable[[Tensor], Tensor], rewrite: Callable[[str], str]
+) -> TokenView:
+    """The embeddings of what `rewrite` makes of each row's text, without special tokens.
+
+    Args:
+        text: see `text_of`.
+        tokenizer: of the model.
+        embed: from tokens to embeddings.
+        rewrite: from a row's text to what shall stand for it.
+    """
+    found = [tokenizer(rewrite(row), add_special_tokens=False)["input_ids"] for row in told(text, tokenizer)]
+    rows = [torch.tensor(row, dtype=torch.int64) for row in found]
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(text.hidden.device)
+    lengths = torch.tensor([len(row) for row in rows], device=ids.device)
+    real = torch.arange(ids.shape[1], device=ids.device) < lengths.unsqueeze(1)
+    return TokenView(embed(ids), torch.zeros_like(real), whole=False, real=real, signals={"ids": lambda: ids})
 
 
 def check(method: TokenMethod, parts: Anatomy) -> Sequence[int]:

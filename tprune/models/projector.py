@@ -16,6 +16,7 @@ from tprune.core.budget import PROJECTOR, Stage
 from tprune.core.reduction import Reduction, gather_tokens
 from tprune.methods.base import TokenMethod
 from tprune.methods.views import TokenView
+from tprune.models.clip import Clip
 from tprune.models.encoder import Sight, Watch
 from tprune.models.image_view import ImageViews, check
 from tprune.models.layout import Unit, token_count, unit_seeds, units
@@ -34,6 +35,7 @@ class Projector:
         seed: of random draws, together with each image's own pixels.
         ascending: whether tokens stay in the order of their places, whatever order the method gives them.
         processor: of the model, or None.
+        clip: the CLIP that the tower is of, or None.
     """
 
     def __init__(
@@ -46,14 +48,15 @@ class Projector:
         *,
         ascending: bool = False,
         processor: Any = None,
+        clip: Clip | None = None,
     ):
         self.model, self.parts, self.method, self.stages_of, self.seed = model, parts, method, stages_of, seed
         self.ascending = ascending
         self.latest: Sight | None = None
-        self.views = ImageViews(model, parts, method, seed, processor)
+        self.views = ImageViews(model, parts, method, seed, processor, clip)
         self.watch = Watch(parts, check(method, parts), "projector" in method.reads)
-        block = method.tower_block(len(parts.blocks))
-        self.inside = None if block is None else TowerSite(parts, block, method, stages_of)
+        blocks = method.tower_blocks(len(parts.blocks), parts.projected)
+        self.inside = TowerSite(parts, blocks, method, stages_of) if blocks else None
 
         encode = parts.outer.get_image_features
         names = list(signature(encode).parameters)
@@ -66,6 +69,7 @@ class Projector:
                 self.inside.begin(given)
             output = encode(*args, **kwargs)
             self.latest = self.watch.take(given)
+            self.latest.left = None if self.inside is None else self.inside.left()
             # `generate` makes this call ahead of the forward and hands its result on.
             output.tprune_sight = self.latest
             return output
@@ -127,6 +131,21 @@ class Projector:
         for unit, seed in zip(images, unit_seeds(known, images, self.seed).tolist(), strict=True):
             seeds[unit.row] = (31 * seeds[unit.row] + seed) % 2**62
         return torch.tensor(seeds)
+
+    def cells(self, inputs: Inputs) -> Tensor:
+        """Every image token's crop (counted over the batch), row and column in it: int64 [B, N, 3] on the CPU.
+
+        -1 for text, for newlines, and where tokens form no rows and columns.
+        """
+        mask, sight = image_tokens(self.model, inputs), self._ahead(inputs) or self.latest
+        found = torch.full((*mask.shape, 3), -1)
+        for crop, unit in enumerate(self._units(sight.inputs, mask, by_crop=True)):
+            grid = self.views.grid(sight, unit)
+            if grid is not None:
+                place = (unit.slot >= 0).nonzero().squeeze(1)
+                cells = [torch.full_like(place, crop), place // grid[1], place % grid[1]]
+                found[unit.row, unit.slot[place]] = torch.stack(cells, 1)
+        return found
 
     def _ahead(self, inputs: Inputs) -> Sight | None:
         """The images of a forward whose inputs hold them encoded already, as `generate` does."""

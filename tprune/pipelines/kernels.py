@@ -13,32 +13,55 @@ from tprune.methods.base import Shape, TokenMethod
 from tprune.methods.views import Attention, TokenView
 
 IMAGE, WIDTH, HEADS, BEFORE, BEHIND, KEPT = 576, 4096, 32, 35, 41, 64
-PATCH_WIDTH, PATCH_HEADS = 1024, 16
+NEURONS = 11008
+PATCH_WIDTH, PATCH_HEADS, TOWER_DEPTH, GRID = 1024, 16, 24, 24
 
 
 def selection(method: TokenMethod, device: torch.device | str) -> Callable[[], Reduction]:
     """A call that chooses 64 of 576 tokens of noise, as at the first site of `method`."""
     shape = Shape(32, IMAGE, heads=HEADS, has_cls=True)
     site = min(stage.site for stage in method.stages(shape, KEPT / IMAGE))
-    view = _image(device) if site == PROJECTOR else _prompt(device)
-    return lambda: method.reduce(site, view, KEPT, {})
+    view = _image(method, device) if site == PROJECTOR else _prompt(device)
+    return lambda: method.reduce(site, view, KEPT, {"episode": {}})
 
 
 def _noise(*shape: int, device: torch.device | str) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
 
 
-def _image(device: torch.device | str) -> TokenView:
-    """The projected tokens of one image, with what CLIP-L/14-336 saw of it."""
+def _image(method: TokenMethod, device: torch.device | str) -> TokenView:
+    """The projected tokens of one image, with what CLIP-L/14-336 saw of it, and a question of 41 tokens."""
+    prefix = torch.arange(1 + IMAGE, device=device) == 0
     patches = _noise(1, PATCH_HEADS, 1 + IMAGE, PATCH_WIDTH // PATCH_HEADS, device=device)
-    everything = torch.ones(1, IMAGE, dtype=torch.bool, device=device)
-    hidden = _noise(1, IMAGE, WIDTH, device=device)
     attention = Attention(patches, patches, patches, patches.shape[-1] ** -0.5)
-    encoder = TokenView(hidden, everything, prefix=1, attention=attention)
-    seeds = torch.zeros(1, dtype=torch.int64)
-    return TokenView(
-        hidden, everything, depth=32, real=everything, encoder=encoder, pool=lambda score: score, seeds=seeds
+    tower = TokenView(
+        patches.transpose(1, 2).flatten(2),
+        ~prefix[None],
+        prefix=1,
+        depth=TOWER_DEPTH,
+        has_cls=True,
+        attention=attention,
     )
+    view = TokenView(_noise(1, IMAGE, WIDTH, device=device), ~prefix[None, 1:], depth=32, grid=(GRID, GRID))
+    if method.projects:
+        view.hidden, view.prunable, view.prefix, view.has_cls = tower.hidden, tower.prunable, 1, True
+    view.real, view.encoder, view.pool = view.prunable, tower, lambda x: x
+    view.encoders = dict.fromkeys([TOWER_DEPTH - 2, *method.encoder_blocks(TOWER_DEPTH)], tower)
+    view.seeds = torch.zeros(1, dtype=torch.int64)
+    project = nn.Sequential(nn.Linear(PATCH_WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH)).to(device)
+    text = TokenView(_noise(1, BEHIND, WIDTH, device=device), torch.zeros(1, BEHIND, dtype=torch.bool))
+    text.real = ~text.prunable.to(device)
+    text.signals["reworded"] = lambda: lambda rewrite: text
+    view.signals = {
+        "features": lambda: tower.hidden[:, 1:],
+        "projector": lambda: project,
+        "text": lambda: text,
+        "patches": lambda: _noise(1, IMAGE, 3, 14 * 14, device=device).sigmoid(),
+        "thumbnail": lambda: ~prefix[None, 1:],
+        "newlines": lambda: torch.zeros(1, IMAGE, dtype=torch.bool, device=device),
+        "rows": lambda: torch.zeros(1, dtype=torch.int64, device=device),
+    }
+    return view
 
 
 def _prompt(device: torch.device | str) -> TokenView:
@@ -49,13 +72,27 @@ def _prompt(device: torch.device | str) -> TokenView:
     norm = nn.RMSNorm(WIDTH, device=device)
     prunable = torch.zeros(1, length, dtype=torch.bool, device=device)
     prunable[:, BEFORE : BEFORE + IMAGE] = True
+    attention = Attention(heads, heads, heads, heads.shape[-1] ** -0.5, causal=True)
+    place = torch.arange(length, device=device) - BEFORE
+    cells = torch.stack([place * 0, place // GRID, place % GRID], 1)
+    cells = torch.where(prunable.unsqueeze(2), cells, -1)
     return TokenView(
         hidden,
         prunable,
         depth=32,
         whole=False,
         real=torch.ones_like(prunable),
-        attention=Attention(heads, heads, heads, heads.shape[-1] ** -0.5, causal=True),
+        attention=attention,
         seeds=torch.zeros(1, dtype=torch.int64),
-        signals={"final_norm": lambda: norm(hidden)},
+        signals={
+            "final_norm": lambda: norm(hidden),
+            "next_attention": lambda: attention,
+            "unrotated_attention": lambda: attention,
+            "rotated_ones": lambda: torch.ones_like(heads[:, 0]),
+            "sublayers": lambda: [(hidden, hidden)] * 2,
+            "neurons": lambda: hidden.repeat(1, 1, 3)[..., :NEURONS],
+            "embeddings": lambda: hidden,
+            "hidden": lambda: torch.zeros_like(prunable),
+            "cells": lambda: cells,
+        },
     )

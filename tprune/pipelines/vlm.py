@@ -18,6 +18,7 @@ from tprune.errors import UserError
 from tprune.methods.base import Shape, TokenMethod
 from tprune.models import load as loaders
 from tprune.models import vlm as adapter
+from tprune.models.clip import load_clip
 from tprune.models.decoder import DecoderDriver
 from tprune.models.projector import Projector
 from tprune.models.prompts import noise_prompts
@@ -42,6 +43,10 @@ class VlmHandle(Handle):
         """Take all hooks out again."""
         self.driver.remove()
         self.projector.remove()
+
+    def reset(self) -> None:
+        """Begin a new episode, for methods that keep something from prompt to prompt."""
+        self.driver.episode.reset()
 
     def entering(self) -> tuple[float, list[float]]:
         """Image tokens of a prompt, and how many of them entered each layer: means over all prompts so far.
@@ -205,6 +210,7 @@ class VlmPipeline(Pipeline):
             self.recipe.seed,
             ascending=positions == "gap",
             processor=subject.processor,
+            clip=load_clip(name, subject.device) if (name := getattr(self.method, "clip", "")) else None,
         )
         driver = DecoderDriver(
             subject.model,
@@ -215,6 +221,7 @@ class VlmPipeline(Pipeline):
             entrance=projector if any(stage.site == PROJECTOR for stage in stages) else None,
             outer=parts.outer,
             seeds_of=projector.seeds,
+            cells_of=projector.cells,
             check_later=partial(adapter.check_later, subject.model),
         )
         return VlmHandle(driver, projector, stages, tokens)

@@ -70,9 +70,9 @@ class SaintVLM(TokenMethod):
         """The block whose keys are compared."""
         return (scale_layer(self.block, 24, depth),)
 
-    def tower_block(self, depth):
+    def tower_blocks(self, depth, projected):
         """Patches leave behind its attention."""
-        return None if self.where == "decoder" else scale_layer(self.block, 24, depth)
+        return () if self.where == "decoder" else (scale_layer(self.block, 24, depth),)
 
     def stages(self, shape, knob):
         """A fraction in the tower; then at most half at every layer, any number or the same fraction."""

@@ -1,0 +1,160 @@
+"""ToDRE and ZOO-Prune against their papers' definitions, in plain loops; and what ToDRE does late in the decoder."""
+
+import pytest
+import torch
+from torch import nn
+
+import tprune
+from tests.vlm.test_golden_before import image, tower
+from tests.vlm.tiny import IMAGE, tiny
+from tprune.core.budget import PROJECTOR, Site
+from tprune.methods import registry
+from tprune.methods.views import Attention, TokenView
+from tprune.models.prompts import noise_prompts
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.mark.parametrize("dispersion", ["sum", "min"])
+def test_todre_disperses_from_the_thumbnails_most_attended_token(dispersion, generator):
+    hidden = torch.randn(2, 20, 6, generator=generator)
+    query = torch.randn(2, 2, 21, 4, generator=generator)
+    seen = tower(torch.zeros(2, 21, 8), Attention(query, query, query, 0.5))
+    thumbnail = torch.arange(20).expand(2, -1) < 8
+    view = image(hidden, seen, encoders={23: seen}, signals={"thumbnail": lambda: thumbnail})
+    method = registry.build("todre", "vlm", {"dispersion": dispersion})
+    index = method.reduce(PROJECTOR, view, 7, {}).index
+    paid = (query[:, :, :1] @ query.transpose(2, 3) * 0.5).softmax(-1).mean(1)[:, 0, 1:]
+    for row in range(2):
+        unit = nn.functional.normalize(hidden[row], dim=1)
+        picks = [int(paid[row, :8].argmax())]
+        while len(picks) < 7:
+            near = unit @ unit[picks].T
+            worth = near.sum(1) if dispersion == "sum" else near.amax(1)
+            picks.append(int(worth.index_fill(0, torch.tensor(picks), torch.inf).argmin()))
+        assert index[row].tolist() == sorted(picks)
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2-vl"])
+@pytest.mark.parametrize(("tau", "left"), [(0.0, 4), (0.5, None), (1.0, 0)])
+def test_todre_drops_what_the_text_hardly_looks_at(kind, tau, left):
+    model = tiny(kind)
+    inputs = noise_prompts(model, 2, 0)
+    tokens = int((inputs["input_ids"][0] == IMAGE).sum())
+    ratio = 0.25
+    with tprune.prune(model, "vlm/todre", tau=tau, ratio=ratio) as handle:
+        cache = model(**inputs, use_cache=True).past_key_values
+        kept = handle.driver.tally.owner >= 0
+        told = model.generate(**inputs, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    text = inputs["input_ids"].shape[1] - tokens
+    first = round(ratio * tokens)
+    assert cache.layers[0].keys.shape[2] == text + first
+    images = (kept & (inputs["input_ids"] == IMAGE)).sum(1)
+    assert set(images.tolist()) <= {0, first}
+    if left is not None:
+        assert set(images.tolist()) == {first if left else 0}
+        assert cache.layers[-1].keys.shape[2] == text + (first if left else 0)
+    assert told.shape[1] == inputs["input_ids"].shape[1] + 3
+
+
+def sensitivity(view, directions=400, step=0.01):
+    return registry.build("zoo-prune", "vlm", {"directions": directions, "step": step}).sensitivity(view)
+
+
+def projected(features, project):
+    signals = {"features": lambda: features, "projector": lambda: project}
+    return image(project(features), signals=signals, seeds=torch.arange(len(features)))
+
+
+def test_zoo_prunes_sensitivity_is_the_mean_norm_of_jacobian_vector_products(generator):
+    project = nn.Sequential(nn.Linear(5, 16), nn.GELU(), nn.Linear(16, 7))
+    for parameter in project.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    features = torch.randn(2, 6, 5, generator=generator)
+    found = sensitivity(projected(features, project))
+    noise = torch.randn(20000, 5, generator=generator)
+    for row in range(2):
+        for place in range(6):
+            jacobian = torch.func.jacrev(project)(features[row, place])
+            assert found[row, place] == pytest.approx(float((noise @ jacobian.T).norm(dim=1).mean()), rel=0.1)
+
+
+def test_zoo_prune_multiplies_sensitivity_and_distance(generator):
+    project = nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 7))
+    features = 2 * torch.randn(1, 12, 5, generator=generator)
+    view = projected(features, project)
+    method = registry.build("zoo-prune", "vlm")
+    index = method.reduce(PROJECTOR, view, 5, {}).index[0]
+    score = sensitivity(view, 64)[0]
+    score = (score - score.min()) / (score.max() - score.min())
+    unit = nn.functional.normalize(view.hidden[0], dim=1)
+    picks = [int(score.argmax())]
+    while len(picks) < 5:
+        worth = score * (1 - (unit @ unit[picks].T).amax(1))
+        picks.append(int(worth.index_fill(0, torch.tensor(picks), -1).argmax()))
+    assert index.tolist() == sorted(picks)
+
+
+def test_zoo_prune_on_a_linear_projector_is_diversity_alone(generator):
+    project = nn.Linear(5, 7)
+    features = torch.randn(1, 12, 5, generator=generator)
+    view = projected(features, project)
+    score = sensitivity(view)
+    assert torch.allclose(score, score[:, :1].expand_as(score), rtol=1e-3)
+    index = registry.build("zoo-prune", "vlm").reduce(PROJECTOR, view, 4, {}).index[0]
+    unit, picks = nn.functional.normalize(view.hidden[0], dim=1), [0]
+    while len(picks) < 4:
+        near = (unit @ unit[picks].T).amax(1)
+        picks.append(int(near.index_fill(0, torch.tensor(picks), 2).argmin()))
+    assert index.tolist() == sorted(picks)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_ptp_shares_the_budget_among_tiles_and_ranks_inside_them_by_tower_and_text(alpha, generator):
+    tiles, length, count = 3, 40, 14
+    query = torch.randn(tiles, 2, 11, 4, generator=generator) * torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1, 1)
+    seen = tower(
+        torch.zeros(tiles, 10, 8), Attention(query[:, :, 1:], query[:, :, 1:], query[:, :, 1:], 0.5), prefix=0
+    )
+    seen.encoders = {}
+    position = torch.tensor([[2 + 10 * tile + place for place in range(10)] for tile in range(tiles)])
+    view = image(torch.zeros(tiles, 10, 4), seen, encoders={23: seen}, position=position)
+    view.signals["rows"] = lambda: torch.zeros(tiles, dtype=torch.int64)
+    method, memory = registry.build("ptp", "vlm", {"alpha": alpha}), {}
+    assert method.reduce(PROJECTOR, view, 10, memory).drops_only
+    states = torch.randn(1, 2, length, 4, generator=generator)
+    prunable = ((torch.arange(length) >= 2) & (torch.arange(length) < 32))[None]
+    inside = TokenView(
+        torch.zeros(1, length, 4),
+        prunable,
+        whole=False,
+        real=torch.ones_like(prunable),
+        position=torch.arange(length)[None],
+        attention=Attention(states, states, states, 0.5, causal=True),
+    )
+    index = method.reduce(Site(2), inside, count, memory).index[0]
+    kept = index[(index >= 2) & (index < 32)]
+    assert len(kept) == count
+    paid = seen.attention.rows().mean((1, 2))
+    told = inside.attention.rows().mean(1)[0, 32:].amax(0)[2:32]
+
+    def unit(score):
+        return (score - score.min()) / (score.max() - score.min())
+
+    fused = torch.cat([(1 - alpha) * unit(row) for row in paid]) + alpha * unit(told)
+    share = count * paid.mean(1) / paid.mean(1).sum()
+    first = set()
+    for tile in range(tiles):
+        own = fused[10 * tile : 10 * tile + 10]
+        first |= {2 + 10 * tile + place for place in own.topk(int(share[tile])).indices.tolist()}
+    rest = sorted(set(range(2, 32)) - first, key=lambda place: -fused[place - 2])
+    assert kept.tolist() == sorted(first | set(rest[: count - len(first)]))
