@@ -133,11 +133,13 @@ class Inputs:
 
     Attributes:
         tokens: how many it saw.
+        sequences: in how many sequences; tokens without any, as experts get them, count as one at each call.
         shared: what users compute from the result, for others with the same input.
     """
 
     def __init__(self, kinds: tuple[str, ...]):
         self.tokens = 0
+        self.sequences = 0
         self.shared: dict[str, object] = {}
         self._result: dict[str, Tensor] | None = None
         self.parts = [KINDS[kind]() for kind in kinds if kind in KINDS]
@@ -147,6 +149,7 @@ class Inputs:
         count = x.numel() // x.shape[-1]
         if count:
             self.tokens += count
+            self.sequences += 1 if x.dim() == 2 else x.shape[0]
             for part in self.parts:
                 part.add(x)
 

@@ -162,7 +162,8 @@ class TokenView:
         none = ~text.any(1, keepdim=True) & (self._places() == self.last)
         rows, said = select.places(text | none)
         paid = self.attention.rows(rows).mean(1)  # [B, R, N]
-        return (paid * said.unsqueeze(2)).sum(1) / said.sum(1, keepdim=True)
+        # Rows of padding, which see nothing, are NaN.
+        return paid.masked_fill(~said.unsqueeze(2), 0).sum(1) / said.sum(1, keepdim=True)
 
     def _places(self) -> Tensor:
         return torch.arange(self.prunable.shape[1], device=self.prunable.device)
@@ -261,7 +262,9 @@ class LinearView:
         channel_norm: float32 [out], of a matrix that feeds an MLP, the L2 norm of the channel that each output makes (as
             the projection behind reads it), where `norm` was asked for; None for any other matrix.
         gram: float32 [in, in], (2 / sequences) · Σ x xᵀ, if asked for.
-        tokens: how many calibration tokens it saw.
+        gradient: float32 [out, in], the L2 norm over calibration sequences of the gradient of the dense model's loss, if
+            asked for.
+        tokens, sequences: how many calibration tokens it saw, of how many sequences.
         shared: what was computed from the statistics so far, for all matrices with the same inputs.
     """
 
@@ -271,7 +274,9 @@ class LinearView:
     norm: Tensor | None = None
     channel_norm: Tensor | None = None
     gram: Tensor | None = None
+    gradient: Tensor | None = None
     tokens: int = 0
+    sequences: int = 0
     shared: dict[str, Any] = field(default_factory=dict)
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:

@@ -58,9 +58,10 @@ class Matrix:
     rows: Tensor | None = None
     reader: str | None = None
 
-    def _view(self) -> Tensor:
-        """The parameter as [all rows, in], sharing its memory."""
-        data = self.parameter.data if self.expert is None else self.parameter.data[self.expert]
+    def _view(self, held: Tensor | None = None) -> Tensor:
+        """The parameter, or a tensor of its shape, as [all rows, in], sharing its memory."""
+        held = self.parameter.data if held is None else held
+        data = held if self.expert is None else held[self.expert]
         return data.t() if self.transposed else data
 
     @property
@@ -73,6 +74,11 @@ class Matrix:
         """A float32 copy [out, in]."""
         view = self._view() if self.rows is None else self._view()[self.rows]
         return torch.empty(view.shape, device=view.device).copy_(view)
+
+    def cut(self, held: Tensor) -> Tensor:
+        """The part [out, in] of a tensor of the parameter's shape that belongs to the matrix."""
+        view = self._view(held)
+        return view if self.rows is None else view[self.rows]
 
     def write(self, weight: Tensor) -> None:
         """Put `weight` [out, in] in its place, in the parameter's own dtype."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 
 from tprune.core.statistics import Inputs
 from tprune.methods.allocate import Allocation
@@ -17,45 +18,53 @@ from tprune.pipelines.stream import look
 from tprune.progress import Progress
 
 
-def sparsities(
-    decoder: Decoder,
-    allocation: Allocation,
-    method: WeightMethod,
-    sparsity: float,
-    stream: Callable[[], Stream],
-    journal: Journal,
-    progress: Progress,
-) -> dict[str, float]:
-    """The fraction that every matrix loses, by its name.
+class Sharing:
+    """One allocation of a method's budget over a dense decoder.
 
-    Args:
-        decoder: dense.
-        allocation, method, sparsity: what is shared out, for whom.
-        stream: starts the calibration sequences at the first block; called only where statistics are needed.
-        journal: where the outcome of an interrupted run is found.
-        progress: shows the pass.
+    Attributes:
+        decoder: dense, only looked at.
+        rule, method: what is shared out, for whom.
+        gradients: by parameter, where the method reads them.
     """
-    names = [matrix.name for index in range(len(decoder.blocks)) for matrix in decoder.matrices(index)]
-    known = journal.read(0)
-    if known is None:
-        kinds = allocation.needs(method)
-        inputs = _gather(decoder, kinds, stream(), progress) if kinds else None
 
-        def views() -> Iterator[LinearView]:
-            for index in range(len(decoder.blocks)):
-                for matrix in decoder.matrices(index):
-                    yield look(matrix, None if inputs is None else inputs[index], kinds)
+    def __init__(
+        self,
+        decoder: Decoder,
+        rule: Allocation,
+        method: WeightMethod,
+        gradients: dict[str, Tensor] | None,
+        progress: Progress,
+    ):
+        self.decoder, self.rule, self.method = decoder, rule, method
+        self.gradients, self.progress = gradients, progress
 
-        with torch.no_grad():
-            found = allocation.sparsities(views, method, sparsity)
-        known = {"sparsity": torch.tensor(found, dtype=torch.float64)}
-        journal.write(0, known)
-    return dict(zip(names, known["sparsity"].tolist(), strict=True))
+    @torch.no_grad()
+    def run(self, sparsity: float, start: Callable[[], Stream], journal: Journal) -> dict[str, float]:
+        """The fraction that every matrix loses, by its name.
 
+        Args:
+            sparsity: of all of them.
+            start: puts the calibration sequences before the first block; called only where they are needed.
+            journal: where the outcome of an interrupted run is found.
+        """
+        blocks = range(len(self.decoder.blocks))
+        known = journal.read(0)
+        if known is None:
+            kinds = self.rule.needs(self.method)
+            inputs: list[dict[str, Inputs]] | None = None
+            if set(kinds) - {"gradient"}:
+                stream = start()
+                track = self.progress.track(blocks, "allocating")
+                inputs = [stream.gather_and_advance(index, kinds)[0] for index in track]
 
-def _gather(
-    decoder: Decoder, kinds: tuple[str, ...], stream: Stream, progress: Progress
-) -> list[dict[str, Inputs]]:
-    """The statistics of all blocks of the dense model."""
-    blocks = progress.track(range(len(decoder.blocks)), "allocating")
-    return [stream.gather_and_advance(index, kinds)[0] for index in blocks]
+            def views() -> Iterator[LinearView]:
+                for index in blocks:
+                    seen = None if inputs is None else inputs[index]
+                    for matrix in self.decoder.matrices(index):
+                        yield look(matrix, seen, kinds, self.gradients)
+
+            found = self.rule.sparsities(views, self.method, sparsity)
+            known = {"sparsity": torch.tensor(found, dtype=torch.float64)}
+            journal.write(0, known)
+        names = [matrix.name for index in blocks for matrix in self.decoder.matrices(index)]
+        return dict(zip(names, known["sparsity"].tolist(), strict=True))

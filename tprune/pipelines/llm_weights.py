@@ -19,6 +19,7 @@ from tprune.models import load as loaders
 from tprune.models import masks, shapes
 from tprune.models.blocks import Decoder, find_decoder
 from tprune.models.calibrate import Stream
+from tprune.models.gradients import gradient_norms
 from tprune.models.subject import Subject
 from tprune.pipelines import allocation, stream, structure
 from tprune.pipelines.base import Achieved, Handle, Pipeline, Quality, Sample, Workload
@@ -185,28 +186,26 @@ class LlmWeights(Pipeline):
         training = decoder.model.training
         decoder.model.eval()
         try:
-            shares = self._shares(decoder, budget, tokens, journal)
-            reads = self.method.stats or self.method.measures
-            calibration = Stream(decoder, tokens, self.recipe.batch_size) if reads else None
+            start = partial(Stream, decoder, tokens, self.recipe.batch_size)
+            gradients = shares = None
+            if "gradient" in self.method.stats:
+                gradients = gradient_norms(decoder, self.progress.track(tokens, "gradients"))
+            rule = self.allocation()
+            if rule is not None and budget.sparsity > 0:
+                sharing = allocation.Sharing(decoder, rule, self.method, gradients, self.progress)
+                shares = sharing.run(
+                    budget.sparsity, start, Journal(journal.folder, f"{journal.name}-shares")
+                )
+            reads = set(self.method.stats) - {"gradient"} or self.method.measures
+            calibration = start() if reads else None
             if self.method.scope == "model":
                 return self._prune_structure(decoder, budget, calibration, journal)
             pruner = stream.BlockPruner(
-                decoder, self.method, budget, self.recipe.seed, calibration, self.progress, shares
+                decoder, self.method, budget, self.recipe.seed, calibration, self.progress, shares, gradients
             )
             return self._masked(decoder, pruner.run(journal), budget)
         finally:
             decoder.model.train(training)
-
-    def _shares(
-        self, decoder: Decoder, budget: WeightBudget, tokens: Tensor | None, journal: Journal
-    ) -> dict[str, float] | None:
-        """What each matrix loses; None where all lose the same fraction, or nothing at all."""
-        rule = self.allocation()
-        if rule is None or budget.sparsity == 0:
-            return None
-        start = partial(Stream, decoder, tokens, self.recipe.batch_size)
-        own = Journal(journal.folder, f"{journal.name}-shares")
-        return allocation.sparsities(decoder, rule, self.method, budget.sparsity, start, own, self.progress)
 
     def _masked(self, decoder: Decoder, edits: dict[str, Tensor], budget: WeightBudget | None) -> Handle:
         """The handle of matrices pruned by masks."""

@@ -50,15 +50,22 @@ def grouped_axis(matrix: Matrix, groups_outputs: bool) -> int:
     return 0 if groups_outputs and matrix.reader is not None else 1
 
 
-def look(matrix: Matrix, inputs: dict[str, Inputs] | None, kinds: tuple[str, ...]) -> LinearView:
-    """A matrix as methods see it, with the statistics `kinds` of a block's inputs, if there are any."""
+def look(
+    matrix: Matrix,
+    inputs: dict[str, Inputs] | None,
+    kinds: tuple[str, ...],
+    gradients: dict[str, Tensor] | None = None,
+) -> LinearView:
+    """A matrix as methods see it, with statistics of the kinds `kinds` and gradients, where there are any."""
     weight = matrix.read()
     view = LinearView(matrix.name, matrix.block, weight)
+    if gradients is not None:
+        view.gradient = matrix.cut(gradients[matrix.parameter_name]).to(weight.device)
     if inputs is None:
         return view
     seen = inputs[matrix.input]
     known = _result(seen, kinds, matrix.shape[1], weight.device)
-    view.tokens, view.shared = seen.tokens, seen.shared
+    view.tokens, view.sequences, view.shared = seen.tokens, seen.sequences, seen.shared
     view.norm, view.gram = known.get("norm"), known.get("gram")
     if matrix.reader is not None:
         read = _result(inputs[matrix.reader], kinds, matrix.shape[0], weight.device)
@@ -77,7 +84,8 @@ class BlockPruner:
     Attributes:
         decoder: edited in place.
         method, budget, seed: what is done.
-        stream: the calibration sequences; None for methods without statistics.
+        stream: the calibration sequences; None for methods without statistics of them.
+        gradients: by parameter, for methods that read them.
         shares: the fraction that each matrix loses, by name, where that is not the same for all.
     """
 
@@ -90,9 +98,11 @@ class BlockPruner:
         stream: Stream | None,
         progress: Progress,
         shares: dict[str, float] | None = None,
+        gradients: dict[str, Tensor] | None = None,
     ):
         self.decoder, self.method, self.budget, self.seed = decoder, method, budget, seed
-        self.stream, self.progress, self.shares = stream, progress, shares or {}
+        self.stream, self.progress = stream, progress
+        self.shares, self.gradients = shares or {}, gradients
         self.starved: list[str] = []
 
     def run(self, journal: Journal) -> dict[str, Tensor]:
@@ -141,7 +151,7 @@ class BlockPruner:
         seen = None if self.stream is None else inputs[matrix.input]
         if seen is not None and matrix.expert is not None and seen.tokens < FEW_TOKENS:
             self.starved.append(f"{matrix.name} ({seen.tokens})")
-        view = look(matrix, None if self.stream is None else inputs, self.method.stats)
+        view = look(matrix, None if self.stream is None else inputs, self.method.stats, self.gradients)
         budget = replace(self.budget, sparsity=self.shares.get(matrix.name, self.budget.sparsity))
         try:
             edit = self.method.prune(view, budget, generator(self.seed, matrix.name))

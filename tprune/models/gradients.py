@@ -1,0 +1,61 @@
+"""Gradients of the language-modelling loss with respect to the prunable weights of the dense model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from tprune.models.blocks import Decoder
+
+
+def gradient_norms(decoder: Decoder, sequences: Iterable[Tensor]) -> dict[str, Tensor]:
+    """The L2 norm of every weight's gradient over sequences: sqrt(Σ_n g_n²), float32, by parameter name.
+
+    One sequence per backward pass, its loss the mean over its predicted tokens; squares are summed as soon as a
+    gradient is there, so that those of one parameter are alive at a time. The sums, as large as the prunable weights,
+    are held on the CPU.
+
+    Args:
+        decoder: dense; its gradients and what asks for them are as before afterwards.
+        sequences: int64 [L] each.
+    """
+    model = decoder.model
+    parameters = {
+        matrix.parameter_name: matrix.parameter
+        for index in range(len(decoder.blocks))
+        for matrix in decoder.matrices(index)
+    }
+    sums = {name: torch.zeros(held.shape, dtype=torch.float32) for name, held in parameters.items()}
+    asked = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
+    hooks = []
+    try:
+        for parameter in asked:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(True)
+            hooks.append(parameter.register_post_accumulate_grad_hook(_adding_to(sums[name])))
+        device = model.get_input_embeddings().weight.device
+        for sequence in sequences:
+            ids = sequence.to(device).unsqueeze(0)
+            with torch.enable_grad():
+                model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter, (wanted, gradient) in asked.items():
+            parameter.requires_grad_(wanted)
+            parameter.grad = gradient
+    return {name: total.sqrt_() for name, total in sums.items()}
+
+
+def _adding_to(total: Tensor) -> Callable[[nn.Parameter], None]:
+    """A hook that adds the square of a parameter's gradient and lets go of it."""
+
+    def add(parameter: nn.Parameter) -> None:
+        total.add_(parameter.grad.detach().float().square_().to(total.device))
+        parameter.grad = None
+
+    return add
