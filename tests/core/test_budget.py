@@ -8,6 +8,7 @@ from tprune.core.budget import (
     Stage,
     bisect,
     counts_entering,
+    falling_counts,
     mean_entering,
     mean_leaving,
     scale_layer,
@@ -41,3 +42,17 @@ def test_bisect_comes_as_near_as_the_steps_allow(target, steps):
 def test_layers_scale_with_depth():
     assert [scale_layer(layer, 12, 24) for layer in (3, 6, 9)] == [6, 12, 18]
     assert scale_layer(11, 12, 4) == 3
+
+
+def test_falling_counts_are_those_of_pyramidkv_and_add_up_to_the_budget():
+    # kvpress@8bb29b9, PyramidKVPress.get_layer_budget without a window; each rounded for itself.
+    cases = {
+        (100.0, 1000, 8, 4.0): [175, 154, 132, 111, 89, 68, 46, 25],
+        (600.0, 1000, 8, 20.0): [1000, 886, 771, 657, 543, 429, 314, 200],
+    }
+    for (mean, most, layers, steepness), expected in cases.items():
+        found = falling_counts(mean, most, layers, steepness)
+        assert sum(found) == mean * layers
+        assert all(abs(one - other) <= 1 for one, other in zip(found, expected, strict=True))
+    assert falling_counts(37.0, 50, 5, 1.0) == [37] * 5
+    assert falling_counts(10.0, 50, 1, 4.0) == [10]

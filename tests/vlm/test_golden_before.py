@@ -139,7 +139,7 @@ def test_flowcut_leaves_the_authors_patches_on_their_way_through_the_tower(case)
             LlavaConfig(vision_config=config, text_config=LlamaConfig(**TEXT), image_token_id=IMAGE)
         ).eval()
     tower, flat = model.model.vision_tower, tensors["weights"].float()
-    for name, weight in sorted(tower.state_dict().items()):
+    for _, weight in sorted(tower.state_dict().items()):
         if weight.is_floating_point():
             weight.copy_(flat[: weight.numel()].view_as(weight))
             flat = flat[weight.numel() :]

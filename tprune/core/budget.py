@@ -37,8 +37,7 @@ class Stage:
     """After `site`, `count` prunable tokens are left.
 
     With `skips` it is the attention of the block that is left out, for all tokens; `count` is then what it was.
-    Where the next attention has other keys than what is left (`core.reduction.Sight`), `seen` is how many tokens it
-    works on in all.
+    Where the next attention has more keys than what is left (`core.reduction.Sight`), `seen` is how many.
     """
 
     site: Site
@@ -107,6 +106,22 @@ def whole_steps(rates: Sequence[float]) -> list[int]:
     return [floor(after) - floor(before) for before, after in pairwise(due)]
 
 
+def falling_counts(mean: float, most: int, layers: int, steepness: float) -> list[int]:
+    """Counts that fall by equal steps from layer to layer and have this mean (PyramidKV).
+
+    Args:
+        mean: of all layers.
+        most: of any layer; the slope is less where the first would have more.
+        layers: how many.
+        steepness: the last layer has mean / steepness, 1 or more; 1 gives all the same.
+    """
+    if layers == 1:
+        return [round(mean)]
+    last = max(mean / steepness, 2 * mean - most)
+    rates = [2 * mean - last - 2 * (mean - last) * layer / (layers - 1) for layer in range(layers)]
+    return [round(after) - round(before) for before, after in pairwise(accumulate(rates, initial=0.0))]
+
+
 def ratio_stages(
     layers: Sequence[int], ratio: float, tokens: int, depth: int, *, between: bool = False
 ) -> list[Stage]:
@@ -132,6 +147,11 @@ def even_stages(rate: float, tokens: int, depth: int) -> list[Stage]:
         alive = max(1, alive - leaving)
         stages.append(Stage(Site(layer, between=True), alive))
     return stages
+
+
+def exponent(knob: float) -> float:
+    """The power to which a paper's fractions are raised: 1 at the knob's middle, 0 (all is kept) at 1, ∞ at 0."""
+    return (1 - knob) / knob if knob else float("inf")
 
 
 def staircase(layers: Sequence[int], counts: Sequence[int], paper_depth: int, depth: int) -> list[Stage]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -76,3 +78,20 @@ def cell_owners(grid: Size, window: Size, cells: Size) -> tuple[Tensor, Tensor]:
     owner = row.unsqueeze(1) * columns + column
     middle = middle_row.unsqueeze(1) * grid[1] + middle_column
     return owner.flatten(), middle.flatten()
+
+
+@lru_cache(maxsize=64)
+def far_apart(grid: Size, count: int) -> Tensor:
+    """`count` places of a grid, from its first on always the one farthest by rows plus columns from all: bool [places].
+
+    Ties go to the lower place (BTP's spatial start).
+    """
+    place = torch.arange(grid[0] * grid[1])
+    row, column = place // grid[1], place % grid[1]
+    apart = torch.full(place.shape, grid[0] + grid[1])
+    chosen = torch.zeros(place.shape, dtype=torch.bool)
+    for _ in range(min(count, len(place))):
+        pick = int(apart.masked_fill(chosen, -1).argmax())
+        chosen[pick] = True
+        apart = torch.minimum(apart, (row - row[pick]).abs() + (column - column[pick]).abs())
+    return chosen

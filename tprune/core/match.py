@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tprune.core.reduction import gather_tokens
 from tprune.core.score import cosine_normalise
-from tprune.core.select import with_prefix
+from tprune.core.select import places, with_prefix
 
 
 def bipartite_merge(metric: Tensor, count: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,7 +50,9 @@ def bipartite_merge(metric: Tensor, count: int, prefix: int) -> tuple[Tensor, Te
     return index, 2 * flows, into
 
 
-def farthest_first(features: Tensor, count: int, allowed: Tensor | None = None) -> Tensor:
+def farthest_first(
+    features: Tensor, count: int, allowed: Tensor | None = None, seeds: Tensor | None = None
+) -> Tensor:
     """Max-min diversity by cosine distance, greedily (DivPrune, eq. 2-4): int64 [B, count], in the order chosen.
 
     The first token is the one farthest from its nearest neighbour; then always the one farthest from all chosen.
@@ -61,6 +63,7 @@ def farthest_first(features: Tensor, count: int, allowed: Tensor | None = None) 
         features: [B, N, D].
         count: how many, at most the number of allowed tokens of a row.
         allowed: bool [B, N], what may be chosen; None for all.
+        seeds: bool [B, N], what is chosen already and not again; None for nothing.
     """
     unit = cosine_normalise(features)
     similarity = unit @ unit.transpose(1, 2)  # [B, N, N]
@@ -71,13 +74,20 @@ def farthest_first(features: Tensor, count: int, allowed: Tensor | None = None) 
     # How close each token is to the nearest chosen one; at first, to its nearest neighbour.
     closeness = similarity.amax(dim=2)
     taken = torch.zeros_like(closeness) if allowed is None else torch.where(allowed, 0.0, torch.inf)
+    begun = torch.zeros(batch, 1, dtype=torch.bool, device=features.device)
+    if seeds is not None:
+        begun = seeds.any(1, keepdim=True)
+        closeness = torch.where(begun, similarity.masked_fill(~seeds.unsqueeze(2), -2).amax(1), closeness)
+        taken = taken.masked_fill(seeds, torch.inf)
     order = torch.empty(batch, count, dtype=torch.int64, device=features.device)
     for place in range(count):
         pick = torch.add(closeness, taken).argmin(dim=1)
         order[:, place] = pick
         taken[rows, pick] = torch.inf
         chosen = similarity[rows, pick]
-        closeness = chosen if place == 0 else torch.maximum(closeness, chosen)
+        if place == 0:
+            closeness = closeness.masked_fill(~begun, -2)
+        closeness = torch.maximum(closeness, chosen)
     return order
 
 
@@ -138,8 +148,7 @@ def density_peaks(features: Tensor, count: int, neighbours: int) -> tuple[Tensor
         centre [B, count] and other [B, N - count], both ascending, and the place of each other token's centre in
         `centre`, int64 [B, N - count].
     """
-    batch, length, width = features.shape
-    distance = torch.cdist(features.float(), features.float()) / width**0.5  # [B, N, N]
+    length, distance = features.shape[1], _distances(features)
     place = torch.arange(length, device=features.device)
     apart = distance.masked_fill(place == place.unsqueeze(1), torch.inf)
     near = apart.topk(max(1, min(neighbours, length - 1)), dim=2, largest=False).values
@@ -154,6 +163,71 @@ def density_peaks(features: Tensor, count: int, neighbours: int) -> tuple[Tensor
     to_centre = gather_tokens(distance, other).gather(2, centre.unsqueeze(1).expand(-1, length - count, -1))
     nearest_centre = to_centre.argmin(2) if length > count else other
     return centre, other, nearest_centre
+
+
+def ranked_peaks(features: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """`density_peaks` as SparseVLM has it, on few tokens: clusters in the order of their centres' rank.
+
+    A token's density is over its `count` nearest, itself among them; what has no denser token is as far from one as the
+    farthest two tokens are apart. The authors' noise against equal densities is left out.
+
+    Args:
+        features: [B, N, D].
+        count: how many clusters, 1 to N.
+
+    Returns:
+        centre [B, count], by density times separation, descending; and every token's cluster, int64 [B, N].
+    """
+    # Few tokens: exact distances cost little, and do not depend on the rest of a batch.
+    distance = _distances(features, "donot_use_mm_for_euclid_dist")
+    density = distance.topk(count, dim=2, largest=False).values.square().mean(2).neg().exp()
+    denser = density.unsqueeze(1) > density.unsqueeze(2)
+    farthest = distance.amax((1, 2), keepdim=True)
+    separation = torch.where(denser, distance, farthest).amin(2)
+    centre = (density * separation).argsort(dim=1, descending=True, stable=True)[:, :count]
+    cluster = gather_tokens(distance, centre).argmin(1)
+    own = torch.arange(count, device=centre.device).expand_as(centre)
+    return centre, cluster.scatter(1, centre, own)
+
+
+def _distances(features: Tensor, mode: str = "use_mm_for_euclid_dist_if_necessary") -> Tensor:
+    """Euclidean distances over the root of the width, float32 [B, N, N]."""
+    return torch.cdist(features.float(), features.float(), compute_mode=mode) / features.shape[2] ** 0.5
+
+
+def recycle(
+    features: Tensor, score: Tensor, prunable: Tensor, kept: int, recycled: int, groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The best prunable tokens stay, the next best are clustered, and their means follow behind (SparseVLM).
+
+    Args:
+        features: [B, N, D], what is clustered.
+        score: [B, N].
+        prunable: bool [B, N], the same number in every row.
+        kept: how many of them stay.
+        recycled: how many of those that leave are clustered.
+        groups: how many clusters.
+
+    Returns:
+        index [B, N - prunable + kept + groups]: all that stay in their order, and one token per cluster behind the
+        last place of a prunable one; source [B, recycled] and into [B, recycled], as `Reduction.average` takes them.
+    """
+    length, device = prunable.shape[1], prunable.device
+    place = torch.arange(length, device=device)
+    ranked = score.masked_fill(~prunable, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    pool = ranked[:, kept : kept + recycled]
+    centre, cluster = ranked_peaks(gather_tokens(features, pool), groups)
+    stays = (~prunable).scatter(1, ranked[:, :kept], True)
+    index, _ = places(stays)
+    # Where the clusters go: behind everything that stays up to the last prunable place.
+    seam = (stays & (place <= (place * prunable).amax(1, keepdim=True))).sum(1, keepdim=True)
+    slot = torch.arange(index.shape[1], device=device).expand_as(index)
+    slot = slot + groups * (slot >= seam)
+    merged = seam + torch.arange(groups, device=device)
+    index = torch.cat([index, pool.gather(1, centre)], 1)
+    index = torch.empty_like(index).scatter(1, torch.cat([slot, merged], 1), index)
+    into = merged.gather(1, cluster)
+    return index, pool, into.scatter(1, centre, -1)
 
 
 LINKAGES = ("single", "complete", "average")

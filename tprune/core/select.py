@@ -25,16 +25,38 @@ def top_ranked(score: Tensor, count: int) -> Tensor:
 
 
 def places(marked: Tensor) -> tuple[Tensor, Tensor]:
-    """Where `marked` [B, N] is True, ascending: index [B, R] and which of them are real [B, R] in shorter rows."""
+    """Where `marked` [B, N] is True, ascending: [B, R] and which are real [B, R]; shorter rows repeat their first."""
     widest = int(marked.sum(1).max())
     index = marked.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :widest]
-    return index, marked.gather(1, index)
+    real = marked.gather(1, index)
+    return torch.where(real, index, index[:, :1]), real
 
 
 def complement(index: Tensor, length: int) -> Tensor:
     """What `index` [B, K] leaves out of 0 .. length - 1, ascending: int64 [B, length - K]."""
     taken = torch.zeros(index.shape[0], length, dtype=torch.int8, device=index.device).scatter(1, index, 1)
     return taken.argsort(dim=1, stable=True)[:, : length - index.shape[1]]
+
+
+def representatives(bits: Tensor, anchor: Tensor, free: Tensor, count: int) -> Tensor:
+    """`count` units that stand for all that are `free`: every n-th in the order of their distance from an anchor.
+
+    Units of a like pattern have a like distance, so that what is picked at equal steps is spread over the patterns;
+    no two patterns are ever compared (KVCrush).
+
+    Args:
+        bits: bool [..., N, F], the pattern of every unit.
+        anchor: bool [..., F]; the distance is Hamming's, of equals the lower index comes first.
+        free: bool [..., N], what may be picked: equally many, at least `count`, in every row.
+        count: how many, at least one.
+
+    Returns:
+        int64 [..., count], in the order of distance.
+    """
+    distance = (bits != anchor.unsqueeze(-2)).sum(-1).masked_fill(~free, bits.shape[-1] + 1)
+    order = distance.argsort(dim=-1, stable=True)
+    step = int(free.reshape(-1, free.shape[-1])[0].sum()) // count
+    return order[..., : count * step : step]
 
 
 def keep_prefix_and_top(score: Tensor, count: int, prefix: int) -> Tensor:
@@ -54,6 +76,13 @@ def with_prefix(index: Tensor, prefix: int) -> Tensor:
     return torch.cat([head, index], dim=-1)
 
 
+def best_of(score: Tensor, group: Tensor, count: Tensor) -> Tensor:
+    """Where the `count` (int64 [B]) largest scores [B, N] of a group, bool [B, N], are: bool [B, N]; or all of it."""
+    order = score.masked_fill(~group, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    place = torch.arange(score.shape[1], device=score.device)
+    return group & torch.zeros_like(group).scatter(1, order, place < count.unsqueeze(1))
+
+
 def keep_where(stays: Tensor) -> tuple[Tensor, Tensor | None]:
     """The places that `stays` [B, N] marks, in their order, whatever their number.
 
@@ -67,6 +96,28 @@ def keep_where(stays: Tensor) -> tuple[Tensor, Tensor | None]:
     if fewest == most:
         return index, None
     return index, torch.arange(most, device=stays.device) < counts.unsqueeze(1)
+
+
+def all_but_best(score: Tensor, group: Tensor, marked: Tensor, count: int) -> Tensor:
+    """The marked places without the `count` best of every group among them; ties: the lower place is better.
+
+    Args:
+        score: [B, N].
+        group: int64 [B, N], not negative.
+        marked: bool [B, N].
+        count: of each group at most.
+
+    Returns:
+        bool [B, N].
+    """
+    group = group.where(marked, -1)
+    order = score.argsort(dim=1, descending=True, stable=True)
+    order = order.gather(1, group.gather(1, order).argsort(dim=1, stable=True))
+    place, grouped = torch.arange(score.shape[1], device=score.device), group.gather(1, order)
+    begins = torch.ones_like(marked)
+    begins[:, 1:] = grouped[:, 1:] != grouped[:, :-1]
+    rank = place - torch.where(begins, place, 0).cummax(1).values
+    return marked & (torch.zeros_like(order).scatter(1, order, rank) >= count)
 
 
 def keep_protected_and_top(score: Tensor, drop: Tensor, prunable: Tensor) -> tuple[Tensor, Tensor | None]:

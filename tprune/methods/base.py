@@ -455,7 +455,7 @@ class WeightMethod(Method):
     measures: ClassVar[bool] = False
     """Whether a method of scope "model" asks for the loss without some blocks (`ModelView.losses_without`)."""
     part: ClassVar[str] = "all"
-    """Which matrices of a block a method of scope "block" prunes, and its budget counts: "all", or those of the "mlp"."""
+    """Which matrices of a block a method of scope "block" prunes and its budget counts: "all", or the "mlp"'s."""
     groups_outputs: ClassVar[bool] = False
     """Whether groups of a pattern are consecutive outputs, not inputs, in matrices that feed the channels of an MLP."""
     propagate: ClassVar[str] = "pruned"

@@ -259,11 +259,11 @@ class LinearView:
         block: index of the block it stands in.
         weight: float32 [out, in], a copy.
         norm: float32 [in], the L2 norm of each input over all calibration tokens, if asked for.
-        channel_norm: float32 [out], of a matrix that feeds an MLP, the L2 norm of the channel that each output makes (as
-            the projection behind reads it), where `norm` was asked for; None for any other matrix.
+        channel_norm: float32 [out], of a matrix that feeds an MLP, the L2 norm of the channel that each output makes
+            (as the projection behind reads it), where `norm` was asked for; None for any other matrix.
         gram: float32 [in, in], (2 / sequences) · Σ x xᵀ, if asked for.
-        gradient: float32 [out, in], the L2 norm over calibration sequences of the gradient of the dense model's loss, if
-            asked for.
+        gradient: float32 [out, in], the L2 norm over calibration sequences of the gradient of the dense model's loss,
+            if asked for.
         tokens, sequences: how many calibration tokens it saw, of how many sequences.
         shared: what was computed from the statistics so far, for all matrices with the same inputs.
     """

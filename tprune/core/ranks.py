@@ -1,0 +1,52 @@
+"""Choosing by ranks and by the curve that sorted scores make."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rank(score: Tensor) -> Tensor:
+    """Every entry's place in the descending order of score, lower index first: [..., N] -> int64 [..., N]."""
+    order = score.argsort(dim=-1, descending=True, stable=True)
+    place = torch.arange(score.shape[-1], device=score.device).expand_as(order)
+    return torch.empty_like(order).scatter(-1, order, place)
+
+
+def prefer_early(score: Tensor, allowed: Tensor, candidates: Tensor, early: Tensor, count: Tensor) -> Tensor:
+    """Of the best, the early ones first, then the others, until there are enough: bool [B, N] (BTP, rebalancing).
+
+    Attention favours late tokens; taking more candidates than are needed and the early ones first makes up for it.
+
+    Args:
+        score: [B, N].
+        allowed: bool [B, N], what may be chosen; early is counted among these.
+        candidates: int64 [B], how many of the best are looked at.
+        early: int64 [B], how many of the allowed places are early.
+        count: int64 [B], how many are chosen.
+    """
+    best = rank(score.masked_fill(~allowed, -torch.inf))
+    late = allowed.cumsum(1) > early.unsqueeze(1)
+    turn = torch.where(
+        allowed & (best < candidates.unsqueeze(1)), best + score.shape[1] * late, 2 * score.shape[1]
+    )
+    return (rank(-turn) < count.unsqueeze(1)) & (turn < 2 * score.shape[1])
+
+
+def beyond_knee(score: Tensor, allowed: Tensor) -> Tensor:
+    """Which scores are above that at the knee of their sorted curve: bool [B, N]; where none is, the largest.
+
+    The knee is the point farthest from the chord between the largest and the smallest, places and scores unscaled.
+
+    Args:
+        score: [B, N].
+        allowed: bool [B, N], the scores that form the curve.
+    """
+    curve = score.double().masked_fill(~allowed, -torch.inf).sort(dim=1, descending=True).values
+    place = torch.arange(score.shape[1], device=score.device)
+    last = (allowed.sum(1, keepdim=True) - 1).clamp_min(0)
+    first, end = curve[:, :1], curve.gather(1, last)
+    away = (place * (end - first) - last * (curve - first)).abs().masked_fill(place > last, -1)
+    value = curve.gather(1, away.nan_to_num(-1).argmax(1, keepdim=True))
+    above = allowed & (score.double() > value)
+    return torch.where(above.any(1, keepdim=True), above, allowed & (score.double() == first))
