@@ -52,7 +52,7 @@ def tiny_vit(**changes):
     return model
 
 
-SMALL = {"bavit": {"width": 24, "blocks": 1}}
+SMALL = {"bavit": {"width": 24, "blocks": 1}, "dtop": {"channels": 24, "decoder": 1}}
 """Hyperparameters that keep what a method learns small."""
 
 

@@ -201,6 +201,19 @@ def test_latency_is_measured_in_turn_with_the_dense_model_and_has_quartiles(vit_
     assert all(float(row["latency"]) > 0 for row in rows(out))
 
 
+def test_methods_that_learn_are_fitted_with_every_seed_beside_those_that_are_not(vit_folder, tmp_path):
+    few = ("--set", "epochs=0.002", "--set", "batch=4", "--keep", "0.6")
+    sweep(vit_folder, tmp_path / "out", "--method", "tnt,tome", "--fit", "built-in", "--seeds", 2, *few)
+    found = {(row["method"], row["settings"]): row["seeds"] for row in rows(tmp_path / "out")}
+    assert found == {
+        ("tnt", "epochs=0.002 batch=4.0 fit=built-in"): "2",
+        ("tome", ""): "1",
+        ("random", ""): "2",
+    }
+    with pytest.raises(UserError, match="--fit built-in: none of these methods learns"):
+        sweep(vit_folder, tmp_path / "other", "--method", "tome", "--fit", "built-in", "--keep", "0.6")
+
+
 def test_two_protocols_never_share_a_plot(vit_folder, swept, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(swept[0], out)

@@ -9,7 +9,7 @@ from tprune.errors import UserError
 from tprune.methods import registry
 from tprune.models.anatomy import anatomy
 
-METHODS = [fact.id for fact in registry.facts("vit")]
+METHODS = registry.running_on("plain")
 KINDS = {
     "cls": {},
     "registers": {"reg_tokens": 3},

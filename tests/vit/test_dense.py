@@ -8,7 +8,7 @@ import tprune
 from tests.conftest import start, tiny_vit
 from tprune.methods import registry
 
-METHODS = [fact.id for fact in registry.facts("vit")]
+METHODS = registry.running_on("plain")
 every_method = pytest.mark.parametrize("method", METHODS)
 
 

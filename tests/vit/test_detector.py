@@ -16,7 +16,7 @@ from tprune.errors import UserError
 from tprune.methods import registry
 from tprune.models.anatomy import anatomy
 
-METHODS = [fact.id for fact in registry.facts("vit") if not registry.load(fact.id, "vit").sees]
+METHODS = [name for name in registry.running_on("plain") if not registry.load(name, "vit").sees]
 
 
 def tiny_yolos(**changes):

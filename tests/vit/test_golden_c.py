@@ -187,3 +187,20 @@ def test_cropr_begins_to_drop_slowly_where_the_fit_is_short_and_at_once_as_the_a
         found.append(slowly.leaving)
     assert at_once.leaving == 1
     assert found == [0, 0.5, 1, 1]
+
+
+def test_an_mstm_model_merges_the_authors_patches_and_gives_their_logits():
+    tensors, told = golden("vit", "mstm")
+    model = model_of(told, tensors)
+    with tprune.prune(model, "mstm", ratio=told["settings"]["ratio"]) as handle:
+        handle.driver.record = True
+        logits = model(tensors["image"].float())
+        found = handle.driver.trace.reductions
+    assert [site for site, _ in found] == [Site(block, between=True) for block in told["settings"]["blocks"]]
+    # Ours keep their order, the authors' stand by rank: the first cut can be compared patch by patch.
+    _, first = found[0]
+    kept, ranked = first.index[:, 1:] - 1, tensors["crucial0"]
+    assert torch.equal(kept, ranked.sort(1).values)
+    assert torch.equal(first.source - 1, tensors["other0"])
+    assert torch.equal(kept.gather(1, first.into - 1), ranked.gather(1, tensors["into0"]))
+    assert torch.allclose(logits, tensors["logits"], atol=1e-4)

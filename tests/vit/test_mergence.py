@@ -1,4 +1,4 @@
-"""BAT and MSTM against what they say, spelled out token by token (there is no public code)."""
+"""BAT and MSTM against what they say, spelled out token by token."""
 
 import math
 

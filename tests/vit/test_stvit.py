@@ -13,12 +13,14 @@ from tests.golden_values import golden, under
 from tests.test_cli import call
 from tprune import artifact
 from tprune.core import grid as tiling
+from tprune.data import images as scans
 from tprune.errors import UserError
 from tprune.methods import registry
-from tprune.models import save
+from tprune.models import load, save
 from tprune.models.kinds import dissect
-from tprune.models.source import Source
+from tprune.models.source import Source, resolve
 from tprune.models.subject import Subject
+from tprune.recipe import ModelSource
 
 TENSORS, FACTS = golden("vit", "stvit")
 OTHERS = [fact.id for fact in registry.facts("vit") if fact.id not in registry.running_on("windows")]
@@ -121,8 +123,8 @@ def test_in_a_swin_the_budget_counts_all_stages():
         model(torch.zeros(1, 3, 112, 112))
         rows = handle.per_layer()
         assert [row["tokens_mlp"] for row in rows] == [784, 784, 196, 36, 36, 36, 36, 196]
-        assert [row["tokens_attention"] for row in rows][2:] == [196, 232, 232, 36, 36, 36]
-        whole = (4 * 784 / 784 + (2 * 196 + 232 + 36 + 232 + 36 + 4 * 36 + 36 + 196) / 196) / 16
+        assert [row["tokens_attention"] for row in rows][2:] == [196, 232, 232, 36, 36, 196]
+        whole = (4 + (2 * 196 + 232 + 36 + 232 + 36 + 4 * 36 + 2 * 196) / 196) / 16
         assert handle.achieved().value == pytest.approx(whole)
 
 
@@ -170,6 +172,25 @@ def test_a_swin_is_fitted_written_and_loaded_again(tmp_path):
     loaded, probe = tprune.load(out), artifact.read_tensors(out / artifact.PROBE)
     with torch.no_grad():
         assert torch.allclose(loaded(probe["input"]), probe["output"], atol=1e-5)
+
+
+def test_fitting_beats_not_fitting_at_the_same_budget():
+    subject = load.load(
+        resolve(ModelSource("digits-vit"), "vit"), "vit", device="cpu", dtype="float32", seed=0
+    )
+    scenes, model = scans.built_in(100), subject.model
+    pixels = torch.stack([subject.processor(scenes.open(place)) for place in range(100)])
+    labels = torch.tensor(scenes.labels)
+
+    def accuracy():
+        with torch.no_grad():
+            return (model(pixels).argmax(-1) == labels).double().mean().item()
+
+    with tprune.prune(model, "stvit", keep=0.5, **start("stvit", model)):
+        unfitted = accuracy()
+    short = {"batch": 8, "epochs": 24 * 8 / 2048}
+    with tprune.prune(model, "stvit", keep=0.5, fit="built-in", **short):
+        assert accuracy() > unfitted + 0.05
 
 
 def test_windows_reach_inside_at_the_border_and_to_both_sides_elsewhere():

@@ -24,6 +24,7 @@ from tprune.recipe import ModelSource, Recipe, Stage
 @click.option("--pattern", metavar="N:M[,N:M…]", help="N weights kept of every M.")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="For the methods that have it.")
 @click.option("--grid", "grid_file", metavar="FILE", help="Methods, settings and budgets from a YAML file.")
+@click.option("--fit", metavar="DATA", help="Train the methods that learn first: 'built-in', or a folder.")
 @click.option("--positions", help="'original' or 'compact' position ids, for vlm also 'gap' [paper's].")
 @click.option("--loadable", default="any", help="'plain': only shapes that stock loaders read.")
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Of methods that draw.")
@@ -109,6 +110,7 @@ def planned(family: str, model: str, seeds: int, options: dict[str, Any]) -> tup
         raise UserError(f"--seeds {seeds} with --random-weights: the seed makes the model; give one --seed")
     stage = Stage(family, grid.FLOOR, positions=take("positions"), loadable=take("loadable"))
     methods, file, settings = take("methods"), take("grid_file"), parse_settings(take("settings"))
+    fit = take("fit")
     budgets = grid.budgets(**{name: take(name) for name in grid.BUDGETS})
     chosen = grid.read(file, family) if file else []
     if methods:
@@ -118,7 +120,7 @@ def planned(family: str, model: str, seeds: int, options: dict[str, Any]) -> tup
     if not chosen:
         raise UserError("no methods: give --method ID[,ID…], --method all, or --grid FILE")
     base = with_absolute_paths(Recipe(source, (stage,), **options))
-    return base, grid.recipes(base, grid.with_floor(chosen), seeds)
+    return base, grid.recipes(base, grid.with_floor(chosen), seeds, fit)
 
 
 def tell(out: str, found: list[Any], files: list[str]) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tprune.data.images import BUILT_IN, ENDINGS, TRAINING_SCENES, open_file
+from tprune.data.scenes import EVALUATION_SEED
 from tprune.errors import UserError
 
 BOXES, MAPS = "annotations.json", "annotations"
@@ -24,7 +26,7 @@ NOTHING = 255
 """The value of a segmentation map where there is nothing to learn."""
 
 
-class Regions(Protocol):
+class Regions(ABC):
     """Images with named regions in them, in a fixed order.
 
     Attributes:
@@ -35,18 +37,25 @@ class Regions(Protocol):
     names: int
     protocol: dict[str, Any]
 
+    @abstractmethod
     def __len__(self) -> int:
         """How many images."""
 
+    @abstractmethod
     def open(self, place: int) -> Image.Image:
         """One image as RGB."""
 
+    @abstractmethod
     def regions(self, place: int) -> list[tuple[int, Image.Image]]:
         """The regions of an image: a name, and an 8-bit grey image of the same size, white inside."""
 
+    def sample(self, place: int) -> tuple[Image.Image, int]:
+        """One image without its regions; it has no class, -1."""
+        return self.open(place), -1
+
 
 @dataclass(frozen=True)
-class SceneRegions:
+class SceneRegions(Regions):
     """Scenes as `tprune.data.images.TrainingScenes` has them; a disc around the digit bears its name."""
 
     split: str = "train"
@@ -78,7 +87,7 @@ class SceneRegions:
         return [(label, mask)]
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=512)
 def _scene(split: str, place: int, seed: int) -> tuple[np.ndarray, int, tuple]:
     """A scene that is asked for as an image and for its regions."""
     from tprune.data.scenes import classification_scene
@@ -87,7 +96,7 @@ def _scene(split: str, place: int, seed: int) -> tuple[np.ndarray, int, tuple]:
 
 
 @dataclass(frozen=True)
-class AnnotatedFolder:
+class AnnotatedFolder(Regions):
     """Images of a folder with boxes or maps.
 
     Attributes:
@@ -125,6 +134,20 @@ class AnnotatedFolder:
             mask = masks.setdefault(name, Image.new("L", size))
             ImageDraw.Draw(mask).rectangle((left, top, left + width - 1, top + height - 1), fill=255)
         return list(masks.items())
+
+
+def evaluation(source: str | None, limit: int) -> Regions | None:
+    """The first `limit` images of `--data` with what they show, the built-in scenes by default; None: it does not say.
+
+    Raises:
+        UserError: annotations that cannot be read.
+    """
+    if source is None:
+        return SceneRegions("test", min(limit, 2000), EVALUATION_SEED)
+    if not ((Path(source) / BOXES).is_file() or (Path(source) / MAPS).is_dir()):
+        return None
+    whole = training(source)
+    return replace(whole, files=whole.files[:limit], drawn=whole.drawn[:limit])
 
 
 def training(source: str) -> Regions:

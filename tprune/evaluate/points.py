@@ -172,7 +172,8 @@ def _group(points: list[dict[str, Any]]) -> Group:
         dense["storage"] = dense.get(storage) or good[0]["budget"].get("tokens")
     cells: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
     for point in points:
-        settings = " ".join(f"{name}={_short(value)}" for name, value in point["set"].items())
+        given = point["set"] | ({"fit": point["fit"]} if point.get("fit") else {})
+        settings = " ".join(f"{name}={_short(value)}" for name, value in given.items())
         cells[point["method"], settings, _budget(point["asked"]), point["status"]].append(point)
     rows = [_row(place, cell, metric, dense, storage) for place, cell in cells.items()]
     rows = [_with_front(row, rows, METRICS[metric]) for row in rows]

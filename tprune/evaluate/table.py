@@ -13,12 +13,16 @@ from tprune.evaluate.points import FLOOR, STORAGE, Group
 FORMATS = {
     "accuracy": ("accuracy", lambda value: f"{value:.2%}"),
     "perplexity": ("perplexity", lambda value: f"{value:,.2f}"),
+    "patch_accuracy": ("patches named right", lambda value: f"{value:.2%}"),
+    "mean_iou": ("mean IoU of patches", lambda value: f"{value:.2%}"),
+    "patch_agreement": ("map as without exits", lambda value: f"{value:.2%}"),
     "agreement": ("agreement with dense", lambda value: f"{value:.2%}"),
     "flops": ("FLOPs", lambda value: engineering(value)),
     "latency_ms": ("latency (ms)", lambda value: f"{value:,.1f}"),
     "throughput": ("throughput (1/s)", lambda value: f"{value:,.1f}"),
     "peak_memory_mb": ("peak memory (MB)", lambda value: f"{value:,.0f}"),
 }
+QUALITY = {"accuracy", "agreement", "patch_accuracy", "mean_iou", "patch_agreement"}
 LOWER_IS_FASTER = {"flops", "latency_ms", "peak_memory_mb"}
 
 
@@ -57,7 +61,7 @@ def flat(figures: dict[str, Any]) -> dict[str, Any]:
 
 def ratio(name: str, dense: Any, pruned: Any) -> str:
     """How much faster or smaller, where that means something."""
-    if name not in FORMATS or name in ("accuracy", "agreement") or not dense or not pruned:
+    if name not in FORMATS or name in QUALITY or not dense or not pruned:
         return ""
     if name not in LOWER_IS_FASTER:
         return f"x {pruned / dense:.2f}"

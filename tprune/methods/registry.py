@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tprune.errors import UserError
+from tprune.methods import base
 from tprune.methods.answer import NotAMethod
 from tprune.methods.base import Method, Paper
 
@@ -198,8 +199,16 @@ def _read(family: str, name: str, module: str, file: Path) -> Facts | Answer:
             why, piece = (ast.literal_eval(constants[part]) for part in ("why", "piece"))
             return Answer(name, family, module, paper, NotAMethod.kind, summary, why, piece)
         kind = ast.literal_eval(constants["kind"]) if "kind" in constants else Method.kind
-        return Facts(name, family, module, paper, kind, summary, tuple(_parameters(node)))
+        return Facts(name, family, module, paper, kind, summary, (*_inherited(node), *_parameters(node)))
     raise UserError(f"{file} has no class with a paper = Paper(...)")
+
+
+def _inherited(node: ast.ClassDef) -> Iterator[Parameter]:
+    """The hyperparameters that every method of the kind has."""
+    for name in node.bases:
+        kind = getattr(base, name.id, None) if isinstance(name, ast.Name) else None
+        for field in kind.hyperparameters() if isinstance(kind, type) else ():
+            yield Parameter(field.name, field.type, field.default, field.metadata["help"])
 
 
 def _parameters(node: ast.ClassDef) -> Iterator[Parameter]:

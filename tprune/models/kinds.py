@@ -15,6 +15,7 @@ from tprune.methods.base import TokenMethod
 from tprune.methods.fit import Fit
 from tprune.models.anatomy import WINDOWED, Anatomy, anatomy
 from tprune.models.relaxed import FitDriver
+from tprune.models.state_space import StateSpaceDriver, StateSpaceFitDriver, vim
 from tprune.models.vit import TokenDriver
 from tprune.models.windows import WindowDriver, WindowFitDriver, swin
 
@@ -37,6 +38,12 @@ KINDS = {
         WindowDriver,
         WindowFitDriver,
     ),
+    "state-space": Kind(
+        "is a state-space model without attention",
+        "a Vim such as vim_tiny_patch16_224",
+        StateSpaceDriver,
+        StateSpaceFitDriver,
+    ),
 }
 
 
@@ -49,6 +56,8 @@ def dissect(model: nn.Module) -> Anatomy:
     name = type(model).__name__
     if name.startswith("Swin") and not name.startswith("Swinv2") and name != "SwinTransformerV2":
         return swin(model)
+    if name == "VisionMamba":
+        return vim(model)
     if name.startswith(WINDOWED):
         able = ", ".join(registry.running_on("windows"))
         raise UserError(

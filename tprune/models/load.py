@@ -45,6 +45,8 @@ def load(source: Source, family: str, *, device: str, dtype: str, seed: int) -> 
 def _timm(source: Source, seed: int) -> Subject:
     import timm
 
+    import tprune.models.vim  # noqa: F401  (registers its models with timm)
+
     name = f"local-dir:{source.location}" if source.kind == "folder" else source.location
     if source.kind == "timm" and not timm.is_model(name):
         raise UserError(f"no model '{source.name}': not built in, no folder, and timm does not know it")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -36,15 +34,6 @@ class FitDriver(TokenDriver):
         self.fit = fit
         super().__init__(parts, method, [Stage(site, 0) for site in fit.sites], seed)
 
-    @contextmanager
-    def away(self) -> Iterator[None]:
-        """The model without the fit, for a while."""
-        self.remove()
-        try:
-            yield
-        finally:
-            self._attach()
-
     def _begin(self, entrance: nn.Module, args: tuple, kwargs: dict) -> None:
         super()._begin(entrance, args, kwargs)
         self.present: Tensor | None = None
@@ -71,6 +60,9 @@ class FitDriver(TokenDriver):
         view = super()._view(site, x)
         view.present = self.present
         return view
+
+    def _look(self, view: TokenView) -> None:
+        self.fit.finish(view, self.memory)
 
     def _return(self, x: Tensor) -> Tensor:
         self.memory["left"].append(Stage(self.rejoin, 1.0))

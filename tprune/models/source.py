@@ -20,6 +20,8 @@ ALIASES = {
     "vit_s": "vit_small_patch16_224",
     "vit_b": "vit_base_patch16_224",
     "vit_l": "vit_large_patch16_224",
+    "vim_t": "vim_tiny_patch16_224",
+    "vim_s": "vim_small_patch16_224",
 }
 
 PACKAGED = {

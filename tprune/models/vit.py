@@ -6,8 +6,8 @@ attention and MLP have their forward replaced by one that stops in between (`hal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from inspect import signature
@@ -61,7 +61,7 @@ class TokenDriver:
         known = signature(type(parts.blocks[0]).forward).parameters
         self.mask_name = next((name for name in ("attn_mask", "attention_mask") if name in known), None)
         self.ragged = Ragged(parts.shape.depth, parts.shape.prefix) if method.varies() else None
-        if self.ragged is not None:
+        if self.ragged is not None and not method.restores:
             check_head(parts.model, method.id)
         self.undo = ExitStack()
         self._attach()
@@ -69,6 +69,15 @@ class TokenDriver:
     def remove(self) -> None:
         """Leave the model exactly as it was."""
         self.undo.close()
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """The model without the method, for a while."""
+        self.remove()
+        try:
+            yield
+        finally:
+            self._attach()
 
     @property
     def entering(self) -> list[float]:
@@ -97,6 +106,10 @@ class TokenDriver:
                 attention = parts.attentions[layer]
                 self._hook(attention.register_forward_pre_hook(partial(self._watch, layer in edited)))
                 self._hook(attention.register_forward_hook(self._unwatch, always_call=True))
+
+        if self.method.restores:
+            # In front of `_after`, which makes full length of what is left.
+            self._hook(parts.blocks[-1].register_forward_hook(self._finish, prepend=True))
 
         if hasattr(parts.model, "forward_intermediates") and not parts.dense:
             parts.model.forward_intermediates = self._densely(parts.model.forward_intermediates)
@@ -129,7 +142,8 @@ class TokenDriver:
         self.position = self.size = self.attention = self.bias = self.seeds = self.sight = None
         self.memory: dict[str, Any] = {}
         self.trace = Trace()
-        self.canvas = Canvas() if self.dense or self.rejoin is not None else None
+        returns = self.rejoin is not None or self.method.restores
+        self.canvas = Canvas() if self.dense or returns else None
         if self.ragged is not None:
             self.ragged.begin(len(self.pixels))
         if "seeds" in self.method.reads:
@@ -185,6 +199,17 @@ class TokenDriver:
             return self.canvas.leave(output[0]), *output[1:]
         return self.canvas.leave(output)
 
+    def _finish(self, block: nn.Module, args: tuple, output: Any) -> Any:
+        """A last look at what is left, and full length again."""
+        x = output[0] if isinstance(output, tuple) else output
+        self._look(self._view(Site(self.parts.shape.depth), x))
+        if self.dense:
+            return None
+        return (self.canvas.leave(x), *output[1:]) if isinstance(output, tuple) else self.canvas.leave(x)
+
+    def _look(self, view: TokenView) -> None:
+        self.method.finish(view, self.memory)
+
     def _stopping_between(self, layer: int, attend: Callable, feed: Callable) -> Callable:
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             x = hidden_states + attend(hidden_states, *args, **kwargs)
@@ -222,10 +247,9 @@ class TokenDriver:
         return forward
 
     def _entering(self, x: Tensor) -> int:
-        """How many prunable tokens the attention of the next block works on."""
-        if self.sight is not None and self.sight.tokens is not None:
-            return self.sight.tokens.shape[1]
-        return x.shape[1] - self.parts.shape.prefix
+        """How many prunable tokens the attention of the next block works on, as queries or as keys."""
+        left, sight = x.shape[1] - self.parts.shape.prefix, self.sight
+        return left if sight is None or sight.tokens is None else max(left, sight.tokens.shape[1])
 
     def _fitted(self, kwargs: dict[str, Any], x: Tensor) -> dict[str, Any]:
         """The block's other arguments for the tokens that are left: rotary tables gathered, sizes as a bias."""
@@ -256,7 +280,7 @@ class TokenDriver:
     def _view(self, site: Site, x: Tensor) -> TokenView:
         """What the method sees at `site`."""
         shape, length = self.parts.shape, x.shape[1]
-        if self.ragged is None and not self.method.sees and length < shape.prefix + self.counts[site]:
+        if self.ragged is None and not self.method.sees and length < shape.prefix + self.counts.get(site, 0):
             raise UserError(
                 f"the model was given {length - shape.prefix} tokens, its stages were planned for {shape.tokens}; "
                 "use images of the size it was built for"

@@ -87,6 +87,8 @@ class Handle(ABC):
     """The artifact it makes: plain, masked or wrapped."""
     fitted: dict[str, Any] | None = None
     """What was fitted, on what, in how many steps and seconds."""
+    whole: dict[str, Any] = {}
+    """Quality of the unpruned model that only the handle could measure, by heads that the method has learned."""
 
     def __enter__(self) -> Handle:
         return self

@@ -70,7 +70,7 @@ class Fitting:
         shape = replace(self.parts.shape, names=self.data.names) if named else self.parts.shape
         fit = self.method.fit(shape, self.keep, self.seed).to(self.device)
         bound = self.method.bind(fit.state())
-        if (bound if self.keep is None else bound.counted()).varies():
+        if (bound if self.keep is None else bound.counted()).varies() and not self.method.restores:
             check_head(self.parts.model, self.method.id)
         labelled = named or self.data.fits(shape.classes)
         if not labelled:
@@ -83,7 +83,7 @@ class Fitting:
             accelerator = self.accelerator()
             share = accelerator.process_index, accelerator.num_processes
             try:
-                loop.run(self.batches(fit.plan.batch, share), accelerator, self.seed)
+                loop.run(self.lessons(fit.plan.batch, share), accelerator, self.seed)
             finally:
                 driver.remove()
         method, looped = self.method.bind(fit.state()), time.monotonic()
@@ -97,8 +97,8 @@ class Fitting:
         )
         return method, facts | {"seconds": round(loop.seconds + time.monotonic() - looped, 1)}
 
-    def batches(self, size: int, share: tuple[int, int] = (0, 1)) -> Batches:
-        """The training images, `size` per step."""
+    def lessons(self, size: int, share: tuple[int, int]) -> Batches:
+        """The training images with what is learned from them, `size` per step."""
         if self.method.labels == "patches":
             return Batches(
                 Covering(self.data, self.prepare, self.parts.shape.grid), None, size, self.seed, share
@@ -123,11 +123,8 @@ class Fitting:
         While fitting nothing leaves, and what then really leaves differs a little.
         """
         with self.progress.step("meeting the budget"):
-            batches = list(
-                self.batches(SETTLE_BATCH).read(
-                    range(min(SETTLE_IMAGES, len(self.data)) // SETTLE_BATCH or 1)
-                )
-            )
+            read = Batches(self.data, self.prepare, SETTLE_BATCH, self.seed)
+            batches = list(read.read(range(min(SETTLE_IMAGES, len(self.data)) // SETTLE_BATCH or 1)))
             low, high, knob = 0.0, 1.0, 0.5
             best: tuple[float, TokenMethod] | None = None
             for _ in range(SETTLE_STEPS):

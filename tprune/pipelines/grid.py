@@ -142,23 +142,36 @@ def with_floor(chosen: list[Choice]) -> list[Choice]:
     ]
 
 
-def recipes(base: Recipe, chosen: list[Choice], seeds: int) -> list[Recipe]:
+def recipes(base: Recipe, chosen: list[Choice], seeds: int, fit: str | None = None) -> list[Recipe]:
     """A recipe per choice and seed, each once; what cannot be built is refused before anything runs.
 
     Methods to which a seed makes no difference get one.
 
     Args:
         base: everything but the method, its settings and its budget; its seed is the first.
+        fit: what the methods that learn are fitted on, with every seed.
+
+    Raises:
+        UserError: `fit`, and none of them learns.
     """
     made = {}
     for choice in chosen:
         blank = dict.fromkeys(BUDGETS)
-        stage = replace(base.stage, method=choice.method, set=choice.settings, **blank | choice.budget)
+        learns = registry.load(choice.method, base.stage.family).learns != "no"
+        stage = replace(
+            base.stage,
+            method=choice.method,
+            set=choice.settings,
+            fit=fit if learns else None,
+            **blank | choice.budget,
+        )
         check_budget(stage)
-        method = registry.build(stage.method, stage.family, stage.set)
+        method = registry.build(stage.method, stage.family, stage.set, stage.fit)
         for seed in range(base.seed, base.seed + (seeds if draws(method, stage) else 1)):
             recipe = replace(base, stages=(stage,), seed=seed)
             made[recipe.key()] = recipe
+    if fit is not None and all(recipe.stage.fit is None for recipe in made.values()):
+        raise UserError(f"--fit {fit}: none of these methods learns; leave it out")
     return list(made.values())
 
 

@@ -19,6 +19,7 @@ from tprune.models.anatomy import classes
 from tprune.models.decoder import DecoderDriver
 from tprune.models.pixels import as_image
 from tprune.models.run import Tally
+from tprune.models.state_space import in_front
 from tprune.models.subject import Subject
 from tprune.pipelines.base import Pipeline, Sample
 from tprune.pipelines.vit import VitHandle, VitPipeline
@@ -105,6 +106,8 @@ def of_vit(driver: VitPipeline, subject: Subject, handle: VitHandle, sample: Sam
     stands = follow_all([reduction for _, reduction in inner.trace.reductions])
     steps = [(site, one[0]) for site, one in zip(sites, stands, strict=True)]
     places = shape.prefix - inner.parts.suffix + torch.arange(shape.tokens)
+    if shape.kind == "state-space":
+        places = in_front(shape.prefix + shape.tokens, "cpu")[shape.prefix :]
     title = heading(driver, sample)
     title += f", class {int(found.argmax())}" if classes(subject.model) else ""
     shown = as_image(pixels, subject.processor)

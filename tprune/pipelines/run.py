@@ -84,6 +84,7 @@ def execute(
         dense, reference = measure(last, subject, None, evaluate, progress, "dense")
         handles = [driver.apply(subject, parts) for driver in drivers]
         pruned, _ = measure(last, subject, reference, evaluate, progress, "pruned")
+        dense = handles[-1].whole | dense
         report = describe(recipe, drivers, handles, dense, pruned, subject) | {"protocol": record}
         if folder is not None:
             report["out"] = str(out)

@@ -133,6 +133,7 @@ class Sweep:
             "method": stage.method,
             "model": recipe.model.name,
             "set": stage.set,
+            "fit": stage.fit,
             "asked": asked(stage),
             "seed": recipe.seed,
             "recipe": recipe.to_yaml(),
@@ -178,6 +179,7 @@ def label(recipe: Recipe) -> str:
     """A point in a few words."""
     stage = recipe.stage
     words = [stage.method, *(f"{name}={value}" for name, value in stage.set.items())]
+    words += [f"fit={stage.fit}"] if stage.fit else []
     words += [f"{name} {value}" for name, value in asked(stage).items()]
     return " ".join([*words, *([f"seed {recipe.seed}"] if recipe.seed else [])])
 

@@ -78,7 +78,7 @@ class Trials:
         """
         driver = pipeline(recipe, recipe.stage, QUIET)
         driver.check()
-        edits = isinstance(driver.method, WeightMethod)
+        edits = isinstance(driver.method, WeightMethod) or recipe.stage.fit is not None
         model = copy.deepcopy(self.subject.model) if edits else twin(self.subject.model)
         subject = replace(self.subject, model=model)
         handle = driver.apply(subject, None)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tprune.core.budget import Stage
+from tprune.core.budget import Stage, counts_entering
 from tprune.data import images, regions
 from tprune.errors import UserError
 from tprune.evaluate.stopwatch import Stopwatch
@@ -20,6 +21,7 @@ from tprune.models import vit as adapter
 from tprune.models.anatomy import Anatomy, classes, detects
 from tprune.models.kinds import admit, dissect, token_driver
 from tprune.models.subject import Subject
+from tprune.pipelines import segmenting
 from tprune.pipelines.base import Achieved, Handle, Pipeline, Quality, Sample, Workload
 from tprune.pipelines.skipping import calibrated
 from tprune.pipelines.tokens import solve
@@ -65,7 +67,11 @@ class VitHandle(Handle):
     def achieved(self) -> Achieved:
         """The mean fraction of patch tokens that entered a sublayer: as planned, or measured where it varies."""
         shape, entering = self.driver.parts.shape, self.entering
-        leaving = [*map(max, entering[2::2], entering[3::2]), entering[-1]]
+        left = entering
+        if any(stage.seen for stage in self.driver.stages):
+            stages = [replace(stage, seen=0) for stage in self.driver.stages]
+            left = counts_entering(stages, shape.tokens, shape.depth)
+        leaving = [*map(max, left[2::2], left[3::2]), left[-1]]
         details = {
             "tokens": shape.tokens,
             "tokens_entering_mean": sum(entering) / len(entering),
@@ -78,6 +84,8 @@ class VitHandle(Handle):
         shape, entering = self.driver.parts.shape, self.entering
         if shape.lengths is not None:
             entering = [n * shape.lengths[place // 2] / shape.tokens for place, n in enumerate(entering)]
+        if shape.kind == "state-space":
+            return [{"block": layer, "tokens": entering[2 * layer]} for layer in range(shape.depth)]
         return [
             {"block": layer, "tokens_attention": entering[2 * layer], "tokens_mlp": entering[2 * layer + 1]}
             for layer in range(shape.depth)
@@ -122,7 +130,7 @@ class VitPipeline(Pipeline):
             self.progress.say(f"{why}: only agreement with the dense model is measured")
 
     def evaluate(self, subject: Subject) -> Quality:
-        """Top-1 accuracy."""
+        """Top-1 accuracy, and what is right in the map of a method that makes one."""
         size = self.recipe.batch_size
         predictions = []
         starts = range(0, len(self.images.items), size)
@@ -131,11 +139,13 @@ class VitPipeline(Pipeline):
                 places = range(start, min(start + size, len(self.images.items)))
                 batch = torch.stack([self.pixels(subject, self.images.open(place)) for place in places])
                 predictions.append(self.outputs(subject, batch).argmax(-1).cpu())
-        predicted = torch.cat(predictions)
-        if self.labels is None:
-            return Quality({}, predicted)
-        accuracy = (predicted == self.labels).double().mean().item()
-        return Quality({"accuracy": accuracy}, predicted, chance=1 / self.classes)
+        predicted, metrics = torch.cat(predictions), {}
+        if self.labels is not None:
+            metrics["accuracy"] = (predicted == self.labels).double().mean().item()
+        if self.handle is not None and self.method.restores:
+            mapped, self.handle.whole = segmenting.measured(self, subject, self.handle)
+            metrics |= mapped
+        return Quality(metrics, predicted, chance=None if self.labels is None else 1 / self.classes)
 
     def pixels(self, subject: Subject, image: Any) -> Tensor:
         """One image as the model's own preprocessing makes it, [3, H, W]."""

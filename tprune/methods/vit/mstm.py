@@ -6,6 +6,7 @@ Merged tokens are means weighted by importance, so that a crucial token is hardl
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 
@@ -13,29 +14,42 @@ from tprune.core import match, select
 from tprune.core.budget import ratio_stages
 from tprune.core.reduction import Reduction
 from tprune.methods.base import Paper, TokenMethod, param
+from tprune.methods.fit import Plan
+from tprune.methods.vit._tuned import Tuned
 
 
 @dataclass(frozen=True)
 class MSTM(TokenMethod):
-    """Token mergence between attention and MLP at three blocks; the paper also fuses scales and fine-tunes."""
+    """Token mergence between attention and MLP at three blocks; a fit is the authors' fine-tuning."""
 
     paper = Paper(
         title="Multi-Scale And Token Mergence: Make Your ViT More Efficient",
         venue="arXiv",
         year=2023,
         arxiv="2306.04897",
-        checked="abstract",
-        notes="A reconstruction: no code is public and only the abstract was at hand. Its choice by importance and "
-        "merging by similarity are here; the scores (class attention, cosine), blocks and rate are EViT's. Its "
-        "fusion of multi-scale features needs training and is left out.",
+        code="changingbz/mtvit",
+        checked="code",
+        notes="As the authors fine-tune a given model: token mergence alone. Their multi-scale features are another "
+        "architecture in front of it, a second embedding of the image at half its size with weights of its own, "
+        "trained from the start, and none in their base model. Tokens keep their order, theirs is that of attention; "
+        "nothing depends on it. Distillation and register tokens are protected. A fit has no mixup and no "
+        "augmentation.",
     )
     needs_cls = True
     native = ("ratio",)
+    learns = "optional"
+    built_in: ClassVar[dict[str, Any]] = {"epochs": 1.0, "batch": 16}
 
     layers: tuple[int, ...] = param(
         (3, 6, 9), "blocks between whose attention and MLP tokens merge, of 12", low=0
     )
     ratio: float = param(0.7, "fraction of the remaining tokens that each of them keeps", low=0, high=1)
+    smoothing: float = param(0.1, "of the labels in a fit", low=0, high=1)
+    epochs: float = param(30.0, "of a fit", low=0)
+    batch: int = param(2048, "images per step of a fit", low=1)
+    lr: float = param(8e-5, "of a fit, at its peak", low=1e-12)
+    min_lr: float = param(1e-6, "of a fit, at its end", low=0)
+    weight_decay: float = param(1e-6, "of matrices in a fit", low=0)
 
     def stages(self, shape, knob):
         """k = ceil(ratio · n) at every stage."""
@@ -53,3 +67,9 @@ class MSTM(TokenMethod):
         _, into = match.nearest(view.hidden, rest, index, barred=view.prefix)
         weight = importance.clamp_min(torch.finfo(importance.dtype).tiny)
         return Reduction.average(index, length, rest, into, weight)
+
+    def fit(self, shape, keep, seed):
+        """The model itself, pruned as at inference."""
+        floor = min(1.0, self.min_lr / self.lr)
+        plan = Plan(self.epochs, self.batch, self.lr, floor, weight_decay=self.weight_decay)
+        return Tuned(self, shape, keep, plan, self.smoothing)

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 
 from tprune.core import grid as tiling
-from tprune.core.budget import Site, Stage, bisect, mean_entering, scale_layer
+from tprune.core.budget import Site, Stage, mean_entering, scale_layer
 from tprune.core.reduction import Reduction, Sight
 from tprune.core.select import with_prefix
 from tprune.errors import UserError
@@ -79,7 +79,8 @@ class STViT(TokenMethod):
             side = max(1, min(round(side), shape.window))
             return side, side
         if knob is None:
-            return tuple(max(1, min(round(self.cells * side / SIDE), side)) for side in shape.grid)
+            sides = [max(1, min(round(self.cells * side / SIDE), side)) for side in shape.grid]
+            return sizes(shape.grid)[sum(sides) - 2]
         return sizes(shape.grid)[round(knob * (sum(shape.grid) - 2))]
 
     def stages(self, shape, knob):
@@ -104,7 +105,7 @@ class STViT(TokenMethod):
         for first in range(shape.span[0], shape.span[1] - PERIOD + 1, PERIOD):
             stages += [Stage(Site(first + step), count, seen=count + tokens) for step in (1, 2)]
             stages += [Stage(Site(first + step), count) for step in (3, 4)]
-            stages.append(Stage(Site(first + 5), tokens, seen=count))
+            stages.append(Stage(Site(first + 5), tokens))
         return stages
 
     def reduce(self, site, view, count, memory):
@@ -174,14 +175,14 @@ class STViT(TokenMethod):
             return (window, window), (side, side)
         return grid, next(size for size in sizes(grid) if size[0] * size[1] == count)
 
+    def map(self, grid, window, count):
+        """Rows and columns of all cells."""
+        window, cells = self.layout(grid, window, count)
+        return tuple(side // one * cell for side, one, cell in zip(grid, window, cells, strict=True))
+
     def fit(self, shape, keep, seed):
         """The model itself and the centres learn, at the budget's number of semantic tokens."""
-
-        def measure(knob):
-            return mean_entering(self.stages(shape, knob), shape.tokens, shape.depth)
-
-        knob = None if keep is None else 1.0 if keep == 1 else bisect(measure, keep)
-        return Semantics(self, shape, self.stages(shape, knob), seed)
+        return Semantics(self, shape, keep, seed)
 
 
 def blocks(shape):
