@@ -9,7 +9,9 @@ from tests.golden_values import golden
 from tprune.core.budget import Site, Stage
 from tprune.core.cache import stack_rows
 from tprune.core.score import attention_rows, mean_over_group, pool_neighbours, window_attention
+from tprune.core.select import representatives
 from tprune.methods import registry
+from tprune.methods.llm_context.kvcrush import anchor_of
 from tprune.methods.views import Attention, LayerView
 from tprune.models.cache_layer import Owner, PrunedLayer
 from tprune.models.compress import biased
@@ -132,6 +134,21 @@ def test_zeromerge_merges_scores_and_answers_as_the_authors(case):
         assert torch.equal(state["others"][0].sort(-1).values + 1, tensors[f"{case}.{name}.mass"])
         assert torch.allclose(state["score"][0].sort(-1).values, tensors[f"{case}.{name}.score"], atol=1e-5)
         assert torch.allclose(played.layer.keys[0].sum(1), tensors[f"{case}.{name}.keys"], atol=1e-4)
+
+
+@pytest.mark.parametrize("case", golden("llm-context", "kvcrush")[1]["settings"]["cases"])
+def test_kvcrush_represents_patterns_as_the_public_code_represents_pages(case):
+    tensors, facts = golden("llm-context", "kvcrush")
+    sizes = facts["settings"]["cases"][case]
+    scores, evicted = tensors[f"{case}.scores"], tensors[f"{case}.evicted"]
+    bits = torch.zeros(len(scores), dtype=torch.bool)
+    bits[scores.argsort(descending=True)[: len(scores) // 2]] = True
+    bits = bits.view(1, sizes["blocks"], sizes["block"])
+    free = torch.zeros(1, sizes["blocks"], dtype=torch.bool)
+    free[:, evicted] = True
+    anchor = anchor_of(sizes["anchor"], bits, None, 0)
+    kept = representatives(bits, anchor, free, sizes["budget"])
+    assert torch.equal(kept[0], tensors[f"{case}.kept"])
 
 
 SNAPKV = golden("llm-context", "snapkv")[1]["settings"]["cases"]

@@ -1,11 +1,20 @@
 """What single methods promise beyond what all do."""
 
+import pytest
 import torch
 
 import tprune
 from tests.decoders import decoder, tokens
+from tprune.methods import registry
+from tprune.methods.base import CacheMethod
+from tprune.methods.views import Attention, LayerView
 
 PROMPT = 96
+CACHE_METHODS = [
+    fact.id
+    for fact in registry.facts("llm-context")
+    if issubclass(registry.load(fact.id, "llm-context"), CacheMethod)
+]
 
 
 def after(model, method, steps=6, **settings):
@@ -16,6 +25,19 @@ def after(model, method, steps=6, **settings):
         for place in range(PROMPT, PROMPT + steps):
             logits.append(model(ids[:, place : place + 1], past_key_values=cache).logits)
     return torch.cat(logits, dim=1), cache.layers[-1]
+
+
+@pytest.mark.parametrize("method", CACHE_METHODS)
+def test_a_pyramid_of_budgets_keeps_what_was_asked_and_goes_on(method):
+    model, ids, coming = decoder(), tokens(2, 128), tokens(2, 3, seed=2)
+    with tprune.prune(model, f"llm-context/{method}", keep=0.5, pyramid=1.5) as handle:
+        cache = model(ids).past_key_values
+        assert [layer.length for layer in cache.layers] == [85, 64, 43]
+        assert handle.achieved().value == 0.5
+        assert model(coming, past_key_values=cache).logits.isfinite().all()
+        for place in range(2):
+            new = coming[:, place : place + 1]
+            assert model(new, past_key_values=cache).logits.isfinite().all()
 
 
 def test_a2sf_that_forgets_nothing_is_h2o():
@@ -52,3 +74,22 @@ def test_zeromerge_of_equal_tokens_answers_as_the_whole_cache():
         cache = model(ids, position_ids=position).past_key_values
         merged = model(ids[:, :1], past_key_values=cache, position_ids=position[:, :1]).logits
     assert torch.allclose(merged, dense, atol=1e-5)
+
+
+def test_kvcrush_keeps_one_of_every_stretch_of_the_sorted_rest():
+    """An oracle with plain loops, on one layer."""
+    generator = torch.Generator().manual_seed(3)
+    query, key = torch.randn(1, 4, 40, 8, generator=generator), torch.randn(1, 2, 40, 8, generator=generator)
+    attention = Attention(query, key, key, 0.4, causal=True)
+    view = LayerView(0, 1, attention, key, key, torch.arange(40).expand(1, 2, 40), {}, torch.tensor([5]))
+    method = registry.build("kvcrush", "llm-context", {"anchor": "alternating", "share": 0.3, "recent": 0.25})
+    kept = method.start(view, 20).index[0]
+    paid = attention.rows().sum(2)[0]  # [H, T]
+    best = [set(row.argsort(descending=True)[:14].tolist()) for row in paid]
+    for group in range(2):
+        score = paid[2 * group] + paid[2 * group + 1]
+        important = set(score[:37].argsort(descending=True)[:11].tolist()) | {37, 38, 39}
+        rest = [token for token in range(40) if token not in important]
+        far = {j: sum((j in best[head]) != bool(head % 2) for head in range(4)) for j in rest}
+        rest.sort(key=lambda token: (far[token], token))
+        assert set(kept[group].tolist()) == important | set(rest[:24:4])

@@ -94,7 +94,7 @@ class Compression:
             layer.arriving = self.arriving
             if real is not None and not layer.started and layer.valid is None and layer.length:
                 layer.valid = _some(real[:, : layer.seen])
-        if not layers[0].started:
+        if not layers[0].started and "seeds" in self.method.reads:
             self.seeds = _seeds(tokens, self.arriving, self.seed)
         return (), kwargs
 

@@ -32,7 +32,11 @@ def prompt_views(
     for row, column in enumerate(_columns(layer)):
         one, asked = slice(row, row + 1), column[column >= before] - before
         entries = (x[one, :, column] for x in (layer.keys, layer.values))
-        views.append(_view(place, depth, call, call.query[one, :, asked], *entries, seeds[one]))
+        views.append(
+            _view(
+                place, depth, call, call.query[one, :, asked], *entries, None if seeds is None else seeds[one]
+            )
+        )
     return views
 
 

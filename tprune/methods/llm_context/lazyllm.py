@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
-from tprune.core.budget import Site, Stage, scale_layer
+from tprune.core.budget import exponent, staircase
 from tprune.core.reduction import Reduction
 from tprune.core.select import keep_protected_and_top
 from tprune.errors import UserError
@@ -42,23 +40,12 @@ class LazyLLM(TokenMethod):
             raise UserError(
                 f"lazyllm: {len(self.layers)} layers and {len(self.rates)} rates; give as many of each"
             )
-        power = 1.0 if knob is None else (1 - knob) / knob if knob else torch.inf
-        left: dict[int, int] = {}
-        for layer, rate in zip(self.layers, self.rates, strict=True):
-            left[max(1, scale_layer(layer, 32, shape.depth))] = round(shape.tokens * rate**power)
-        alive, stages = shape.tokens, []
-        for layer, count in sorted(left.items()):
-            alive = min(alive, count)
-            stages.append(Stage(Site(layer), alive))
-        return stages
+        power = 1.0 if knob is None else exponent(knob)
+        counts = [round(shape.tokens * rate**power) for rate in self.rates]
+        return staircase(self.layers, counts, 32, shape.depth)
 
     def reduce(self, site, view, count, memory):
         """Keep the `count` tokens that the last token attends to most, and the last token."""
-        place = torch.arange(view.hidden.shape[1], device=view.hidden.device)
-        last = place.expand_as(view.prunable)
-        if view.real is not None:
-            last = last.masked_fill(~view.real, -1)
-        last = last.max(dim=1, keepdim=True).values  # [B, 1]
-        paid = view.attention.rows(last).mean(dim=1).squeeze(1)  # [B, N]
+        paid = view.attention.rows(view.last).mean(dim=1).squeeze(1)  # [B, N]
         index, valid = keep_protected_and_top(paid, view.prunable.sum(1).cpu() - count, view.prunable)
         return Reduction.keep(index, view.hidden.shape[1], valid)

@@ -28,6 +28,7 @@ class Random(CacheMethod):
         notes="Draws in float32 on the CPU, so that every device and precision keeps the same entries.",
     )
     kind = "baseline"
+    reads = ("seeds",)
 
     sink: int = param(0, "first tokens that always stay", low=0)
     recent: int = param(0, "latest tokens of the prompt that always stay", low=0)
