@@ -76,7 +76,8 @@ def test_the_planned_counts_are_the_counts_that_enter(method, kind):
         cache = model(**inputs, use_cache=True).past_key_values
         entering = [row["tokens"] for row in handle.per_layer()]
         text = inputs["input_ids"].shape[1] - tokens
-        assert [layer.keys.shape[2] for layer in cache.layers] == [text + count for count in entering]
+        held = entering[:1] * len(entering) if handle.driver.hides else entering
+        assert [layer.keys.shape[2] for layer in cache.layers] == [text + count for count in held]
         assert abs(handle.achieved().value - 0.5) < 0.06
         assert handle.achieved().value == pytest.approx(sum(entering) / (len(entering) * tokens))
 
@@ -148,7 +149,7 @@ def test_a_prompt_without_images_is_left_alone(method, kind):
     inputs = {"input_ids": torch.arange(5, 17)[None].repeat(2, 1)}
     dense = model(**inputs).logits
     told = model.generate(**inputs, max_new_tokens=3, do_sample=False, pad_token_id=0)
-    handle = pruned(model, method, keep=0.3)
+    handle = pruned(model, method, keep=0.4)
     if handle is None:
         return
     with handle:

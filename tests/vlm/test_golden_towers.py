@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from tests.golden_values import golden
+from tprune.core import outliers
 from tprune.core.budget import PROJECTOR, Site
 from tprune.methods import registry
 from tprune.methods.views import Attention, TokenView
+from tprune.methods.vlm.recoverable import Recoverable
 
 
 def keyed(keys):
@@ -57,3 +59,36 @@ def test_g_prune_keeps_the_authors_tokens_of_thumbnail_and_crops(case):
     assert torch.allclose(worth[:16], tensors[f"{case}.thumbnail"], rtol=1e-4)
     assert torch.allclose(worth[16:][~newlines[0, 16:]], tensors[f"{case}.canvas"], rtol=1e-4)
     assert torch.equal(method.reduce(PROJECTOR, view, setting["kept"], {}).index[0], tensors[f"{case}.kept"])
+
+
+@pytest.mark.parametrize("case", ["a", "b", "c", "d"])
+def test_outlier_factors_are_scikit_learns(case):
+    tensors, _ = golden("vlm", "recoverable")
+    x = tensors[f"{case}.attention"]
+    there = torch.ones_like(x, dtype=torch.bool)
+    padded = torch.cat([x, torch.full((1, 5), 0.5)], 1)
+    for neighbours in (10, 20):
+        expected = tensors[f"{case}.lof{neighbours}"].double()
+        found = outliers.local_outlier_factor(x, neighbours, there)
+        assert torch.allclose(found, expected, rtol=1e-4)
+        some = torch.nn.functional.pad(there, (0, 5))
+        assert torch.allclose(outliers.local_outlier_factor(padded, neighbours, some)[:, :64], found)
+
+
+@pytest.mark.parametrize("case", ["a", "b", "c", "d"])
+def test_recoverable_hands_the_projector_what_the_authors_do(case):
+    tensors, told = golden("vlm", "recoverable")
+    hidden, query, key = (tensors[f"{case}.{name}"] for name in ("hidden", "query", "key"))
+
+    class GivenText(Recoverable):
+        def relevance(self, view):
+            return tensors[f"{case}.text"]
+
+    prunable = torch.ones(hidden.shape[:2], dtype=torch.bool)
+    tower = TokenView(hidden, prunable, prefix=1, depth=24, has_cls=True)
+    tower.attention = Attention(query[:, None], key[:, None], key[:, None], 1.0)
+    view = TokenView(hidden, prunable.index_fill(1, torch.tensor([0]), False), prefix=1, encoder=tower)
+    view.encoders, view.pool = {23: tower}, lambda x: x
+    method = GivenText(neighbours=told["settings"]["neighbours"])
+    reduction = method.reduce(PROJECTOR, view, 64, {})
+    assert torch.allclose(reduction.apply(hidden), tensors[f"{case}.out"], atol=1e-5)

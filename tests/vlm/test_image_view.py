@@ -10,10 +10,13 @@ import tprune
 from tests.vlm.tiny import KINDS, TOWER, tiny
 from tprune.core.budget import PROJECTOR, Stage
 from tprune.core.reduction import Reduction
+from tprune.data.questions import built_in
 from tprune.errors import UserError
 from tprune.methods.vlm.random import Random
+from tprune.models import load
 from tprune.models.clip import Clip
 from tprune.models.prompts import noise_prompts
+from tprune.models.source import resolve
 from tprune.models.subject import Subject
 from tprune.models.vlm import anatomy
 from tprune.pipelines.run import pipeline
@@ -200,3 +203,28 @@ def test_text_and_patches_meet_in_the_space_of_the_clip_that_is_given():
 def test_a_clip_that_is_not_there_is_named():
     with pytest.raises(UserError, match="--set clip=/nowhere"):
         tprune.prune(tiny("llava"), "vlm/script", keep=0.5, clip="/nowhere")
+
+
+def test_text_in_other_words_is_what_the_tokenizer_makes_of_them():
+    source = resolve(ModelSource("digits-llava"), "vlm")
+    subject = load.load(source, "vlm", device="cpu", dtype="float32", seed=0)
+    questions = built_in(2)
+    asked = [f"<image> {item.prompt}" for item in questions.items]
+    images = [questions.open(place) for place in range(2)]
+    inputs = dict(subject.processor(images=images, text=asked, padding=True, return_tensors="pt"))
+    SEEN.clear()
+    stage = RecipeStage("vlm", "random")
+    driver = pipeline(Recipe(ModelSource("in memory"), (stage,)), stage, Progress())
+    driver.method = Looks()
+    with driver.apply(Subject(subject.model, subject.processor, None), None):
+        subject.model(**inputs)
+    text, heard = SEEN[0].signal("text"), []
+    found = text.signal("reworded")(lambda told: heard.append(told) or " ".join(told.split()[:2]))
+    assert [told.split() for told in heard] == [item.prompt.split() for item in questions.items]
+    tokenizer = subject.processor.tokenizer
+    for row, told in enumerate(heard):
+        ids = tokenizer(" ".join(told.split()[:2]), add_special_tokens=False)["input_ids"]
+        assert found.signal("ids")[row, found.real[row]].tolist() == ids
+        assert torch.equal(
+            found.hidden[row, found.real[row]], subject.model.get_input_embeddings()(torch.tensor(ids))
+        )

@@ -6,6 +6,7 @@ import torch
 import transformers
 from transformers import (
     CLIPVisionConfig,
+    GemmaConfig,
     InternVLConfig,
     InternVLForConditionalGeneration,
     InternVLVisionConfig,
@@ -16,6 +17,8 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
@@ -137,6 +140,17 @@ def _internvl():
     )
 
 
+def _paligemma():
+    return PaliGemmaForConditionalGeneration(
+        PaliGemmaConfig(
+            vision_config=SiglipVisionConfig(**TOWER, vision_use_head=False),
+            text_config=GemmaConfig(**TEXT, head_dim=8),
+            image_token_id=IMAGE,
+            projection_dim=32,
+        )
+    )
+
+
 KINDS = {
     "llava": _llava,
     "llava-siglip": _siglip,
@@ -145,6 +159,7 @@ KINDS = {
     "qwen2-vl": _qwen2,
     "qwen2.5-vl": _qwen25,
     "internvl": _internvl,
+    "paligemma": _paligemma,
 }
 
 

@@ -23,9 +23,10 @@ from tprune.errors import UserError
 from tprune.methods.base import TokenMethod
 from tprune.methods.views import TokenView
 from tprune.models.blocks import find_decoder
+from tprune.models.episode import Episode
 from tprune.models.layer_inputs import LayerInputs
 from tprune.models.run import Inputs, Run, Tally, here, planned, real_tokens
-from tprune.models.signals import Signals, attention_of, watch_sublayers
+from tprune.models.signals import Signals, attention_of, watch
 from tprune.models.taps import AttentionCall, Tap
 from tprune.models.track import (
     Kept,
@@ -82,7 +83,7 @@ class DecoderDriver:
         self.outer = self.core if outer is None else outer
         self.inputs = LayerInputs(self.core, positions)
         self.signals = Signals(self.core, self.layers, self.inputs, cells_of)
-        self.tally = Tally(len(self.layers))
+        self.tally, self.episode = Tally(len(self.layers)), Episode(method, len(self.layers))
         self.run: Run | None = None
         self.trace: list[tuple[Site, Tensor]] | None = None
         self.handles = [
@@ -102,8 +103,7 @@ class DecoderDriver:
         if "attention" in method.reads:
             self.tap = Tap([attention_of(layer) for layer in self.layers], self._observe)
             self.place = {attention_of(layer): place for place, layer in enumerate(self.layers)}
-        if "sublayers" in method.reads:
-            self.handles += watch_sublayers(self.layers, self._note_sublayer)
+        self.handles += watch(self.layers, method.reads, lambda: self.run)
 
     def remove(self) -> None:
         """Take all hooks out again."""
@@ -146,7 +146,9 @@ class DecoderDriver:
             return
         check_cache(cache)
         real = real_tokens(inputs, prunable)
-        run = Run(inputs, Track(tokens.shape[1], real.sum(1)), 0, tokens.shape[1], prunable, real)
+        track = Track(tokens.shape[1], real.sum(1), prunable=prunable, images=max(counts))
+        run = Run(inputs, track, 0, tokens.shape[1], prunable, real)
+        run.memory["episode"] = self.episode.memory
         run.trace = self.trace
         run.counts = planned([self.stages_of(count) for count in counts], counts)
         self._check(run)
@@ -223,15 +225,13 @@ class DecoderDriver:
         )
 
     def _observe(self, call: AttentionCall) -> None:
-        """Keep the attention of a layer that a site follows."""
-        run = self.run
-        if run is not None and run.is_prompt and Site(self.place[call.module] + 1) in run.counts:
+        """Keep the attention of a layer that a site follows; show that of a layer the method watches."""
+        run, place = self.run, self.place[call.module]
+        if run is None:
+            return
+        self.episode.see(run, place, call)
+        if run.is_prompt and Site(place + 1) in run.counts:
             run.attention = call.view()
-
-    def _note_sublayer(self, place: int, which: int, passed: tuple[Tensor, Tensor]) -> None:
-        """Keep what a sublayer of a prompt was given and gave, where a site follows."""
-        if self.run is not None and self.run.is_prompt and Site(place + 1) in self.run.counts:
-            self.run.sublayers.setdefault(place, []).append(passed)
 
     def _layer_hook(self, place: int) -> Callable[..., tuple[tuple, Inputs] | None]:
         site = Site(place)
@@ -247,8 +247,8 @@ class DecoderDriver:
             kept = run.track.at(place)
             if kept is not None:
                 self.inputs.fit(run, place, kept, given)
-            if run.is_prompt and "unrotated_attention" in self.method.reads:
-                run.before = given
+            if run.is_prompt and "before" in self.method.reads:
+                run.before = dict(given)
             return None if kept is None else (tuple(given.pop(name) for name in names), given)
 
         return hook
@@ -275,7 +275,7 @@ class DecoderDriver:
             signals=self.signals.at(run, site.layer, given, slots, position),
         )
         reduction = self.method.reduce(site, view, count, run.memory)
-        run.attention, run.sublayers = None, {}
+        run.attention, run.neurons, run.sublayers = None, None, {}
         if reduction is None:
             return hidden
         if run.trace is not None:

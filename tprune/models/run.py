@@ -34,6 +34,7 @@ class Run:
         attention: of the layer that ran last, where the next one is a site.
         embeddings: [B, T, D], what entered the decoder; None where the method does not ask.
         before: what the layer that ran last was given, by name; None where the method does not ask.
+        neurons: [B, T, F], what the layer that ran last fed into the last projection of its MLP, where a site follows.
         sublayers: per layer since the last site, what went into its attention and its MLP and what came out.
         padding: the decoder's padding mask [B, T] (nonzero: real), for the tokens that entered it, or None.
         trace: at every site so far, which token stands for each of the caller's (`core.reduction.follow`), int64
@@ -53,6 +54,7 @@ class Run:
     attention: Attention | None = None
     embeddings: Tensor | None = None
     before: Inputs | None = None
+    neurons: Tensor | None = None
     sublayers: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     padding: Tensor | None = None
     trace: list[tuple[Site, Tensor]] | None = None
@@ -106,7 +108,8 @@ class Tally:
         self.entering = total if self.entering is None else self.entering + total
         self.prompts += len(run.prunable)
         self.tokens += run.prunable.sum()
-        self.last = (*track.final(), run.length)
+        final = track.final()
+        self.last = None if final is None else (*final, run.length)
 
     @property
     def owner(self) -> Tensor | None:

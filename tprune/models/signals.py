@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tprune.core.budget import Site
 from tprune.core.reduction import gather_tokens
 from tprune.errors import UserError
 from tprune.methods.views import Attention
@@ -47,7 +49,7 @@ def attention_ahead(layer: nn.Module, given: Inputs) -> Attention:
     def stop(call: AttentionCall) -> None:
         raise _SeenError(call)
 
-    with Tap([attention_of(layer)], stop):
+    with Tap([attention_of(layer)], stop, first=True):
         try:
             layer.forward(**{name: None if name in CACHES else value for name, value in given.items()})
         except _SeenError as seen:
@@ -63,21 +65,53 @@ def unrotated(given: Inputs) -> Inputs:
     return given | {"position_embeddings": (torch.ones_like(rope[0]), torch.zeros_like(rope[1]))}
 
 
-def watch_sublayers(
-    layers: Sequence[nn.Module], note: Callable[[int, int, tuple[Tensor, Tensor]], None]
-) -> list[Any]:
-    """Hooks that call `note` with layer, sublayer (0: attention, 1: MLP), and what went in and came out of it."""
-    handles = []
-    for place, layer in enumerate(layers):
-        for which, module in enumerate((attention_of(layer), _feed_forward(layer))):
+def rotated_ones(layer: nn.Module, given: Inputs) -> Tensor:
+    """A query of ones at the positions that `layer` was given, rotated by the model's own function: [B, N, d]."""
+    module, rope = attention_of(layer), given.get("position_embeddings")
+    rotate = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
+    if rotate is None or not isinstance(rope, tuple):
+        raise UserError(f"{type(module).__name__} has no rotary embeddings, which this method reads")
+    ones = rope[0].new_ones(*given["hidden_states"].shape[:2], rope[0].shape[-1]).unsqueeze(1)
+    return rotate(ones, ones, *rope)[0].squeeze(1)
 
-            def hook(
-                module: nn.Module, args: tuple, kwargs: Inputs, output: Any, place=place, which=which
-            ) -> None:
+
+def watch(layers: Sequence[nn.Module], reads: Sequence[str], current: Callable[[], Run | None]) -> list[Any]:
+    """Hooks that keep, of a prompt and where a site follows, "sublayers" and "neurons", if they are in `reads`.
+
+    Raises:
+        UserError: the layers have none that can be watched.
+    """
+    handles: list[Any] = []
+
+    def followed(place: int) -> Run | None:
+        run = current()
+        return run if run is not None and run.is_prompt and Site(place + 1) in run.counts else None
+
+    def pass_hook(place: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple, kwargs: Inputs, output: Any) -> None:
+            if (run := followed(place)) is not None:
                 entering = args[0] if args else kwargs["hidden_states"]
-                note(place, which, (entering, output[0] if isinstance(output, tuple) else output))
+                leaving = output[0] if isinstance(output, tuple) else output
+                run.sublayers.setdefault(place, []).append((entering, leaving))
 
-            handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        return hook
+
+    def neuron_hook(place: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple) -> None:
+            if (run := followed(place)) is not None:
+                run.neurons = args[0]
+
+        return hook
+
+    for place, layer in enumerate(layers):
+        if "sublayers" in reads:
+            for module in (attention_of(layer), _feed_forward(layer)):
+                handles.append(module.register_forward_hook(pass_hook(place), with_kwargs=True))
+        if "neurons" in reads:
+            down = getattr(_feed_forward(layer), "down_proj", None)
+            if not isinstance(down, nn.Module):
+                raise UserError(f"{type(layer).__name__} has no gated MLP whose neurons can be watched")
+            handles.append(down.register_forward_pre_hook(neuron_hook(place)))
     return handles
 
 
@@ -95,8 +129,11 @@ class Signals:
     - "final_norm": [B, N, D], the tokens behind the decoder's last norm;
     - "next_attention": the `Attention` that the layer behind the site would compute if nothing left there;
     - "unrotated_attention": of the layer before the site, on what it was given, without rotary embeddings;
+    - "rotated_ones": [B, N, d], a query of ones as the layer before the site rotates it;
     - "sublayers": of the layer before the site, [(in, out), (in, out)] of attention and MLP, each [B, N, D]: behind
       their norms, before the residual is added;
+    - "hidden": bool [B, N], tokens that have left and are still computed (`TokenMethod.hides`);
+    - "neurons": [B, N, F], what the layer before the site fed into the last projection of its MLP;
     - "embeddings": [B, N, D], these tokens as they entered the decoder;
     - "cells": int64 [B, N, 3], every image token's crop, row and column in it; -1 where it has none.
 
@@ -139,7 +176,21 @@ class Signals:
             "final_norm": lambda: self.norm(hidden),
             "next_attention": ahead,
             "unrotated_attention": lambda: attention_ahead(self.layers[place - 1], unrotated(run.before)),
+            "rotated_ones": lambda: rotated_ones(self.layers[place - 1], run.before),
+            "neurons": lambda: run.neurons,
             "sublayers": lambda: run.sublayers[place - 1],
+            "hidden": lambda: _hidden(run, place, slots, position),
             "embeddings": lambda: gather_tokens(run.embeddings, slots),
             "cells": lambda: gather_tokens(self.cells_of(run.inputs).to(hidden.device), position),
         }
+
+
+def _hidden(run: Run, place: int, slots: Tensor, position: Tensor) -> Tensor:
+    """Which of the tokens before layer `place` are no fillers, and no longer attended to."""
+    kept, entry = run.track.at(place), run.track.entry
+    if kept is None or kept.valid is None:
+        return torch.zeros_like(position, dtype=torch.bool)
+    real = run.real.gather(1, position)
+    if entry is not None and entry.valid is not None:
+        real = real & entry.valid.gather(1, slots)
+    return real & ~kept.valid

@@ -71,12 +71,13 @@ class Tap:
 
     Several taps may stand on one module; they are called in the order they came, before the attention runs. An
     observer that returns an output has run the attention itself, by `call.attend`, and the last such output counts.
+    One that is `first` is called before all that are there.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], observer: Observer):
+    def __init__(self, modules: Iterable[nn.Module], observer: Observer, first: bool = False):
         self.modules, self.observer = list(modules), observer
         for module in self.modules:
-            _install(module, self)
+            _install(module, self, first)
 
     def __enter__(self) -> Tap:
         return self
@@ -123,7 +124,7 @@ class _Tapped:
     config: Any
 
 
-def _install(module: nn.Module, tap: Tap) -> None:
+def _install(module: nn.Module, tap: Tap, first: bool) -> None:
     tapped = module.__dict__.get("_tprune_taps")
     if tapped is None:
         own = copy.copy(module.config)
@@ -131,7 +132,7 @@ def _install(module: nn.Module, tap: Tap) -> None:
         own._attn_implementation_internal = _registered(module.config._attn_implementation)
         tapped = module.__dict__["_tprune_taps"] = _Tapped([], module.config)
         module.config = own
-    tapped.taps.append(tap)
+    tapped.taps.insert(0 if first else len(tapped.taps), tap)
 
 
 def _uninstall(module: nn.Module, tap: Tap) -> None:

@@ -78,11 +78,15 @@ class Track:
         real: int64 [B], how many of them were no padding.
         entry: the tokens that entered the decoder, as slots of the caller's sequence; None for all.
         layers: per decoder layer where tokens left, what is left from there on, as slots of the entering sequence.
+        prunable: bool [B, N], which of the prompt's tokens were prunable.
+        images: how many of them a row had at most.
     """
 
     length: int
     real: Tensor
     entry: Kept | None = None
+    prunable: Tensor | None = None
+    images: int = 0
     layers: dict[int, Kept] = field(default_factory=dict)
 
     @property
@@ -196,6 +200,9 @@ def gather_mask(mask: Tensor, rows: Tensor, kept: Kept, total: int) -> Tensor:
     """
     batch, queries, keys = rows.shape[0], rows.shape[1], kept.index.shape[1]
     mask = mask.expand(batch, *mask.shape[1:])
+    if mask.shape[-1] == keys != total:
+        # Made for a cache that lost tokens already; padding is in front of them.
+        return _hide_fillers(mask, kept, queries)
     heads = mask.shape[1]
     columns = kept.columns - (total - mask.shape[-1])
     mask = mask.gather(2, rows[:, None, :, None].expand(batch, heads, queries, mask.shape[-1]))

@@ -63,12 +63,10 @@ class DART(TokenMethod):
 
     def pivots(self, norm, view, count):
         """Pivots [B, P], image before text, by norm descending; and which of them are real, 1 or 0 [B, P]."""
-        place = torch.arange(norm.shape[1], device=norm.device)
-        last = (place * view.prunable).amax(1, keepdim=True)
         found, real = [], []
         for group, most in (
             (view.prunable, min(self.image_pivots, int(torch.as_tensor(count).max()))),
-            (view.real & ~view.prunable & (place > last), self.text_pivots),
+            (view.text, self.text_pivots),
         ):
             best = select.top_ranked(norm.masked_fill(~group, -torch.inf), min(most, norm.shape[1]))
             found.append(best)

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from tprune.core import select
 from tprune.core.budget import Site, Stage, scale_layer
 from tprune.core.reduction import Reduction
@@ -43,9 +41,6 @@ class FastV(TokenMethod):
 
     def reduce(self, site, view, count, memory):
         """s_j = mean over heads of A[last, j] in layer K - 1; the top k stay, in their order."""
-        last = (
-            torch.arange(view.real.shape[1], device=view.real.device).mul(view.real).argmax(1, keepdim=True)
-        )
-        score = view.attention.rows(last).mean(1)[:, 0]  # [B, N]
+        score = view.attention.rows(view.last).mean(1)[:, 0]  # [B, N]
         index, valid = select.keep_prunable_top(score, count, view.prunable)
         return Reduction.keep(index, view.hidden.shape[1], valid)

@@ -55,7 +55,9 @@ class GPrune(TokenMethod):
         room = torch.as_tensor(count, device=worth.device) - newlines.sum(1)
         room = room.clamp_min(0)
         small = room * thumbnail.sum(1) // (thumbnail | crops).sum(1).clamp_min(1)
-        stays = newlines | in_rank(worth, thumbnail, small) | in_rank(worth, crops, room - small)
+        stays = (
+            newlines | select.best_of(worth, thumbnail, small) | select.best_of(worth, crops, room - small)
+        )
         index, valid = select.keep_prunable_top(stays.float(), count, view.prunable)
         return Reduction.keep(index, view.hidden.shape[1], valid)
 
@@ -64,9 +66,3 @@ class GPrune(TokenMethod):
         group = torch.where(newlines, 2, thumbnail.long()).masked_fill(~view.prunable, 3)
         walk, degree = graph.similarity_walk(view.hidden, self.threshold, self.temperature, group)
         return score.page_rank(walk, view.hidden.float().norm(dim=2), self.steps) / degree
-
-
-def in_rank(worth, group, count):
-    """The `count[b]` best of a group, bool [B, N]."""
-    rank = worth.masked_fill(~group, -torch.inf).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    return group & (rank < count.unsqueeze(1))
