@@ -84,6 +84,7 @@ ANSWERS = {
     "dit-routing": ("vit", "vit/diffrate"),
     "adatoken-3d": ("vlm", "--method fastv"),
     "gap": ("vlm", "--positions gap"),
+    "uniprunebench": ("vlm", "--grid recipes/vlm/uniprunebench.grid"),
     "sentinel-tokens": ("llm-context", "llm-context/streaming-llm"),
 }
 

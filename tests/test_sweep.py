@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 import pytest
 
 from tests.test_cli import call
+from tests.test_recipe import RECIPES
 from tprune.errors import UserError
 from tprune.evaluate import page, plots, points
 from tprune.pipelines import grid, trials
@@ -206,7 +207,7 @@ def test_methods_that_learn_are_fitted_with_every_seed_beside_those_that_are_not
     sweep(vit_folder, tmp_path / "out", "--method", "tnt,tome", "--fit", "built-in", "--seeds", 2, *few)
     found = {(row["method"], row["settings"]): row["seeds"] for row in rows(tmp_path / "out")}
     assert found == {
-        ("tnt", "epochs=0.002 batch=4.0 fit=built-in"): "2",
+        ("tnt", "epochs=0.002 batch=4 fit=built-in"): "2",
         ("tome", ""): "1",
         ("random", ""): "2",
     }
@@ -257,6 +258,34 @@ def test_a_grid_file_crosses_settings_with_budgets(vit_folder, tmp_path):
     names = {(row["method"], row["settings"], row["budget"]) for row in rows(tmp_path / "out")}
     assert ("tome", "prop_attn=False inflect=1", "keep 0.7") in names
     assert {("random", "", f"keep {keep}") for keep in (0.5, 0.6, 0.7)} < names
+
+
+def test_the_benchmark_of_vlm_methods_is_a_grid_of_three_budgets_with_a_floor_at_each():
+    found = grid.with_floor(grid.read(str(RECIPES / "vlm" / "uniprunebench.grid"), "vlm"))
+    budgets = [0.333, 0.222, 0.111]
+    for method in ("fastv", "divprune", "pyramiddrop", "random"):
+        assert [one.budget["keep"] for one in found if one.method == method] == budgets
+
+
+def test_accuracy_on_each_kind_of_question_is_a_mean_over_seeds():
+    def point(seed, what):
+        figures = {"accuracy": 0.5, "accuracy_by_kind": {"what": what, "where": 0.25}, "flops": 1}
+        return {
+            "status": "ok",
+            "family": "vlm",
+            "method": "random",
+            "set": {},
+            "asked": {"keep": 0.5},
+            "seed": seed,
+            "recipe": "",
+            "protocol": {"family": "vlm", "model": {"name": "m"}, "data": {}, "seed": seed},
+            "budget": {"achieved": 0.5, "tokens": 9, "tokens_entering_mean": 4},
+            "dense": figures | {"agreement": 1.0},
+            "pruned": figures | {"agreement": 1.0},
+        }
+
+    found = points.groups([point(0, 0.5), point(1, 0.75)])
+    assert points.as_rows(found)[0]["kinds"] == "what=0.6250 where=0.2500"
 
 
 BAD = {

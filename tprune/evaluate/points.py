@@ -61,6 +61,7 @@ class Row:
         latency, latency_low, latency_high: median and quartiles over rounds of the ratio to the dense call before.
         recipe: YAML of the first seed.
         front: costs for which nothing measured is both better and cheaper.
+        kinds: quality on each kind of question, mean over seeds; empty where the data has no kinds.
     """
 
     method: str
@@ -84,6 +85,7 @@ class Row:
     recipe: str = ""
     pictures: tuple[dict[str, str], ...] = ()
     front: tuple[str, ...] = ()
+    kinds: dict[str, float] = field(default_factory=dict)
 
     def cost(self, axis: str) -> str:
         """A cost as it is shown, with its quartiles where it was timed."""
@@ -172,7 +174,7 @@ def _group(points: list[dict[str, Any]]) -> Group:
         dense["storage"] = dense.get(storage) or good[0]["budget"].get("tokens")
     cells: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
     for point in points:
-        given = point["set"] | ({"fit": point["fit"]} if point.get("fit") else {})
+        given = point["set"] | ({"fit": point["fit_on"]} if point.get("fit_on") else {})
         settings = " ".join(f"{name}={_short(value)}" for name, value in given.items())
         cells[point["method"], settings, _budget(point["asked"]), point["status"]].append(point)
     rows = [_row(place, cell, metric, dense, storage) for place, cell in cells.items()]
@@ -225,7 +227,14 @@ def _row(
         latency_ms=mean(lambda point: point["pruned"].get("latency_ms")),
         storage=mean(lambda point: _ratio(held(point), dense.get("storage"))),
         pictures=tuple(points[0].get("pictures", ())),
+        kinds=_by_kind(points),
     )
+
+
+def _by_kind(points: list[dict[str, Any]]) -> dict[str, float]:
+    """Accuracy on each kind of question, mean over the points of a cell."""
+    found = [point["pruned"].get("accuracy_by_kind", {}) for point in points]
+    return {kind: statistics.fmean(one[kind] for one in found) for kind in found[0]}
 
 
 def _with_front(row: Row, rows: list[Row], lower: bool) -> Row:
@@ -274,7 +283,16 @@ def _order(asked: dict[str, Any]) -> float:
 COLUMNS = (
     ("protocol", "status", "method", "settings", "budget", "achieved", "metric", "quality", "spread", "seeds")
     + ("agreement", "flops", "latency", "latency_low", "latency_high", "latency_ms", "storage")
-    + ("dense_quality", "dense_flops", "dense_latency_ms", "dense_storage", "storage_is", "front", "reason")
+    + (
+        "dense_quality",
+        "dense_flops",
+        "dense_latency_ms",
+        "dense_storage",
+        "storage_is",
+        "front",
+        "kinds",
+        "reason",
+    )
 )
 
 
@@ -293,8 +311,10 @@ def as_rows(found: list[Group]) -> list[dict[str, Any]]:
         }
         for row in group.rows:
             mine = {name: getattr(row, name) for name in COLUMNS if hasattr(row, name)}
+            kinds = " ".join(f"{kind}={value:.4f}" for kind, value in row.kinds.items())
             records.append(
-                {name: (told | mine).get(name) for name in COLUMNS} | {"front": " ".join(row.front)}
+                {name: (told | mine).get(name) for name in COLUMNS}
+                | {"front": " ".join(row.front), "kinds": kinds}
             )
     return records
 

@@ -173,7 +173,8 @@ def print_sweep(group: Group) -> None:
     console.print(f"[bold]{group.title}[/bold]; costs in percent of the dense model's")
     drawn = [axis for axis in ("flops", "latency", "storage") if group.cost(axis) is None]
     names = {"flops": "FLOPs", "latency": "latency", "storage": STORAGE[group.protocol["family"]].short}
-    heads = [group.metric, "agreement", *(names[axis] for axis in drawn)]
+    kinds = list(group.dense.get("accuracy_by_kind", {}))
+    heads = [group.metric, *kinds, "agreement", *(names[axis] for axis in drawn)]
     table = new_table(console, None, "budget", "method", "achieved", *heads, "")
     table.columns[1].justify = "left"
     table.columns[-1].justify = "left"
@@ -182,7 +183,8 @@ def print_sweep(group: Group) -> None:
         column.no_wrap = True
     costs = ["100.0%" if group.dense else "-" for _ in drawn]
     dense = quality(group.metric, group.dense.get(group.metric))
-    table.add_row("", "dense", "", dense, "100.00%", *costs, "")
+    told = [f"{value:.1%}" for value in group.dense.get("accuracy_by_kind", {}).values()]
+    table.add_row("", "dense", "", dense, *told, "100.00%", *costs, "")
     last = ""
     for row in group.rows:
         if row.budget != last:
@@ -193,6 +195,7 @@ def print_sweep(group: Group) -> None:
             row.name,
             "-" if row.achieved is None else f"{row.achieved:.4g}",
             quality(group.metric, row.quality, row.spread),
+            *(percent(row.kinds.get(kind)) for kind in kinds),
             "-" if row.agreement is None else f"{row.agreement:.2%}",
             *(row.cost(axis) for axis in drawn),
             note.get(row.status, f"{row.status}: {row.reason}"),
