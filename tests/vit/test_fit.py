@@ -194,15 +194,17 @@ def test_a_fit_is_written_loaded_and_run_again_to_the_same_bytes(method, vit_fol
     report = json.loads(call(*asked, "--limit", 8, "--out", out, "--json").stdout)
     assert report["fit"]["steps"] == 3
     assert report["fit"]["data"]["split"] == "train"
-    stored = artifact.read_tensors(out / artifact.TENSORS)
+    files = sorted(file.name for file in out.glob("*.safetensors"))
+    stored = artifact.read_tensors(out / artifact.TENSORS) if artifact.TENSORS in files else {}
     assert {name: list(tensor.shape) for name, tensor in stored.items()} == report["fit"]["learned"]
+    assert stored or report["fit"]["tuned"]
 
     model, probe = tprune.load(out), artifact.read_tensors(out / artifact.PROBE)
     with torch.no_grad():
         assert torch.allclose(model(probe["input"]), probe["output"], atol=1e-5)
     assert same(model.tprune_handle.tensors(False), stored)
     assert "fit: 3 steps of 4 images" in call("run", out / "recipe.yaml", "--out", again, "--quiet").output
-    assert (again / artifact.TENSORS).read_bytes() == (out / artifact.TENSORS).read_bytes()
+    assert all((again / file).read_bytes() == (out / file).read_bytes() for file in files)
 
 
 def test_ltmp_thresholds_leave_all_prefix_tokens_in_front(images):

@@ -133,7 +133,7 @@ class Sweep:
             "method": stage.method,
             "model": recipe.model.name,
             "set": stage.set,
-            "fit": stage.fit,
+            "fit_on": stage.fit,
             "asked": asked(stage),
             "seed": recipe.seed,
             "recipe": recipe.to_yaml(),
