@@ -139,6 +139,34 @@ def test_sparsegpt_s_exact_rule_removes_exactly_the_count_in_every_block():
     assert ((found == 0) != (tensors["W_s50"] == 0)).sum() < 10
 
 
+@pytest.mark.parametrize("case", ["W_s50", "W_s70", "W_s90", "W_2_4", "W_4_8", "W_keep1_4"])
+def test_alps_gives_the_authors_weights(case):
+    tensors, _ = golden("llm-weights", "alps")
+    gram = statistic(Gram, tensors["X"])["gram"]
+    found = pruned(("alps", "llm-weights"), tensors["W"], case, gram=gram)
+    assert torch.equal(found == 0, tensors[case] == 0)
+    assert torch.allclose(found, tensors[case], rtol=1e-4, atol=1e-5)
+
+
+def test_alps_loses_less_of_the_output_than_sparsegpt_and_has_no_gradient_left_on_what_stays():
+    tensors, _ = golden("llm-weights", "alps")
+    gram, weight = statistic(Gram, tensors["X"])["gram"], tensors["W"]
+    methods = (
+        ("alps", "llm-weights", {"refine": 40}),
+        ("sparsegpt", "llm-weights"),
+        ("magnitude", "llm-weights"),
+    )
+    for case in ("W_s70", "W_2_4"):
+        found = [pruned(method, weight, case, gram=gram) for method in methods]
+        gradients = [(weight - new) @ gram for new in found]
+        losses = [
+            (gradient * (weight - new)).sum().item() for gradient, new in zip(gradients, found, strict=True)
+        ]
+        assert losses == sorted(losses)
+        damped = gradients[0] + 0.01 * gram.diagonal().mean() * (weight - found[0])
+        assert damped[found[0] != 0].abs().max() < 1e-3 * damped.abs().max()
+
+
 def test_flap_accumulates_the_authors_mean_and_fluctuation():
     tensors, _ = golden("llm-weights", "flap")
     found = statistic(Moments, tensors["stat.X"])
