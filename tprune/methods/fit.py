@@ -75,7 +75,7 @@ class Fit(nn.Module):
     tunes: ClassVar[str] = "nothing"
     """What of the model trains with it: "nothing", or "all"."""
     apart: ClassVar[bool] = False
-    """Whether it learns from the pixels alone: the model does not run, and `memory["pixels"]` is all there is."""
+    """Whether it learns from the pixels alone: the model does not run, and `memory["inputs"]` is all there is."""
     epsilon: ClassVar[float] = 1e-5
     keep_self: ClassVar[bool] = False
     """How attention weighs present tokens (`core.relax.mask_attention`)."""
@@ -108,12 +108,14 @@ class Fit(nn.Module):
         """The parts of the loss by name; their sum is minimised.
 
         Args:
-            outputs: the model's logits [B, C]; None where it learns `apart`.
+            outputs: the model's logits [B, C], of a vision-language model those at every token of the answers; None
+                where it learns `apart`.
             labels: int64 [B], or the dense model's probabilities [B, C] where the data has none that fit; of a method
                 that learns from patches, float [B, N, names], how much of every patch each name covers.
-            memory: of this forward; "left" holds the fraction of tokens left after each site, "pixels" the images,
-                and "again" a function: the fitted model's logits for other images.
-            dense: a function without arguments, the unpruned model's logits for the same images, with a gradient.
+            memory: of this forward; "left" holds the fraction of tokens left after each site, "inputs" the images, or
+                what a vision-language model is called with, and "again" a function: the fitted model's logits for
+                other inputs.
+            dense: a function without arguments, the unpruned model's logits for the same inputs, with a gradient.
         """
         return {"task": functional.cross_entropy(outputs, labels)}
 

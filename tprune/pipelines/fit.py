@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 
-from tprune.data.images import Images, TrainingScenes
-from tprune.data.regions import Covering, Regions
-from tprune.errors import UserError
 from tprune.methods.base import TokenMethod
-from tprune.models.anatomy import Anatomy
-from tprune.models.kinds import fit_driver, token_driver
-from tprune.models.ragged import check_head
-from tprune.pipelines.fit_loop import Batches, Learner, Loop
-from tprune.pipelines.tokens import solve
+from tprune.pipelines.course import Course
+from tprune.pipelines.fit_loop import Learner, Loop
 from tprune.progress import Progress
 
 SETTLE_IMAGES = 256
@@ -38,10 +32,7 @@ class Fitting:
         method: before.
         keep: the budget, or None.
         seed: of initial values, order and noise.
-        parts: the model's anatomy.
-        data: training images.
-        prepare: an image as the model wants it, [3, H, W].
-        logits: the model's outputs for images, [B, C].
+        course: the model and the training data.
         work: a folder for the checkpoint, or None.
         progress: where to say what goes on.
     """
@@ -49,10 +40,7 @@ class Fitting:
     method: TokenMethod
     keep: float | None
     seed: int
-    parts: Anatomy
-    data: Images | TrainingScenes | Regions
-    prepare: Callable[[Any], Tensor]
-    logits: Callable[[Tensor], Tensor]
+    course: Course
     work: Path | None
     progress: Progress
 
@@ -61,35 +49,30 @@ class Fitting:
 
         The model's own weights stay as they were, unless the method tunes them.
         """
-        named = self.method.labels == "patches"
-        if self.parts.suffix and not named:
-            raise UserError(
-                f"{self.method.id} learns from classes of images, and a {type(self.parts.model).__name__} has none; "
-                "take a method that is fitted to a detector, bavit"
-            )
-        shape = replace(self.parts.shape, names=self.data.names) if named else self.parts.shape
-        fit = self.method.fit(shape, self.keep, self.seed).to(self.device)
+        course = self.course
+        fit = self.method.fit(course.shape, self.keep, self.seed).to(course.device)
         bound = self.method.bind(fit.state())
-        if (bound if self.keep is None else bound.counted()).varies() and not self.method.restores:
-            check_head(self.parts.model, self.method.id)
-        labelled = named or self.data.fits(shape.classes)
-        if not labelled:
+        course.admit(bound if self.keep is None else bound.counted())
+        if not course.labelled:
             self.progress.say("no labels that fit this model: fitting to the dense model's outputs")
-        driver = fit_driver(self.parts, self.method, fit, self.seed)
-        with trained(self.parts.model, fit.tunes), torch.enable_grad():
-            learner = Learner(self.parts.model, fit, driver, self.logits, labelled)
+        driver = course.driver(self.method, fit, self.seed)
+        with trained(course.model, fit.tunes), torch.enable_grad():
+            learner = Learner(course.model, fit, driver, course.outputs, course.labelled)
             file = None if self.work is None else self.work / f"fit-{self.method.id}.safetensors"
-            loop = Loop(learner, fit.plan, len(self.data), file, self.progress)
+            loop = Loop(learner, fit.plan, len(course.data), file, self.progress)
             accelerator = self.accelerator()
             share = accelerator.process_index, accelerator.num_processes
             try:
-                loop.run(self.lessons(fit.plan.batch, share), accelerator, self.seed)
+                loop.run(course.lessons(fit.plan.batch, self.seed, share), accelerator, self.seed)
             finally:
                 driver.remove()
         method, looped = self.method.bind(fit.state()), time.monotonic()
         if self.keep is not None and method.counted().varies():
             method = self.settled(method)
-        facts = {"data": self.data.protocol, "labels": "the data's" if labelled else "the dense model's"}
+        facts = {
+            "data": course.data.protocol,
+            "labels": "the data's" if course.labelled else "the dense model's",
+        }
         facts |= (
             {"tuned": fit.tunes == "all"}
             | loop.figures()
@@ -97,24 +80,12 @@ class Fitting:
         )
         return method, facts | {"seconds": round(loop.seconds + time.monotonic() - looped, 1)}
 
-    def lessons(self, size: int, share: tuple[int, int]) -> Batches:
-        """The training images with what is learned from them, `size` per step."""
-        if self.method.labels == "patches":
-            return Batches(
-                Covering(self.data, self.prepare, self.parts.shape.grid), None, size, self.seed, share
-            )
-        return Batches(self.data, self.prepare, size, self.seed, share)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        return next(self.parts.model.parameters()).device
-
     def accelerator(self) -> Accelerator:
         """Of one process, or of those that `accelerate launch` started; bfloat16 on a GPU for float32 models."""
-        mixed = self.device.type == "cuda" and next(self.parts.model.parameters()).dtype == torch.float32
+        device = self.course.device
+        mixed = device.type == "cuda" and next(self.course.model.parameters()).dtype == torch.float32
         return Accelerator(
-            cpu=self.device.type == "cpu", device_placement=False, mixed_precision="bf16" if mixed else "no"
+            cpu=device.type == "cpu", device_placement=False, mixed_precision="bf16" if mixed else "no"
         )
 
     def settled(self, method: TokenMethod) -> TokenMethod:
@@ -122,14 +93,16 @@ class Fitting:
 
         While fitting nothing leaves, and what then really leaves differs a little.
         """
-        with self.progress.step("meeting the budget"):
-            read = Batches(self.data, self.prepare, SETTLE_BATCH, self.seed)
-            batches = list(read.read(range(min(SETTLE_IMAGES, len(self.data)) // SETTLE_BATCH or 1)))
+        course = self.course
+        with self.progress.step("meeting the budget"), torch.no_grad():
+            read = course.samples(SETTLE_BATCH, self.seed)
+            steps = range(min(SETTLE_IMAGES, len(course.data)) // SETTLE_BATCH or 1)
+            batches = [inputs for inputs, _ in read.read(steps)]
             low, high, knob = 0.0, 1.0, 0.5
             best: tuple[float, TokenMethod] | None = None
             for _ in range(SETTLE_STEPS):
-                found = method.loosened(knob, self.parts.shape)
-                missed = self.measured(found, [pixels for pixels, _ in batches]) - self.keep
+                found = method.loosened(knob, course.shape)
+                missed = course.measured(found, batches, self.seed) - self.keep
                 if best is None or abs(missed) < best[0]:
                     best = abs(missed), found
                 if abs(missed) <= SETTLE_TOLERANCE:
@@ -139,18 +112,6 @@ class Fitting:
         if best[0] > 2 * SETTLE_TOLERANCE:
             self.progress.warn(f"{method.id} misses the budget by {best[0]:.3f} on the training images")
         return best[1]
-
-    def measured(self, method: TokenMethod, batches: list[Tensor]) -> float:
-        """The mean fraction of tokens that enter a sublayer, over images [B, 3, H, W]."""
-        stages = solve(method, self.parts.shape, None)
-        driver = token_driver(self.parts, method, stages, self.seed)
-        try:
-            with torch.no_grad():
-                for pixels in batches:
-                    self.logits(pixels)
-            return sum(driver.entering) / (len(driver.entering) * self.parts.shape.tokens)
-        finally:
-            driver.remove()
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from tprune import training
-from tprune.data.images import Images, TrainingScenes
-from tprune.data.regions import Covering
 from tprune.methods.fit import Fit, Plan
-from tprune.models.relaxed import FitDriver
 from tprune.progress import Progress
 
 READERS = max(1, min(8, (os.cpu_count() or 1) - 1))
@@ -27,38 +24,47 @@ SMOOTH = 0.9
 """What the loss that is told keeps of itself at every step."""
 
 
+def stacked(samples: Sequence[tuple[Tensor, Any]]) -> tuple[Tensor, Tensor]:
+    """Images [3, H, W] and what they are, as one batch: [b, 3, H, W] and [b, ...]."""
+    images, labels = zip(*samples, strict=True)
+    return torch.stack(images), torch.stack([torch.as_tensor(label) for label in labels])
+
+
 class Batches:
     """What every step sees: a pure function of the seed, so that a run resumes without going through its past.
 
     Args:
-        data: what to draw from; every pass over it has its own order.
-        prepare: an image as the model wants it, [3, H, W]; None where the data gives it so (`Covering`).
-        size: images per step, over all processes.
+        data: what to draw from, by `sample(place)` and `len()`; every pass over it has its own order.
+        prepare: an image as the model wants it, [3, H, W]; None where it is taken as the data gives it.
+        size: samples per step, over all processes.
         seed: of the order.
         share: (this process, processes).
+        collate: from the samples of a step, (image, label) each, to what the model is given and what it shall say.
     """
 
     def __init__(
         self,
-        data: Images | TrainingScenes | Covering,
+        data: Any,
         prepare: Callable[[Any], Tensor] | None,
         size: int,
         seed: int,
         share: tuple[int, int] = (0, 1),
+        collate: Callable[[Sequence[tuple[Any, Any]]], tuple[Any, Tensor]] = stacked,
     ):
         self.data, self.prepare, self.size, self.seed, self.share = data, prepare, size, seed, share
+        self.collate = collate
         self.epoch, self.order = -1, []
 
-    def read(self, steps: Iterable[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images [b, 3, H, W] and classes [b], or names [b, N, names], of every step, read during the step before."""
+    def read(self, steps: Iterable[int]) -> Iterator[tuple[Any, Tensor]]:
+        """Inputs and labels of every step, read during the step before: images [b, 3, H, W] and classes [b]."""
         with ThreadPoolExecutor(READERS) as pool:
             waiting: deque[list[Future]] = deque()
             for step in steps:
                 waiting.append([pool.submit(self._one, place) for place in self.places(step)])
                 if len(waiting) > 1:
-                    yield _collected(waiting.popleft())
+                    yield self._collected(waiting.popleft())
             while waiting:
-                yield _collected(waiting.popleft())
+                yield self._collected(waiting.popleft())
 
     def places(self, step: int) -> list[int]:
         """Where this process's images of a step are in the data."""
@@ -72,24 +78,22 @@ class Batches:
             self.epoch, self.order = epoch, torch.randperm(len(self.data), generator=generator).tolist()
         return self.order[place]
 
-    def _one(self, place: int) -> tuple[Tensor, Tensor]:
+    def _one(self, place: int) -> tuple[Any, Any]:
         image, label = self.data.sample(place)
-        return image if self.prepare is None else self.prepare(image), torch.as_tensor(label)
+        return image if self.prepare is None else self.prepare(image), label
 
-
-def _collected(read: list[Future]) -> tuple[Tensor, Tensor]:
-    images, labels = zip(*(one.result() for one in read), strict=True)
-    return torch.stack(images), torch.stack(labels)
+    def _collected(self, read: list[Future]) -> tuple[Any, Tensor]:
+        return self.collate([one.result() for one in read])
 
 
 class Learner(nn.Module):
-    """A model with what is fitted in it, as one module: images and classes in, losses out.
+    """A model with what is fitted in it, as one module: inputs and labels in, losses out.
 
     Args:
         model: the model.
         fit: what is fitted.
         driver: puts it into the model.
-        logits: the model's outputs for images, [B, C].
+        outputs: the model's outputs for inputs, [n, C].
         labelled: whether the labels of the data are what it learns from; if not, it learns from its own dense outputs.
     """
 
@@ -97,29 +101,30 @@ class Learner(nn.Module):
         self,
         model: nn.Module,
         fit: Fit,
-        driver: FitDriver,
-        logits: Callable[[Tensor], Tensor],
+        driver: Any,
+        outputs: Callable[[Any], Tensor],
         labelled: bool,
     ):
         super().__init__()
         self.model, self.fit = model, fit
-        self.driver, self.logits, self.labelled = driver, logits, labelled
+        self.driver, self.outputs, self.labelled = driver, outputs, labelled
 
-    def forward(self, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def forward(self, inputs: Any, labels: Tensor) -> dict[str, Tensor]:
         """The losses by name."""
 
         def dense() -> Tensor:
             with self.driver.away():
-                return self.logits(pixels)
+                return self.outputs(inputs)
 
         if not self.labelled:
             with torch.no_grad():
                 labels = dense().softmax(-1)
+        labels = labels.to(next(self.model.parameters()).device)
         if self.fit.apart:
-            return self.fit.losses(None, labels.to(pixels.device), {"pixels": pixels}, dense)
-        outputs = self.logits(pixels)
-        memory = self.driver.memory | {"pixels": pixels, "again": self.logits}
-        return self.fit.losses(outputs, labels.to(outputs.device), memory, dense)
+            return self.fit.losses(None, labels, {"inputs": inputs}, dense)
+        outputs = self.outputs(inputs)
+        memory = self.driver.memory | {"inputs": inputs, "again": self.outputs}
+        return self.fit.losses(outputs, labels, memory, dense)
 
 
 class Loop:
@@ -164,14 +169,14 @@ class Loop:
             self.learner.fit.settle(self.begin / self.steps)
         self.progress.say(f"fitting: {len(left)} steps of {self.plan.batch} images")
         pairs = zip(left, batches.read(left), strict=True)
-        for step, (pixels, labels) in self.progress.track(pairs, "fitting", len(left)):
+        for step, (inputs, labels) in self.progress.track(pairs, "fitting", len(left)):
             warmup = round(self.plan.warmup * self.steps)
             share = training.warm_cosine(step, self.steps, warmup, self.plan.floor)
             for group, peak in zip(optimizer.param_groups, self.peaks, strict=True):
                 group["lr"] = peak * share
             draw = (seed * 1_000_003 + step) * accelerator.num_processes + accelerator.process_index
             self.learner.fit.generator = torch.Generator(device).manual_seed(draw)
-            found = learner(pixels, labels)
+            found = learner(inputs, labels)
             optimizer.zero_grad()
             accelerator.backward(sum(found.values()))
             optimizer.step()

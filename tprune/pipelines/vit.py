@@ -23,11 +23,9 @@ from tprune.models.kinds import admit, dissect, token_driver
 from tprune.models.subject import Subject
 from tprune.pipelines import segmenting
 from tprune.pipelines.base import Achieved, Handle, Pipeline, Quality, Sample, Workload
+from tprune.pipelines.learned import stored, untuned
 from tprune.pipelines.skipping import calibrated
 from tprune.pipelines.tokens import solve
-
-TUNED = "model."
-"""Begins the names of the model's own weights among the tensors of an artifact by reference."""
 
 
 class VitHandle(Handle):
@@ -54,11 +52,8 @@ class VitHandle(Handle):
             self.counted = self.driver.entering
 
     def tensors(self, by_reference: bool) -> dict[str, Tensor]:
-        """What the method learned; of the model's own weights those that were tuned, where it is only named."""
-        found = dict(self.driver.method.state or {})
-        if by_reference and self.fitted is not None and self.fitted["tuned"]:
-            found |= {TUNED + name: p.detach() for name, p in self.driver.parts.model.named_parameters()}
-        return found
+        """What the method learned, and what of the model it tuned."""
+        return stored(self.driver.method, self.driver.parts.model, self.fitted, by_reference)
 
     def remove(self) -> None:
         """Take all hooks out again."""
@@ -221,21 +216,18 @@ class VitPipeline(Pipeline):
     def fit(self, subject: Subject, parts: Anatomy, work: Path | None) -> tuple[TokenMethod, dict[str, Any]]:
         """The method with what it learned from `--fit`, and the facts of the fit."""
         from tprune.pipelines.fit import Fitting
+        from tprune.pipelines.vit_course import VitCourse
 
         source = regions if self.method.labels == "patches" else images
         data = source.training(self.stage.fit)
-        fitting = Fitting(
+        course = VitCourse(
             self.method,
-            self.stage.keep,
-            self.recipe.seed,
             parts,
             data,
             prepare=lambda image: self.pixels(subject, image),
             logits=lambda pixels: self.outputs(subject, pixels),
-            work=work,
-            progress=self.progress,
         )
-        return fitting.run()
+        return Fitting(self.method, self.stage.keep, self.recipe.seed, course, work, self.progress).run()
 
     def probe(self, subject: Subject) -> dict[str, Tensor]:
         """Two noise images and their outputs."""
@@ -277,16 +269,6 @@ class VitPipeline(Pipeline):
             for _ in range(rounds):
                 watch.lap(call)
         return {"scoring": watch.seconds}
-
-
-def untuned(subject: Subject, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What a method learned, of an artifact's tensors; the model's own weights among them go where they belong."""
-    own = {name.removeprefix(TUNED): t for name, t in state.items() if name.startswith(TUNED)}
-    with torch.no_grad():
-        for name, parameter in subject.model.named_parameters():
-            if name in own:
-                parameter.copy_(own[name])
-    return {name: t.to(subject.device) for name, t in state.items() if not name.startswith(TUNED)}
 
 
 def input_size(model: nn.Module) -> tuple[int, int, int]:

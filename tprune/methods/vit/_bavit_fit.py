@@ -90,7 +90,7 @@ class Foreground(Fit):
         foreground = (1 - labels[..., -1] >= self.overlap).long()
         return {
             "patches": functional.cross_entropy(
-                self.small(memory["pixels"]).flatten(0, 1), foreground.flatten()
+                self.small(memory["inputs"]).flatten(0, 1), foreground.flatten()
             )
         }
 

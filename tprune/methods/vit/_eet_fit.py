@@ -57,7 +57,7 @@ class Distilled(Fit):
 
     def losses(self, outputs, labels, memory, dense):
         """The student's, also of images without what the teacher looks at most, and the teacher's own."""
-        again, pixels, method = memory["again"], memory["pixels"], self.method
+        again, pixels, method = memory["again"], memory["inputs"], self.method
         self.whole = True
         taught = again(pixels)
         self.whole = False
