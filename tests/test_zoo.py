@@ -97,7 +97,7 @@ def test_packed_questions_are_answered_as_if_each_stood_alone(llava):
     from tprune.zoo import digits_llava
 
     _, model = llava
-    pixels, *_, tokens, _targets, _kept, _compact = digits_llava._example(5, 0)
+    pixels, *_, tokens, _targets, _kept = digits_llava._example(5, 0)
     inputs = digits_llava.normalised(torch.from_numpy(pixels)[None])
     learner = digits_llava.DigitsLlava()
     learner.model = model
@@ -152,9 +152,8 @@ def test_an_interrupted_training_goes_on_as_if_it_had_not_been(tmp_path, monkeyp
     assert all(torch.equal(whole[key], broken[key]) for key in whole)
 
 
-@pytest.mark.parametrize("compact", [False, True], ids=["original", "compact"])
 @torch.no_grad()
-def test_thinned_images_are_trained_on_as_if_the_other_tokens_were_not_there(compact):
+def test_thinned_images_are_trained_on_as_if_the_other_tokens_were_not_there():
     learner = new_learner("digits-llava", 0).eval()
     generator = torch.Generator().manual_seed(0)
     side = digits_llava.SIDE**2
@@ -162,24 +161,19 @@ def test_thinned_images_are_trained_on_as_if_the_other_tokens_were_not_there(com
     visual = torch.randn(2, side, digits_llava.WIDTH, generator=generator)
     tokens = torch.randint(5, 20, (2, length), generator=generator)
     kept = torch.rand(2, side, generator=generator) < 0.4
-    shown = learner.packed_hidden(visual, tokens, (kept, torch.tensor([compact, compact])))
+    shown = learner.packed_hidden(visual, tokens, kept)
     inner = learner.model.model
     embed = inner.get_input_embeddings()
     mask, positions = digits_llava._packing()
     for row in range(2):
         left = torch.cat([torch.tensor([True]), kept[row], torch.ones(length, dtype=torch.bool)])
-        places = positions[:, left]
-        if compact:
-            places = torch.where(
-                places < 1 + side, torch.arange(places.shape[1]), places - (~kept[row]).sum()
-            )
         whole = torch.cat(
             [embed(torch.full((1, 1), 1)), visual[row : row + 1], embed(tokens[row : row + 1])], 1
         )
         alone = inner.language_model(
             inputs_embeds=whole[:, left],
             attention_mask=mask[:, :, left][..., left],
-            position_ids=places,
+            position_ids=positions[:, left],
             use_cache=False,
         ).last_hidden_state[:, -length:]
         assert torch.allclose(shown[row : row + 1], alone, atol=1e-5)

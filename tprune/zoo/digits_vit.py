@@ -49,7 +49,7 @@ class DigitsVit(Learner):
         Stage("mosaics", 900, 16, 1.5e-3),
         Stage("four blocks", 600, 16, 1e-3),
         Stage("twelve blocks", 2500, 16, 5e-4),
-        Stage("twelve blocks again", 1100, 16, 3e-4),
+        Stage("twelve blocks again", 1800, 16, 3e-4),
     )
 
     def __init__(self):
