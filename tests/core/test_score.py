@@ -82,3 +82,11 @@ def test_noise_depends_on_the_seed_of_the_sample_alone():
     both = score.uniform((5,), torch.tensor([3, 4]))
     assert torch.equal(both[1:], score.uniform((5,), torch.tensor([4])))
     assert not torch.equal(both[0], both[1])
+
+
+def test_scaling_to_one_reads_only_what_is_there():
+    x = torch.tensor([[2.0, 9.0, 4.0, 3.0], [5.0, 5.0, 1.0, 1.0], [1.0, 2.0, 3.0, 4.0]])
+    there = torch.tensor([[1, 0, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]]).bool()
+    expected = torch.tensor([[0, 0, 1, 0.5], [0, 0, 0, 0], [0, 0, 0, 0]])
+    assert torch.equal(score.min_max(x, there), expected)
+    assert torch.equal(score.min_max(x[:1, [0, 2, 3]]), expected[:1, [0, 2, 3]])

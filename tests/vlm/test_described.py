@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from tprune.core import alike
-from tprune.core.budget import PROJECTOR
+from tprune.core.budget import PROJECTOR, Site
 from tprune.methods import registry
 from tprune.methods.views import Attention, TokenView
 
@@ -158,3 +158,58 @@ def test_tokencorr_samples_half_by_each_block_and_merges_by_similarity():
         total[slot] += share * view.hidden[0, token]
         weight[slot] += share
     assert torch.allclose(reduction.apply(view.hidden)[0], total / weight[:, None], atol=1e-5)
+
+
+def tower_of(tiles, tokens, seed):
+    """What a tower with a class token shows of its last block, one tile in each row."""
+    query, key = noise(tiles, 2, 1 + tokens, 8, seed=seed), noise(tiles, 2, 1 + tokens, 8, seed=seed + 1)
+    seen = TokenView(noise(tiles, 1 + tokens, 8), torch.ones(tiles, 1 + tokens, dtype=torch.bool), prefix=1)
+    seen.has_cls, seen.depth, seen.attention = True, 24, Attention(query, key, key, 1.0)
+    return seen
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
+def test_ptp_shares_out_by_the_tiles_saliency_and_fuses_tower_and_text_inside_them(alpha):
+    """Two prompts: two tiles and a newline between them, and one tile behind padding."""
+    places = torch.tensor([[*range(2, 11)], [*range(12, 21)], [*range(5, 14)]])
+    rows, tower = torch.tensor([0, 0, 1]), tower_of(3, 9, 0)
+    everything = torch.ones(3, 9, dtype=torch.bool)
+    tiles = TokenView(noise(3, 9, 8), everything, position=places, encoder=tower, pool=lambda x: x)
+    tiles.encoders, tiles.signals = {23: tower}, {"rows": lambda: rows}
+    method, memory = registry.build("ptp", "vlm", {"alpha": alpha}), {}
+    assert method.reduce(PROJECTOR, tiles, 9, memory).index.tolist() == [list(range(9))] * 3
+
+    query, key = noise(2, 4, 25, 8, seed=2), noise(2, 2, 25, 8, seed=3)
+    prunable, real = torch.zeros(2, 25, dtype=torch.bool), torch.ones(2, 25, dtype=torch.bool)
+    prunable[0, 2:21] = prunable[1, 5:14] = True
+    real[1, :4] = False
+    hidden = torch.where(real[:, None, None], 0.0, -torch.inf)
+    seen = Attention(query, key, key, 0.4, bias=hidden, causal=True)
+    prompt = TokenView(noise(2, 25, 8), prunable, whole=False, real=real, attention=seen)
+    count = torch.tensor([10, 5])
+    reduction = method.reduce(Site(2), prompt, count, memory)
+
+    place = torch.arange(25)
+    logits = query @ key.repeat_interleave(2, 1).transpose(2, 3) * 0.4 + hidden
+    paid = logits.masked_fill(place > place[:, None], -torch.inf).softmax(3).mean(1)
+    own = (tower.attention.query @ tower.attention.key.transpose(2, 3)).softmax(3).mean(1)[:, 0, 1:]
+    for row, first_text in ((0, 21), (1, 14)):
+        text = paid[row, first_text:].amax(0)
+        span = prunable[row].nonzero().flatten()
+        text = (text - text[span].min()) / (text[span].max() - text[span].min())
+        mine = [tile for tile in range(3) if rows[tile] == row]
+        total, chosen = sum(float(own[tile].mean()) for tile in mine), []
+        quota = {tile: int(int(count[row]) * float(own[tile].mean()) / total) for tile in mine}
+        richest = sorted(mine, key=lambda tile: -float(own[tile].mean()))
+        for tile in richest[: int(count[row]) - sum(quota.values())]:
+            quota[tile] += 1
+        for tile in mine:
+            scaled = (own[tile] - own[tile].min()) / (own[tile].max() - own[tile].min())
+            fused = (1 - alpha) * scaled + alpha * text[places[tile]]
+            chosen += places[tile][fused.argsort(descending=True)[: quota[tile]]].tolist()
+        kept = (
+            reduction.index[row][reduction.valid[row]]
+            if reduction.valid is not None
+            else reduction.index[row]
+        )
+        assert [token for token in kept.tolist() if prunable[row, token]] == sorted(chosen)

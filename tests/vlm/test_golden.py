@@ -124,6 +124,7 @@ def test_fastervlm_keeps_the_authors_tokens(case):
         tensors["features"],
         torch.ones(3, 17, dtype=torch.bool),
         prefix=1,
+        has_cls=True,
         attention=attention_of(tensors["attentions"]),
     )
     method = registry.build("fastervlm", "vlm")

@@ -7,9 +7,9 @@ from torch import nn
 import tprune
 from tests.vlm.test_golden_before import image, tower
 from tests.vlm.tiny import IMAGE, tiny
-from tprune.core.budget import PROJECTOR, Site
+from tprune.core.budget import PROJECTOR
 from tprune.methods import registry
-from tprune.methods.views import Attention, TokenView
+from tprune.methods.views import Attention
 from tprune.models.prompts import noise_prompts
 
 
@@ -66,6 +66,18 @@ def test_todre_drops_what_the_text_hardly_looks_at(kind, tau, left):
     assert told.shape[1] == inputs["input_ids"].shape[1] + 3
 
 
+def test_todre_asks_the_text_of_a_padded_prompt_alone():
+    model = tiny("llava")
+    inputs = noise_prompts(model, 2, 0)
+    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+    inputs["input_ids"] = nn.functional.pad(inputs["input_ids"], (4, 0), value=7)
+    inputs["attention_mask"] = nn.functional.pad(inputs["attention_mask"], (4, 0))
+    with tprune.prune(model, "vlm/todre", tau=1.0, ratio=0.5) as handle:
+        model(**inputs)
+        kept = handle.driver.tally.owner >= 0
+    assert not (kept & (inputs["input_ids"] == IMAGE)).any()
+
+
 def sensitivity(view, directions=400, step=0.01):
     return registry.build("zoo-prune", "vlm", {"directions": directions, "step": step}).sensitivity(view)
 
@@ -116,45 +128,3 @@ def test_zoo_prune_on_a_linear_projector_is_diversity_alone(generator):
         near = (unit @ unit[picks].T).amax(1)
         picks.append(int(near.index_fill(0, torch.tensor(picks), 2).argmin()))
     assert index.tolist() == sorted(picks)
-
-
-@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-def test_ptp_shares_the_budget_among_tiles_and_ranks_inside_them_by_tower_and_text(alpha, generator):
-    tiles, length, count = 3, 40, 14
-    query = torch.randn(tiles, 2, 11, 4, generator=generator) * torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1, 1)
-    seen = tower(
-        torch.zeros(tiles, 10, 8), Attention(query[:, :, 1:], query[:, :, 1:], query[:, :, 1:], 0.5), prefix=0
-    )
-    seen.encoders = {}
-    position = torch.tensor([[2 + 10 * tile + place for place in range(10)] for tile in range(tiles)])
-    view = image(torch.zeros(tiles, 10, 4), seen, encoders={23: seen}, position=position)
-    view.signals["rows"] = lambda: torch.zeros(tiles, dtype=torch.int64)
-    method, memory = registry.build("ptp", "vlm", {"alpha": alpha}), {}
-    assert method.reduce(PROJECTOR, view, 10, memory).drops_only
-    states = torch.randn(1, 2, length, 4, generator=generator)
-    prunable = ((torch.arange(length) >= 2) & (torch.arange(length) < 32))[None]
-    inside = TokenView(
-        torch.zeros(1, length, 4),
-        prunable,
-        whole=False,
-        real=torch.ones_like(prunable),
-        position=torch.arange(length)[None],
-        attention=Attention(states, states, states, 0.5, causal=True),
-    )
-    index = method.reduce(Site(2), inside, count, memory).index[0]
-    kept = index[(index >= 2) & (index < 32)]
-    assert len(kept) == count
-    paid = seen.attention.rows().mean((1, 2))
-    told = inside.attention.rows().mean(1)[0, 32:].amax(0)[2:32]
-
-    def unit(score):
-        return (score - score.min()) / (score.max() - score.min())
-
-    fused = torch.cat([(1 - alpha) * unit(row) for row in paid]) + alpha * unit(told)
-    share = count * paid.mean(1) / paid.mean(1).sum()
-    first = set()
-    for tile in range(tiles):
-        own = fused[10 * tile : 10 * tile + 10]
-        first |= {2 + 10 * tile + place for place in own.topk(int(share[tile])).indices.tolist()}
-    rest = sorted(set(range(2, 32)) - first, key=lambda place: -fused[place - 2])
-    assert kept.tolist() == sorted(first | set(rest[: count - len(first)]))

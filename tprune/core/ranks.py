@@ -13,6 +13,21 @@ def rank(score: Tensor) -> Tensor:
     return torch.empty_like(order).scatter(-1, order, place)
 
 
+def apportion(weight: Tensor, total: Tensor) -> Tensor:
+    """Whole numbers in proportion to `weight`: floors, and one more each for the largest until there are enough.
+
+    Args:
+        weight: [B, P], not negative.
+        total: int64 [B], what is shared out.
+
+    Returns:
+        int64 [B, P]; rows sum to `total` but for rounding (weights are divided by their sum and 1e-6).
+    """
+    weight = weight / (weight.sum(1, keepdim=True) + 1e-6)
+    shares = (weight * total.unsqueeze(1)).floor().long()
+    return shares + (rank(weight) < (total - shares.sum(1)).unsqueeze(1))
+
+
 def prefer_early(score: Tensor, allowed: Tensor, candidates: Tensor, early: Tensor, count: Tensor) -> Tensor:
     """Of the best, the early ones first, then the others, until there are enough: bool [B, N] (BTP, rebalancing).
 

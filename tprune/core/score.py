@@ -164,10 +164,18 @@ def cosine_normalise(x: Tensor, eps: float = 1e-6) -> Tensor:
     return x / x.norm(dim=-1, keepdim=True).clamp_min(eps)
 
 
-def min_max(x: Tensor) -> Tensor:
-    """`x` [..., N] scaled linearly so that each row runs from 0 to 1; a constant row becomes 0."""
-    low, high = x.aminmax(dim=-1, keepdim=True)
-    return (x - low) / (high - low).clamp_min(torch.finfo(x.dtype).tiny)
+def min_max(x: Tensor, there: Tensor | None = None) -> Tensor:
+    """`x` [..., N] scaled linearly so that each row runs from 0 to 1; a constant row becomes 0.
+
+    With `there`, bool [..., N], over these entries alone; all others become 0.
+    """
+    if there is None:
+        low, high = x.aminmax(dim=-1, keepdim=True)
+    else:
+        low = x.masked_fill(~there, torch.inf).amin(-1, keepdim=True)
+        high = x.masked_fill(~there, -torch.inf).amax(-1, keepdim=True)
+    scaled = (x - low) / (high - low).clamp_min(torch.finfo(x.dtype).tiny)
+    return scaled if there is None else torch.where(there, scaled, 0.0)
 
 
 def page_rank(attention: Tensor, start: Tensor, steps: int, present: Tensor | None = None) -> Tensor:

@@ -32,6 +32,13 @@ def places(marked: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(real, index, index[:, :1]), real
 
 
+def mark(index: Tensor, real: Tensor | None, length: int) -> Tensor:
+    """`places` undone: bool [B, length], True at those `index` [B, R] that are `real` [B, R] (None: all of them)."""
+    index = index if real is None else torch.where(real, index, length)
+    marked = torch.zeros(len(index), length + 1, dtype=torch.bool, device=index.device)
+    return marked.scatter(1, index, True)[:, :length]
+
+
 def complement(index: Tensor, length: int) -> Tensor:
     """What `index` [B, K] leaves out of 0 .. length - 1, ascending: int64 [B, length - K]."""
     taken = torch.zeros(index.shape[0], length, dtype=torch.int8, device=index.device).scatter(1, index, 1)
@@ -45,7 +52,7 @@ def representatives(bits: Tensor, anchor: Tensor, free: Tensor, count: int) -> T
     no two patterns are ever compared (KVCrush).
 
     Args:
-        bits: bool [..., N, F], the pattern of every unit.
+        bits: bool [..., N, F], the pattern of every unit; it broadcasts with `free`.
         anchor: bool [..., F]; the distance is Hamming's, of equals the lower index comes first.
         free: bool [..., N], what may be picked: equally many, at least `count`, in every row.
         count: how many, at least one.
@@ -53,7 +60,7 @@ def representatives(bits: Tensor, anchor: Tensor, free: Tensor, count: int) -> T
     Returns:
         int64 [..., count], in the order of distance.
     """
-    distance = (bits != anchor.unsqueeze(-2)).sum(-1).masked_fill(~free, bits.shape[-1] + 1)
+    distance = torch.where(free, (bits != anchor.unsqueeze(-2)).sum(-1), bits.shape[-1] + 1)
     order = distance.argsort(dim=-1, stable=True)
     step = int(free.reshape(-1, free.shape[-1])[0].sum()) // count
     return order[..., : count * step : step]
@@ -98,14 +105,14 @@ def keep_where(stays: Tensor) -> tuple[Tensor, Tensor | None]:
     return index, torch.arange(most, device=stays.device) < counts.unsqueeze(1)
 
 
-def all_but_best(score: Tensor, group: Tensor, marked: Tensor, count: int) -> Tensor:
+def all_but_best(score: Tensor, group: Tensor, marked: Tensor, count: int | Tensor) -> Tensor:
     """The marked places without the `count` best of every group among them; ties: the lower place is better.
 
     Args:
         score: [B, N].
         group: int64 [B, N], not negative.
         marked: bool [B, N].
-        count: of each group at most.
+        count: of each group at most; int64 [B, N] where groups differ, the same for all tokens of one.
 
     Returns:
         bool [B, N].
@@ -166,7 +173,9 @@ def keep_first(order: Tensor, count: int | Tensor, prunable: Tensor) -> tuple[Te
         prunable: bool [B, N].
     """
     rank = torch.arange(order.shape[1], 0, -1, device=order.device).expand(order.shape)
-    score = torch.zeros(prunable.shape, device=order.device).scatter(1, order, rank.float())
+    score = torch.zeros(prunable.shape, device=order.device)
+    # What is picked twice (a row's picks have run out) counts by its first.
+    score = score.scatter_reduce(1, order, rank.float(), "amax")
     return keep_prunable_top(score, count, prunable)
 
 
@@ -218,7 +227,7 @@ def kth_smallest(score: Tensor, place: int) -> Tensor:
     On the CPU by numpy's vectorised partition, which is ten times faster than torch's.
     """
     if score.device.type == "cpu" and score.dtype in (torch.float32, torch.float64):
-        ordered = np.partition(score.numpy(), place - 1, axis=-1)
+        ordered = np.partition(score.detach().numpy(), place - 1, axis=-1)
         return torch.from_numpy(np.ascontiguousarray(ordered[..., place - 1 : place]))
     return score.kthvalue(place, dim=-1, keepdim=True).values
 
@@ -233,7 +242,8 @@ def keep_largest(attention: Tensor, fraction: float) -> Tensor:
     if place == 0:
         return attention
     threshold = kth_smallest(flat, min(place, flat.shape[2]))
-    return attention.masked_fill(attention < threshold.unsqueeze(3), 0.0)
+    # A product: torch's masked_fill is four times slower on the CPU.
+    return attention * (attention >= threshold.unsqueeze(3))
 
 
 def smallest_mask(score: Tensor, count: int) -> Tensor:

@@ -143,27 +143,37 @@ class TokenView:
         behind = self._places() > self._places().mul(self.prunable).amax(1, keepdim=True)
         return behind if self.real is None else behind & self.real
 
-    def saliency(self) -> Tensor:
-        """What every token behind the prefix receives in this block, float32 [B, N - prefix]: the class token's
-        attention, mean over heads; without a class token the mean over all queries.
+    def received(self) -> Tensor:
+        """What every token behind the prefix receives in this block, mean over heads and all queries: float32
+        [B, N - prefix].
         """
-        if self.has_cls:
-            received = self.attention.rows(slice(0, 1)).mean(1)[:, 0]
-        else:
-            received = self.attention.column_sums().mean(1) / self.hidden.shape[1]
-        return received[:, self.prefix :]
+        return (self.attention.column_sums().mean(1) / self.hidden.shape[1])[:, self.prefix :]
 
-    def text_attention(self) -> Tensor:
-        """What every token receives from the instruction, mean over heads and its tokens: float32 [B, N].
+    def saliency(self) -> Tensor:
+        """The class token's attention to every token behind the prefix, mean over heads: float32 [B, N - prefix];
+        without a class token what they receive from all.
+        """
+        if not self.has_cls:
+            return self.received()
+        return self.attention.rows(slice(0, 1)).mean(1)[:, 0, self.prefix :]
+
+    def text_looks(self) -> tuple[Tensor, Tensor]:
+        """What each token of the instruction pays to every token, mean over heads: float32 [B, R, N]; and which of
+        these rows are real, bool [B, R], the others being 0.
 
         Where no text stands behind the images it is the last token that looks.
         """
         text = self.text
         none = ~text.any(1, keepdim=True) & (self._places() == self.last)
         rows, said = select.places(text | none)
-        paid = self.attention.rows(rows).mean(1)  # [B, R, N]
+        paid = self.attention.rows(rows).mean(1)
         # Rows of padding, which see nothing, are NaN.
-        return paid.masked_fill(~said.unsqueeze(2), 0).sum(1) / said.sum(1, keepdim=True)
+        return paid.masked_fill(~said.unsqueeze(2), 0), said
+
+    def text_attention(self) -> Tensor:
+        """What every token receives from the instruction (`text_looks`), mean over its tokens: float32 [B, N]."""
+        paid, said = self.text_looks()
+        return paid.sum(1) / said.sum(1, keepdim=True)
 
     def _places(self) -> Tensor:
         return torch.arange(self.prunable.shape[1], device=self.prunable.device)

@@ -44,7 +44,6 @@ class FasterVLM(TokenMethod):
 
     def reduce(self, site, view, count, memory):
         """s = mean over heads of the class token's attention to the patches; top k, in their order."""
-        cls_attention = view.encoder.attention.rows(slice(0, 1)).mean(1)[:, 0]  # [B, 1 + P]
-        score = view.pool(cls_attention[:, view.encoder.prefix :])
+        score = view.pool(view.encoder.saliency())
         index, valid = select.keep_prunable_top(score, count, view.prunable)
         return Reduction.keep(index, view.hidden.shape[1], valid)

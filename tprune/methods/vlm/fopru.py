@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tprune.core import select
+from tprune.core import ranks, select
 from tprune.core.budget import PROJECTOR, Stage
 from tprune.core.reduction import Reduction
 from tprune.core.score import min_max
@@ -43,9 +43,7 @@ class FoPru(TokenMethod):
 
     def reduce(self, site, view, count, memory):
         """s_j = mean over queries and heads of A[i, j]; top k, or row after row."""
-        tower = view.encoder
-        received = tower.attention.column_sums().mean(1) / tower.hidden.shape[1]
-        worth = view.pool(received[:, tower.prefix :])
+        worth = view.pool(view.encoder.received())
         if self.strategy == "row":
             worth = self.by_row(view, worth)
         index, valid = select.keep_prunable_top(worth, count, view.prunable)
@@ -60,6 +58,5 @@ class FoPru(TokenMethod):
         shape = (len(worth), *view.grid)
         there = view.prunable.view(shape)
         mean = (worth.view(shape) * there).sum(2) / there.sum(2).clamp_min(1)
-        order = mean.masked_fill(~there.any(2), -1).argsort(dim=1, descending=True, stable=True)
-        turn = order.argsort(dim=1).unsqueeze(2)
+        turn = ranks.rank(mean.masked_fill(~there.any(2), -1)).unsqueeze(2)
         return (min_max(worth).view(shape) - 2 * turn).flatten(1)

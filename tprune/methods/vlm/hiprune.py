@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tprune.core import select
+from tprune.core import ranks, select
 from tprune.core.budget import PROJECTOR, Stage, scale_layer
 from tprune.core.reduction import Reduction
 from tprune.methods.base import Paper, TokenMethod, param
@@ -53,12 +53,10 @@ class HiPrune(TokenMethod):
     def reduce(self, site, view, count, memory):
         """round(k · alpha / 5) anchors with their buffers, and the best of the rest by the deep block."""
         [layer] = self.encoder_blocks(view.encoder.depth)
-        middle, deep = (received(view, tower) for tower in (view.encoders[layer], view.encoder))
+        middle, deep = (view.pool(tower.received()) for tower in (view.encoders[layer], view.encoder))
         total = torch.as_tensor(count, device=deep.device).expand(len(deep))
         anchors = (total * self.alpha / 5).round().unsqueeze(1)
-        rank = (
-            middle.masked_fill(~view.prunable, -1).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        )
+        rank = ranks.rank(middle.masked_fill(~view.prunable, -1))
         objects = self.with_buffers(rank < anchors, view.grid)
         # Attention lies between 0 and 1.
         index, valid = select.keep_prunable_top(deep + objects.float(), count, view.prunable)
@@ -76,9 +74,3 @@ class HiPrune(TokenMethod):
                 beside = anchors & (near // grid[1] == place // grid[1])
             found |= torch.zeros_like(anchors).scatter_reduce(1, near.expand_as(beside), beside, "amax")
         return found
-
-
-def received(view, tower):
-    """The mean attention, over heads and all queries, that the patches of each token receive: float32 [B, N]."""
-    column = tower.attention.column_sums().mean(1) / tower.hidden.shape[1]
-    return view.pool(column[:, tower.prefix :])

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tprune.core import select
+from tprune.core import ranks, select
 from tprune.core.budget import PROJECTOR, Stage
 from tprune.core.reduction import Reduction, gather_tokens
 from tprune.methods.base import Paper, TokenMethod, param
@@ -53,8 +53,8 @@ class HoloV(TokenMethod):
         place, real = bands(there, self.number(there, total))  # [B, P, c], each band's tokens
         inside = score.gather(1, place.flatten(1)).view(place.shape)
         features = gather_tokens(view.hidden, place.flatten(1)).unflatten(1, place.shape[1:])
-        quota = self.quotas(self.worth(inside, features, real), total)
-        rank = inside.masked_fill(~real, -1).argsort(dim=2, descending=True, stable=True).argsort(dim=2)
+        quota = ranks.apportion(self.worth(inside, features, real), total)
+        rank = ranks.rank(inside.masked_fill(~real, -1))
         within = real & (rank < quota.unsqueeze(2))
         first = torch.zeros_like(score).scatter_reduce(1, place.flatten(1), within.flatten(1).float(), "amax")
         # What quotas leave over goes by attention, to newlines last.
@@ -65,12 +65,7 @@ class HoloV(TokenMethod):
 
     def attention(self, view):
         """What each token receives from the class token, or from all, [B, N]; and which tokens are patches, bool."""
-        tower = view.encoder
-        if tower.has_cls:
-            row = tower.attention.rows(slice(0, 1)).mean(1)[:, 0]
-        else:
-            row = tower.attention.column_sums().mean(1) / tower.hidden.shape[1]
-        row = row[:, tower.prefix :]
+        row = view.encoder.saliency()
         return view.pool(row), (view.pool(torch.ones_like(row)) > 0) & view.prunable
 
     def number(self, there, total):
@@ -97,13 +92,6 @@ class HoloV(TokenMethod):
         lift = (scaled.sum(2) / average) / (variance.sum(2) / average + 1e-6)
         found = (scaled + self.beta * variance * lift.unsqueeze(2)).sum(2) / average
         return torch.where(size > 1, found, (attention * real).sum(2))
-
-    def quotas(self, worth, total):
-        """Tokens of each band in proportion to its worth; what flooring leaves goes to the best, one each: [B, P]."""
-        weight = worth / (worth.sum(1, keepdim=True) + 1e-6)
-        quota = (weight * total.unsqueeze(1)).floor().long()
-        rank = weight.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        return quota + (rank < (total - quota.sum(1)).unsqueeze(1))
 
     def by_attention(self, index, place, rank, real, length):
         """What stays in the order of the authors' code: band by band, most attended first."""

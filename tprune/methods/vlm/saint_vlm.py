@@ -12,7 +12,7 @@ from math import ceil
 
 import torch
 
-from tprune.core import alike, select
+from tprune.core import alike, ranks, select
 from tprune.core.budget import PROJECTOR, Site, Stage, scale_layer
 from tprune.core.reduction import Reduction
 from tprune.core.score import cosine_normalise
@@ -131,7 +131,6 @@ class SaintVLM(TokenMethod):
             leaving = real.sum(1) - torch.as_tensor(count, device=place.device)
         else:
             leaving = (partners >= self.partners).sum(1)
-        rank = worth.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         left = real.clone()
-        left[:, ::2] &= rank >= leaving.unsqueeze(1)
+        left[:, ::2] &= ranks.rank(worth) >= leaving.unsqueeze(1)
         return torch.zeros_like(view.prunable).scatter(1, place, left)

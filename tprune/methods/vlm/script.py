@@ -67,12 +67,7 @@ class Script(TokenMethod):
         there = view.prunable.unsqueeze(1)
         suits = (match * there).sum(2) / there.sum(2)
         half = (text.real.sum(1, keepdim=True) // 2).clamp_min(1)
-        rank = (
-            suits.masked_fill(~text.real, -torch.inf)
-            .argsort(dim=1, descending=True, stable=True)
-            .argsort(dim=1)
-        )
-        best = text.real & (rank < half)
+        best = select.best_of(suits, text.real, half.squeeze(1))
         raw = self.sign * (match * best.unsqueeze(2)).sum(1) / best.sum(1, keepdim=True)
         low = raw.masked_fill(~view.prunable, torch.inf).amin(1, keepdim=True)
         high = raw.masked_fill(~view.prunable, -torch.inf).amax(1, keepdim=True)

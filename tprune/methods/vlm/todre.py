@@ -84,15 +84,12 @@ class ToDRE(TokenMethod):
         if not tower.has_cls:
             noise = uniform((view.hidden.shape[1],), view.seeds).to(view.hidden.device)
             return noise.masked_fill(~view.prunable, -1).argmax(1)
-        row = tower.attention.rows(slice(0, 1)).mean(1)[:, 0, tower.prefix :]
-        return view.pool(row).masked_fill(~(view.signal("thumbnail") & view.prunable), -1).argmax(1)
+        seen = view.signal("thumbnail") & view.prunable
+        return view.pool(tower.saliency()).masked_fill(~seen, -1).argmax(1)
 
     def leave(self, view):
         """Image tokens leave the rows whose text pays them less than tau of its attention."""
-        text, valid = select.keep_where(view.text)
-        real = torch.ones_like(text, dtype=torch.bool) if valid is None else valid
-        paid = view.attention.rows(text).mean(1) * view.prunable.unsqueeze(1)  # [B, T, N]
-        share = (paid.sum(2) * real).sum(1) / real.sum(1).clamp_min(1)
+        share = (view.text_attention() * view.prunable).sum(1)
         gone = (share < self.tau).unsqueeze(1) & view.prunable
         index, valid = select.keep_where(~gone)
         return Reduction.keep(index, view.hidden.shape[1], valid)

@@ -54,22 +54,13 @@ class VisionZip(TokenMethod):
         whole = bool((total == there).all())
         few = torch.zeros_like(total) if whole else (total * self.contextual).round().long()
         patches = total if whole else (total - few - view.prefix).clamp_min(0)
-        best, _ = select.keep_prunable_top(self.score(view), patches, view.prunable)
+        best, _ = select.keep_prunable_top(self.behind(view, view.encoder.saliency()), patches, view.prunable)
         dominant = torch.zeros_like(view.prunable).scatter(1, best, True) & view.prunable
         dominant[:, : view.prefix] = not whole
         if not bool(few.any()):
             index, valid = select.keep_where(dominant)
             return Reduction.keep(index, view.hidden.shape[1], valid)
         return self.merge(view, dominant, few.to(dominant.device))
-
-    def score(self, view):
-        """Attention of the class token, or received by every patch: float32 [B, prefix + N]."""
-        tower = view.encoder
-        if tower.has_cls:
-            attention = tower.attention.rows(slice(0, 1)).mean(1)[:, 0]
-        else:
-            attention = tower.attention.column_sums().mean(1)
-        return self.behind(view, attention[:, tower.prefix :])
 
     def behind(self, view, x):
         """What patches have [B, P, ...] for the tokens of the view, 0 for its prefix: [B, prefix + N, ...]."""
