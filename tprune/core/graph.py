@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tprune.core.score import cosine_normalise
+from tprune.core.select import smallest_mask
 
 
 def neighbours_on_grid(rows: int, columns: int, device: torch.device | str = "cpu") -> Tensor:
@@ -24,9 +25,7 @@ def similar_neighbours(features: Tensor, count: int) -> Tensor:
     unit = cosine_normalise(features)
     similarity = unit @ unit.transpose(1, 2)
     similarity.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
-    count = min(count, features.shape[1] - 1)
-    nearest = similarity.argsort(dim=2, descending=True, stable=True)[..., :count]
-    return torch.zeros_like(similarity, dtype=torch.bool).scatter_(2, nearest, True)
+    return smallest_mask(similarity.neg_(), min(count, features.shape[1] - 1))
 
 
 def normalised(graph: Tensor) -> Tensor:
