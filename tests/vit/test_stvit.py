@@ -186,10 +186,11 @@ def test_fitting_beats_not_fitting_at_the_same_budget():
         with torch.no_grad():
             return (model(pixels).argmax(-1) == labels).double().mean().item()
 
-    with tprune.prune(model, "stvit", keep=0.5, **start("stvit", model)):
+    with tprune.prune(model, "stvit", keep=0.45, **start("stvit", model)):
         unfitted = accuracy()
-    short = {"batch": 8, "epochs": 24 * 8 / 2048}
-    with tprune.prune(model, "stvit", keep=0.5, fit="built-in", **short):
+    # So few steps must be smaller ones: at the method's own rate they end before the model has found its way back.
+    short = {"batch": 8, "epochs": 40 * 8 / 2048, "lr": 2e-4}
+    with tprune.prune(model, "stvit", keep=0.45, fit="built-in", **short):
         assert accuracy() > unfitted + 0.05
 
 
