@@ -9,6 +9,7 @@ import tprune
 from tprune.cli import command
 from tprune.errors import UserError
 from tprune.methods import registry
+from tprune.methods.base import Shape
 
 FACTS = registry.facts()
 
@@ -128,3 +129,10 @@ def test_the_changelog_tells_what_every_method_is_checked_against():
     text = (Path(__file__).parents[1] / "CHANGELOG.md").read_text()
     for fact in FACTS:
         assert f"| `{fact.family}/{fact.id}` |" in text
+
+
+def test_lists_of_values_that_are_too_long_or_do_not_match_are_refused():
+    with pytest.raises(UserError, match="--set layers=8,9,10: expected 2 values"):
+        registry.build("feather", "vlm", {"layers": "8,9,10"})
+    with pytest.raises(UserError, match="pyramiddrop: 3 layers and 1 ratios"):
+        registry.build("pyramiddrop", "vlm", {"ratios": 0.5}).stages(Shape(32, 576), None)

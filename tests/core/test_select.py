@@ -99,3 +99,13 @@ def test_the_cumulative_mask_comes_near_its_fraction_and_spares_rows_with_one_gi
     one_giant = torch.cat([torch.full((1, 60), 1e-3), score])
     one_giant[0, 0] = 1e6
     assert not select.cumulative_mask(one_giant, fraction)[0, 0]
+
+
+def test_marking_undoes_places_whatever_shorter_rows_repeat():
+    marked = torch.tensor([[True, False, True, True], [False, True, False, False], [False] * 4])
+    assert torch.equal(select.mark(*select.places(marked), 4), marked)
+
+
+def test_a_pick_that_comes_twice_counts_by_its_first():
+    order = torch.tensor([[2, 0, 2, 2]])
+    assert select.keep_first(order, 1, torch.ones(1, 3, dtype=torch.bool))[0].tolist() == [[2]]

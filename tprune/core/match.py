@@ -151,14 +151,11 @@ def density_peaks(features: Tensor, count: int, neighbours: int) -> tuple[Tensor
     length, distance = features.shape[1], _distances(features)
     place = torch.arange(length, device=features.device)
     apart = distance.masked_fill(place == place.unsqueeze(1), torch.inf)
-    near = apart.topk(max(1, min(neighbours, length - 1)), dim=2, largest=False).values
-    density = near.square().mean(2).neg().exp() if length > 1 else torch.ones_like(near[..., 0])
+    density = _density(apart, max(1, min(neighbours, length - 1)))
     denser = (density.unsqueeze(1) > density.unsqueeze(2)) | (
         (density.unsqueeze(1) == density.unsqueeze(2)) & (place < place.unsqueeze(1))
     )
-    separation = torch.where(denser, distance, torch.inf).amin(2)
-    separation = torch.where(separation.isinf(), distance.amax(2), separation)
-    order = (density * separation).argsort(dim=1, descending=True, stable=True)
+    order = _by_peak(distance, density, denser, distance.amax(2, keepdim=True))
     centre, other = order[:, :count].sort(dim=1).values, order[:, count:].sort(dim=1).values
     to_centre = gather_tokens(distance, other).gather(2, centre.unsqueeze(1).expand(-1, length - count, -1))
     nearest_centre = to_centre.argmin(2) if length > count else other
@@ -180,14 +177,27 @@ def ranked_peaks(features: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """
     # Few tokens: exact distances cost little, and do not depend on the rest of a batch.
     distance = _distances(features, "donot_use_mm_for_euclid_dist")
-    density = distance.topk(count, dim=2, largest=False).values.square().mean(2).neg().exp()
+    density = _density(distance, count)
     denser = density.unsqueeze(1) > density.unsqueeze(2)
-    farthest = distance.amax((1, 2), keepdim=True)
-    separation = torch.where(denser, distance, farthest).amin(2)
-    centre = (density * separation).argsort(dim=1, descending=True, stable=True)[:, :count]
+    centre = _by_peak(distance, density, denser, distance.amax((1, 2), keepdim=True))[:, :count]
     cluster = gather_tokens(distance, centre).argmin(1)
     own = torch.arange(count, device=centre.device).expand_as(centre)
     return centre, cluster.scatter(1, centre, own)
+
+
+def _density(distance: Tensor, neighbours: int) -> Tensor:
+    """exp(-mean of the squares) of every token's `neighbours` smallest distances [B, N, N]: [B, N]."""
+    return distance.topk(neighbours, dim=2, largest=False).values.square().mean(2).neg().exp()
+
+
+def _by_peak(distance: Tensor, density: Tensor, denser: Tensor, alone: Tensor) -> Tensor:
+    """Tokens by density times separation, descending: int64 [B, N].
+
+    A token's separation is its `distance` [B, N, N] to the nearest of those `denser` (bool [B, N, N]), `alone` where
+    there is none.
+    """
+    separation = torch.where(denser, distance, alone).amin(2)
+    return (density * separation).argsort(dim=1, descending=True, stable=True)
 
 
 def _distances(features: Tensor, mode: str = "use_mm_for_euclid_dist_if_necessary") -> Tensor:

@@ -57,10 +57,11 @@ def param(
     choices: Sequence[Any] | None = None,
     low: float | None = None,
     high: float | None = None,
+    length: int | None = None,
     kw_only: bool = False,
 ) -> Any:
-    """A hyperparameter: its default, one line of help, and the values it may take (inclusive bounds)."""
-    metadata = {"help": help, "choices": choices, "low": low, "high": high}
+    """A hyperparameter: its default, one line of help, the values it may take (inclusive bounds), and how many."""
+    metadata = {"help": help, "choices": choices, "low": low, "high": high, "length": length}
     return dataclasses.field(default=default, metadata=metadata, kw_only=kw_only)
 
 
@@ -126,6 +127,12 @@ class Method:
         """The same method with what was learned."""
         return dataclasses.replace(self, state=State(tensors))
 
+    def check_pairs(self, one: str, other: str) -> None:
+        """Raise UserError where two hyperparameters that go together in pairs are not of one length."""
+        first, second = len(getattr(self, one)), len(getattr(self, other))
+        if first != second:
+            raise UserError(f"{self.id}: {first} {one} and {second} {other}; give as many of each")
+
     def check_fit(self, fit: str | None) -> None:
         """Refuse to fit what learns nothing, and to run unfitted what must learn first."""
         if fit is not None and self.learns == "no":
@@ -150,6 +157,9 @@ def _typed(name: str, value: Any, hint: Any, limits: typing.Mapping[str, Any]) -
     choices, low, high = limits.get("choices"), limits.get("low"), limits.get("high")
     if choices is not None and value not in choices:
         raise UserError(f"--set {name}={value}: expected one of {', '.join(map(str, choices))}")
+    length = limits.get("length")
+    if length is not None and len(value) != length:
+        raise UserError(f"--set {name}={','.join(map(str, value))}: expected {length} values")
     low, high = (-math.inf if low is None else low), (math.inf if high is None else high)
     for number in value if isinstance(value, tuple) else (value,):
         is_number = isinstance(number, int | float) and not isinstance(number, bool)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tprune.core.select import mark
 from tprune.errors import UserError
 
 
@@ -41,10 +42,7 @@ class Kept:
     @classmethod
     def hiding(cls, slots: Tensor, index: Tensor, left: Tensor | None, length: int) -> Kept:
         """All of `slots` [B, T] in their places; what `index` [B, K] (`left` [B, K]: its real ones) lacks is hidden."""
-        batch, count = slots.shape
-        index = index if left is None else torch.where(left, index, count)
-        seen = torch.zeros(batch, count + 1, dtype=torch.bool, device=slots.device)
-        seen = seen.scatter(1, index, True)[:, :count]
+        seen = mark(index, left, slots.shape[1])
         return cls.of(slots, None if bool(seen.all()) else seen, length)
 
     @property

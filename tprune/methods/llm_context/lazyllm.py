@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 from tprune.core.budget import exponent, staircase
 from tprune.core.reduction import Reduction
-from tprune.core.select import keep_protected_and_top
-from tprune.errors import UserError
+from tprune.core.select import keep_prunable_top
 from tprune.methods.base import Paper, TokenMethod, param
 
 
@@ -36,10 +35,7 @@ class LazyLLM(TokenMethod):
 
     def stages(self, shape, knob):
         """The staircase of rates; the last token always goes on."""
-        if len(self.layers) != len(self.rates):
-            raise UserError(
-                f"lazyllm: {len(self.layers)} layers and {len(self.rates)} rates; give as many of each"
-            )
+        self.check_pairs("layers", "rates")
         power = 1.0 if knob is None else exponent(knob)
         counts = [round(shape.tokens * rate**power) for rate in self.rates]
         return staircase(self.layers, counts, 32, shape.depth)
@@ -47,5 +43,5 @@ class LazyLLM(TokenMethod):
     def reduce(self, site, view, count, memory):
         """Keep the `count` tokens that the last token attends to most, and the last token."""
         paid = view.attention.rows(view.last).mean(dim=1).squeeze(1)  # [B, N]
-        index, valid = keep_protected_and_top(paid, view.prunable.sum(1).cpu() - count, view.prunable)
+        index, valid = keep_prunable_top(paid, count, view.prunable)
         return Reduction.keep(index, view.hidden.shape[1], valid)

@@ -13,7 +13,6 @@ import torch
 from tprune.core import select
 from tprune.core.budget import exponent, staircase
 from tprune.core.reduction import Reduction
-from tprune.errors import UserError
 from tprune.methods.base import Paper, TokenMethod, param
 
 
@@ -41,10 +40,7 @@ class AdaptInfer(TokenMethod):
 
     def stages(self, shape, knob):
         """k of 576, never all that are there; 0 lets all of them leave."""
-        if len(self.layers) != len(self.counts):
-            raise UserError(
-                f"adaptinfer: {len(self.layers)} layers and {len(self.counts)} counts; give as many of each"
-            )
+        self.check_pairs("layers", "counts")
         power = 1.0 if knob is None else exponent(knob)
         left, alive = [], shape.tokens
         for count in self.counts:

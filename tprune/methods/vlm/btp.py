@@ -39,10 +39,10 @@ class BTP(TokenMethod):
     native = ("divisors",)
 
     layers: tuple[int, ...] = param(
-        (3, 6, 14, 22), "tokens leave before these layers, all before the last, of 32"
+        (3, 6, 14, 22), "tokens leave before these layers, all before the last, of 32", low=1, length=4
     )
     divisors: tuple[int, ...] = param(
-        (2, 2, 3), "every stage leaves one in so many of the tokens there", low=1
+        (2, 2, 3), "every stage leaves one in so many of the tokens there", low=1, length=3
     )
     grid: float = param(0.25, "fraction of each crop that the grid of the first stage has", low=0, high=1)
 

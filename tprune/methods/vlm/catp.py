@@ -12,7 +12,7 @@ import torch
 
 from tprune.core import greedy, select
 from tprune.core.budget import PROJECTOR, Site, Stage, exponent, scale_layer
-from tprune.core.reduction import Reduction
+from tprune.core.reduction import Reduction, gather_tokens
 from tprune.core.score import cosine_normalise, min_max
 from tprune.errors import UserError
 from tprune.methods.base import Paper, TokenMethod, param
@@ -37,7 +37,9 @@ class CATP(TokenMethod):
 
     first: float = param(0.5, "fraction of every image's tokens left before the decoder", low=0, high=1)
     second: float = param(0.2222, "fraction left after the shallow layers", low=0, high=1)
-    layers: tuple[int, ...] = param((6, 10), "attention is compared between these layers, of 32", low=0)
+    layers: tuple[int, ...] = param(
+        (6, 10), "attention is compared between these layers, of 32", low=0, length=2
+    )
     weight: float = param(
         0.5, "of the gained attention; the rest is of the similarity to the question", low=0, high=1
     )
@@ -64,29 +66,26 @@ class CATP(TokenMethod):
     def reduce(self, site, view, count, memory):
         """Stage 1 at the projector; behind layer a remember the question's attention, behind layer b compare."""
         if site == PROJECTOR:
-            score = self.diverse(view, count)
-        elif site == self.sites(view.depth)[0]:
+            index, valid = select.keep_first(self.diverse(view, count), count, view.prunable)
+            return Reduction.keep(index, view.hidden.shape[1], valid)
+        if site == self.sites(view.depth)[0]:
             memory["paid"] = self.paid(view)
             return None
-        else:
-            gained = self.among(self.paid(view) - memory["paid"], view)
-            unit = cosine_normalise(view.hidden)
-            question = unit.gather(1, view.last.unsqueeze(2).expand(-1, -1, unit.shape[2]))
-            alike = self.among((unit * question).sum(2), view)
-            score = self.weight * gained + (1 - self.weight) * alike
+        gained = self.among(self.paid(view) - memory["paid"], view)
+        unit = cosine_normalise(view.hidden)
+        alike = self.among((unit * gather_tokens(unit, view.last)).sum(2), view)
+        score = self.weight * gained + (1 - self.weight) * alike
         index, valid = select.keep_prunable_top(score, count, view.prunable)
         return Reduction.keep(index, view.hidden.shape[1], valid)
 
     def diverse(self, view, count):
-        """How early each token is picked for its likeness to the text and its distance to what is picked, [B, N]."""
+        """The tokens picked for their likeness to the text and their distance to what is picked, in turn: [B, K]."""
         text = view.signal("text")
         said = (cosine_normalise(text.hidden) * text.real.unsqueeze(2)).sum(1, keepdim=True)
         aligned = (cosine_normalise(view.hidden) @ said.transpose(1, 2)).squeeze(2)
         aligned = self.among(aligned / text.real.sum(1, keepdim=True).clamp_min(1), view)
         widest = int(torch.as_tensor(count).max())
-        order = greedy.weighted_max_min(view.hidden, aligned, widest, view.prunable)
-        turn = torch.arange(widest, 0, -1, device=order.device).expand_as(order)
-        return torch.zeros_like(aligned).scatter(1, order, turn.to(aligned))
+        return greedy.weighted_max_min(view.hidden, aligned, widest, view.prunable)
 
     def paid(self, view):
         """What the last token pays to every token, mean over heads: [B, N]."""

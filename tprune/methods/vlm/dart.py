@@ -54,7 +54,7 @@ class DART(TokenMethod):
         """Pivots by the L1 norm of their keys; each takes its share of the tokens least similar to it."""
         norm = view.attention.key.abs().sum((1, 3), dtype=torch.float32)  # [B, N]
         pivots, weight = self.pivots(norm, view, count)
-        image = torch.zeros_like(view.prunable).scatter(1, pivots, weight > 0) & view.prunable
+        image = select.mark(pivots, weight > 0, norm.shape[1]) & view.prunable
         total = torch.as_tensor(count, device=norm.device).expand(len(norm))
         quota = shares(total - image.sum(1), weight)
         taken = match.least_similar(view.signal("final_norm"), pivots, quota, view.prunable & ~image)

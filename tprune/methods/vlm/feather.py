@@ -33,7 +33,9 @@ class Feather(TokenMethod):
     reads = ("before",)
     native = ("reduction",)
 
-    layers: tuple[int, ...] = param((8, 16), "K₁, K₂: image tokens leave before these layers, of 32", low=1)
+    layers: tuple[int, ...] = param(
+        (8, 16), "K₁, K₂: image tokens leave before these layers, of 32", low=1, length=2
+    )
     reduction: float = param(
         0.7, "R: fraction of the image tokens that is not among the best at K₁", low=0, high=1
     )

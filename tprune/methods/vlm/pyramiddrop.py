@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from tprune.core import select
 from tprune.core.budget import staircase
 from tprune.core.reduction import Reduction
-from tprune.errors import UserError
 from tprune.methods.base import Paper, TokenMethod, param
 
 
@@ -40,15 +39,11 @@ class PyramidDrop(TokenMethod):
 
     def stages(self, shape, knob):
         """int(r_s · V) tokens after stage s; with --keep, r_s = λ^s."""
-        if knob is not None:
-            ratios = [knob**stage for stage in range(1, len(self.layers) + 1)]
-            counts = [max(1, round(ratio * shape.tokens)) for ratio in ratios]
-        elif len(self.layers) != len(self.ratios):
-            raise UserError(
-                f"pyramiddrop: {len(self.layers)} layers and {len(self.ratios)} ratios; give as many of each"
-            )
-        else:
+        if knob is None:
+            self.check_pairs("layers", "ratios")
             counts = [int(ratio * shape.tokens) for ratio in self.ratios]
+        else:
+            counts = [max(1, round(knob**stage * shape.tokens)) for stage in range(1, len(self.layers) + 1)]
         return staircase(self.layers, counts, 32, shape.depth)
 
     def reduce(self, site, view, count, memory):

@@ -43,7 +43,9 @@ class SparseVLM(TokenMethod):
     reads = ("attention", "embeddings", "before")
     native = ("retain",)
 
-    layers: tuple[int, ...] = param((2, 6, 15), "image tokens leave behind these layers, of 32", low=0)
+    layers: tuple[int, ...] = param(
+        (2, 6, 15), "image tokens leave behind these layers, of 32", low=0, length=3
+    )
     retain: int = param(
         192,
         "mean image tokens leaving a layer, of 576: which of the authors' tables",
@@ -100,7 +102,7 @@ class SparseVLM(TokenMethod):
         share = logits.masked_fill(~said.unsqueeze(1), -torch.inf).softmax(2).nan_to_num()
         share = (share * seen.unsqueeze(2)).sum(1) / seen.sum(1, keepdim=True).clamp_min(1)
         mean = share.sum(1, keepdim=True) / said.sum(1, keepdim=True).clamp_min(1)
-        return torch.zeros_like(view.prunable).scatter(1, text, (share > mean) & said)
+        return select.mark(text, (share > mean) & said, view.prunable.shape[1])
 
     def relevance(self, view, raters, real):
         """What the raters [B, R] pay to every token, [B, N]; v2 first corrects attention and chooses heads."""

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from tprune.core import score, select
 from tprune.core.budget import Site, Stage, exponent, scale_layer, staircase
 from tprune.core.reduction import Reduction
-from tprune.errors import UserError
 from tprune.methods.base import Paper, TokenMethod, param
 
 
@@ -42,10 +41,7 @@ class TransPrune(TokenMethod):
 
     def stages(self, shape, knob):
         """int(r · V) left at each of the layers; in between the method looks on."""
-        if len(self.layers) != len(self.ratios):
-            raise UserError(
-                f"transprune: {len(self.layers)} layers and {len(self.ratios)} ratios; give as many of each"
-            )
+        self.check_pairs("layers", "ratios")
         power = 1.0 if knob is None else exponent(knob)
         counts = [int(shape.tokens * ratio**power) for ratio in self.ratios]
         if knob is not None:

@@ -82,19 +82,18 @@ class VLAPruner(TokenMethod):
         attention = view.attention
         score = attention.rows(view.last)[:, :, 0] if self.rows == "last" else attention.column_sums()
         score = score.mean(1)  # [B, N]
-        if acted is not None:
-            score = self.diverse(view, score, acted, count)
-        index, valid = select.keep_prunable_top(score, count, view.prunable)
+        if acted is None:
+            index, valid = select.keep_prunable_top(score, count, view.prunable)
+        else:
+            index, valid = select.keep_first(self.diverse(view, score, acted, count), count, view.prunable)
         return Reduction.keep(index, view.hidden.shape[1], valid)
 
     def diverse(self, view, score, acted, count):
-        """How early each token is picked from the union of both levels, [B, N]."""
+        """The tokens picked from the union of both levels, in turn: [B, m]."""
         left = torch.as_tensor(count, device=score.device).expand(len(score)).unsqueeze(1)
         levels = (ranks.rank(part.masked_fill(~view.prunable, -torch.inf)) < left for part in (score, acted))
         union = torch.stack(list(levels)).any(0) & view.prunable
-        order = match.farthest_first(view.signal("embeddings"), int(left.max()), union)
-        turn = torch.arange(order.shape[1], 0, -1, device=order.device).expand_as(order)
-        return torch.zeros_like(score).scatter_reduce(1, order, turn.to(score), "amax")
+        return match.farthest_first(view.signal("embeddings"), int(left.max()), union)
 
     def history(self, episode, view):
         """The last steps' attention to the image, weighted, at the tokens' places [B, N]; None until it is full."""
