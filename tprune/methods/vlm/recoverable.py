@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tprune.core import select
+from tprune.core import ranks, select
 from tprune.core.budget import PROJECTOR, Stage, scale_layer
 from tprune.core.outliers import outlier_share
 from tprune.core.reduction import Reduction, gather_tokens
@@ -144,8 +144,8 @@ class Recoverable(TokenMethod):
         one_more = select.best_of(attention, others, centres.any(1).long())
         place = torch.arange(length, device=device).expand_as(rest)
         turn = torch.where(kept, place, 4 * length)
-        order = attention.masked_fill(~centres, -1).argsort(dim=1, descending=True, stable=True)
-        turn = torch.where(centres, length + order.argsort(dim=1), turn).masked_fill(one_more, 3 * length)
+        turn = torch.where(centres, length + ranks.rank(attention.masked_fill(~centres, -1)), turn)
+        turn = turn.masked_fill(one_more, 3 * length)
         number = kept.sum(1) + centres.sum(1) + one_more.sum(1)
         widest = int(number.max())
         index = turn.argsort(dim=1, stable=True)[:, :widest]

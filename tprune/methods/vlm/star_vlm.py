@@ -50,7 +50,6 @@ class STAR(TokenMethod):
         return Reduction.keep(index, view.hidden.shape[1], valid)
 
     def visual(self, view):
-        """Column means of the embeddings' own attention: float32 [B, N]."""
+        """Column sums of the embeddings' own attention: float32 [B, N]."""
         tokens = view.hidden.unsqueeze(1)
-        there = None if view.whole else view.prunable[:, None, None]
-        return score.attention_column_sums(tokens, tokens, tokens.shape[3] ** -0.5, bias=there)[:, 0]
+        return score.attention_column_sums(tokens, tokens, tokens.shape[3] ** -0.5)[:, 0]
