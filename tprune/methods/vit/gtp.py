@@ -34,7 +34,8 @@ class GTP(TokenMethod):
         checked="code",
         notes="Defaults are the authors' for P = 8 on DeiT-B; they search theta and alpha anew for every P. A block "
         "that no token leaves keeps its attention. Without a class token the semantic graph has as many neighbours as "
-        "with one; the authors' then has one more.",
+        "with one; the authors' then has one more. Where the first blocks attend to plain ground, as digits-vit's do, "
+        "the authors' score drops what matters first and falls below random; --set score=cls does not.",
     )
     native = ("p",)
 
