@@ -62,9 +62,17 @@ class Stream:
                     self.hidden = part.new_empty(len(tokens), *part.shape[1:])
                 self.hidden[place * self.rows :][: len(chunk)] = part
 
+    def arguments(self, index: int, size: int) -> tuple[tuple, dict[str, Any]]:
+        """What block `index` is called with beside the hidden states of `size` sequences."""
+        if (index, size) not in self._arguments:
+            device = next(self.decoder.core.parameters()).device
+            with _noting(self.decoder, [], self._arguments), torch.no_grad():
+                self.decoder.core(input_ids=self.tokens[:size].to(device), use_cache=False)
+        return self._arguments[index, size]
+
     def run(self, index: int, x: Tensor) -> Tensor:
         """Block `index` on the hidden states x [b, L, D]."""
-        positional, named = self._arguments[index, x.shape[0]]
+        positional, named = self.arguments(index, x.shape[0])
         out = self.decoder.blocks[index](x, *positional, **named)
         return out[0] if isinstance(out, tuple) else out
 
@@ -75,19 +83,27 @@ class Stream:
             x.copy_(self.run(index, x))
 
     @torch.no_grad()
-    def gather(self, index: int, kinds: tuple[str, ...], names: list[str] | None = None) -> dict[str, Inputs]:
+    def gather(
+        self,
+        index: int,
+        kinds: tuple[str, ...],
+        names: list[str] | None = None,
+        chosen: Tensor | None = None,
+    ) -> dict[str, Inputs]:
         """Statistics of the inputs in block `index`, which stops at the last of them; the stream stays before it.
 
         Args:
             index: which block.
             kinds: names in `tprune.core.statistics.KINDS`.
             names: of the modules to look at, all with a prunable matrix by default.
+            chosen: int64, which sequences; all by default.
 
         Returns:
             By the name of a matrix's `input`; modules with the same input share one object.
         """
+        hidden = self.hidden if chosen is None else self.hidden[chosen]
         with Watch(self.decoder, index, kinds, names) as watch:
-            for x in self.hidden.split(self.rows):
+            for x in hidden.split(self.rows):
                 watch.begin(len(x), stop=True)
                 with suppress(_LastInput):
                     self.run(index, x)

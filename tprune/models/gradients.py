@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -21,34 +22,59 @@ def gradient_norms(decoder: Decoder, sequences: Iterable[Tensor]) -> dict[str, T
         decoder: dense; its gradients and what asks for them are as before afterwards.
         sequences: int64 [L] each.
     """
-    model = decoder.model
     parameters = {
         matrix.parameter_name: matrix.parameter
         for index in range(len(decoder.blocks))
         for matrix in decoder.matrices(index)
     }
-    sums = {name: torch.zeros(held.shape, dtype=torch.float32) for name, held in parameters.items()}
-    asked = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
-    hooks = []
-    try:
-        for parameter in asked:
-            parameter.requires_grad_(False)
-            parameter.grad = None
-        for name, parameter in parameters.items():
-            parameter.requires_grad_(True)
-            hooks.append(parameter.register_post_accumulate_grad_hook(_adding_to(sums[name])))
-        device = model.get_input_embeddings().weight.device
+    model = decoder.model
+    device = model.get_input_embeddings().weight.device
+    with summing_squares(model, parameters, "cpu") as sums:
         for sequence in sequences:
             ids = sequence.to(device).unsqueeze(0)
             with torch.enable_grad():
                 model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    return {name: total.sqrt_() for name, total in sums.items()}
+
+
+@contextmanager
+def summing_squares(
+    module: nn.Module, parameters: dict[str, nn.Parameter], device: torch.device | str
+) -> Iterator[dict[str, Tensor]]:
+    """Squares of gradients, float32 on `device`, by the names of `parameters`: each backward pass in here adds its own.
+
+    What asks for gradients in `module`, and what they are, is as before afterwards.
+    """
+    sums = {
+        name: torch.zeros(held.shape, dtype=torch.float32, device=device) for name, held in parameters.items()
+    }
+    with asking_for(module, parameters.values()):
+        hooks = [
+            parameter.register_post_accumulate_grad_hook(_adding_to(sums[name]))
+            for name, parameter in parameters.items()
+        ]
+        try:
+            yield sums
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+@contextmanager
+def asking_for(module: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Of all in `module` these parameters alone ask for gradients, and start without; afterwards all is as before."""
+    asked = {parameter: (parameter.requires_grad, parameter.grad) for parameter in module.parameters()}
+    try:
+        for parameter in asked:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        yield
     finally:
-        for hook in hooks:
-            hook.remove()
         for parameter, (wanted, gradient) in asked.items():
             parameter.requires_grad_(wanted)
             parameter.grad = gradient
-    return {name: total.sqrt_() for name, total in sums.items()}
 
 
 def _adding_to(total: Tensor) -> Callable[[nn.Parameter], None]:

@@ -13,12 +13,14 @@ from tprune.core.statistics import Inputs, white
 from tprune.core.weights import WeightEdit
 from tprune.errors import UserError
 from tprune.methods.base import WeightBudget, WeightMethod
+from tprune.methods.region import RegionMethod
 from tprune.methods.views import LinearView
 from tprune.models import masks
 from tprune.models.blocks import Decoder, Matrix
 from tprune.models.calibrate import Stream
 from tprune.models.memory import give_back
 from tprune.pipelines.journal import Journal
+from tprune.pipelines.region import LiveRegion
 from tprune.progress import Progress
 
 FEW_TOKENS = 128
@@ -67,7 +69,7 @@ def look(
     known = _result(seen, kinds, matrix.shape[1], weight.device)
     view.tokens, view.sequences, view.shared = seen.tokens, seen.sequences, seen.shared
     view.norm, view.gram = known.get("norm"), known.get("gram")
-    if matrix.reader is not None:
+    if matrix.reader in inputs:
         read = _result(inputs[matrix.reader], kinds, matrix.shape[0], weight.device)
         view.channel_norm = read.get("norm")
     return view
@@ -103,7 +105,7 @@ class BlockPruner:
         self.decoder, self.method, self.budget, self.seed = decoder, method, budget, seed
         self.stream, self.progress = stream, progress
         self.shares, self.gradients = shares or {}, gradients
-        self.starved: list[str] = []
+        self.starved: dict[str, int] = {}
 
     def run(self, journal: Journal) -> dict[str, Tensor]:
         """Prune all blocks; finished ones are taken from the journal. Returns the record of all edits."""
@@ -129,11 +131,20 @@ class BlockPruner:
 
     def _prune(self, index: int, matrices: list[Matrix], dense_feeds: bool) -> dict[str, Tensor]:
         inputs: dict[str, Inputs] = {}
+        if isinstance(self.method, RegionMethod):
+            return self._prune_region(index)
         if dense_feeds:
             inputs, _ = self.stream.gather_and_advance(index, self.method.stats)
         elif self.stream is not None:
             inputs = self.stream.gather(index, self.method.stats)
         return masks.record(self._edits(matrices, inputs))
+
+    def _prune_region(self, index: int) -> dict[str, Tensor]:
+        """Hand the block itself to the method."""
+        seeded = generator(self.seed, self.decoder.block_name(index))
+        with LiveRegion(self.stream, index, self._view) as region:
+            self.method.prune_block(region, seeded)
+        return masks.record(region.edits())
 
     def _edits(
         self, matrices: list[Matrix], inputs: dict[str, Inputs]
@@ -148,11 +159,7 @@ class BlockPruner:
 
     def _edit(self, matrix: Matrix, inputs: dict[str, Inputs]) -> WeightEdit:
         """Ask the method about one matrix and carry out what it says."""
-        seen = None if self.stream is None else inputs[matrix.input]
-        if seen is not None and matrix.expert is not None and seen.tokens < FEW_TOKENS:
-            self.starved.append(f"{matrix.name} ({seen.tokens})")
-        view = look(matrix, None if self.stream is None else inputs, self.method.stats, self.gradients)
-        budget = replace(self.budget, sparsity=self.shares.get(matrix.name, self.budget.sparsity))
+        view, budget = self._view(matrix, None if self.stream is None else inputs)
         try:
             edit = self.method.prune(view, budget, generator(self.seed, matrix.name))
         except ValueError as error:
@@ -162,9 +169,17 @@ class BlockPruner:
         masks.apply(matrix, edit)
         return edit
 
+    def _view(self, matrix: Matrix, inputs: dict[str, Inputs] | None) -> tuple[LinearView, WeightBudget]:
+        """A matrix with what is known of its inputs, and what it shall lose."""
+        if inputs is not None and matrix.expert is not None and inputs[matrix.input].tokens < FEW_TOKENS:
+            self.starved[matrix.name] = inputs[matrix.input].tokens
+        view = look(matrix, inputs, self.method.stats, self.gradients)
+        return view, replace(self.budget, sparsity=self.shares.get(matrix.name, self.budget.sparsity))
+
     def _warn(self) -> None:
         if self.starved:
-            shown = ", ".join(self.starved[:3]) + (", …" if len(self.starved) > 3 else "")
+            named = [f"{name} ({tokens})" for name, tokens in self.starved.items()]
+            shown = ", ".join(named[:3]) + (", …" if len(named) > 3 else "")
             self.progress.warn(
                 f"{len(self.starved)} expert matrices saw fewer than {FEW_TOKENS} calibration tokens: {shown}; "
                 "those that saw none are pruned by magnitude. More text helps: --calibration N"
