@@ -44,7 +44,7 @@ class Stage:
         set: the method's own hyperparameters where they differ from the paper's.
         positions: "original" or "compact", for vlm also "gap"; None for the paper's own.
         loadable: "plain" for shapes that stock transformers loads, "any" otherwise.
-        fit: what a method that learns is fitted on: "built-in", or a folder of class folders.
+        fit: what a method that learns is fitted on: "built-in", or a folder (of class folders, or of questions).
         allocate: how the sparsity is shared out among matrices: "uniform", "owl", "owl:spread=0.1" …
     """
 
@@ -219,8 +219,8 @@ def check_budget(stage: Stage) -> None:
     policies = ("original", "compact", "gap") if stage.family == "vlm" else ("original", "compact")
     if stage.positions not in (None, *policies):
         raise UserError(f"--positions {stage.positions}: expected {' or '.join(policies)}")
-    if stage.fit is not None and stage.family != "vit":
-        raise UserError(f"--fit {stage.fit}: only vit methods are fitted; leave it out")
+    if stage.fit is not None and stage.family not in ("vit", "vlm"):
+        raise UserError(f"--fit {stage.fit}: only vit and vlm methods are fitted; leave it out")
     if stage.loadable not in ("any", "plain"):
         raise UserError(f"--loadable {stage.loadable}: expected any or plain")
 

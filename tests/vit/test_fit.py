@@ -9,8 +9,9 @@ from timm.models.eva import Eva
 
 import tprune
 from tests.conftest import SMALL, tiny_vit
+from tests.fits import interrupted, same
 from tests.test_cli import call
-from tprune import artifact, training
+from tprune import artifact
 from tprune.core.relax import gate, mask_attention
 from tprune.data import images as pictures
 from tprune.errors import UserError
@@ -49,10 +50,6 @@ def learned(method, model, keep=0.6, seed=0, **settings):
         return handle.tensors(False), handle
 
 
-def same(one, two):
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-
-
 @every_learner
 def test_a_neutral_state_runs_batched_as_alone_and_the_model_is_restored(method, vit, images):
     dense, state = vit(images), neutral(method, vit)
@@ -78,14 +75,9 @@ def test_three_steps_change_what_is_stored_and_the_same_seed_gives_the_same_byte
     assert not (stands and same(first, neutral(method, model)))
 
 
-class StoppedError(Exception):
-    """What ends a run that is interrupted."""
-
-
 @every_learner
 def test_an_interrupted_fit_goes_on_to_the_same_bytes(method, monkeypatch, tmp_path):
     whole, _ = learned(method, tiny_vit(num_classes=10))
-    monkeypatch.setattr(training, "SAVE_EVERY_SECONDS", 0)
     stage = Stage("vit", method, keep=0.6, set=steps(method), fit="built-in")
     recipe = Recipe(ModelSource("a model in memory"), (stage,))
 
@@ -94,17 +86,7 @@ def test_an_interrupted_fit_goes_on_to_the_same_bytes(method, monkeypatch, tmp_p
         with pipeline(recipe, stage, Progress()).apply(subject, tmp_path) as handle:
             return handle.tensors(False)
 
-    note = fit_loop.Loop._note
-
-    def stop(loop, found):
-        note(loop, found)
-        if loop.begin == 0 and len(list(tmp_path.iterdir())) == 1:
-            raise StoppedError
-
-    monkeypatch.setattr(fit_loop.Loop, "_note", stop)
-    with pytest.raises(StoppedError):
-        run()
-    assert same(run(), whole)
+    assert same(interrupted(run, tmp_path, monkeypatch), whole)
 
 
 def test_training_scenes_share_no_scan_with_the_evaluation():

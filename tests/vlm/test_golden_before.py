@@ -9,6 +9,7 @@ from tests.golden_values import golden
 from tests.vlm.tiny import IMAGE, TEXT
 from tprune.core.budget import PROJECTOR
 from tprune.methods import registry
+from tprune.methods.base import Shape
 from tprune.methods.views import Attention, TokenView
 from tprune.methods.vlm.mmtok import keywords
 
@@ -156,3 +157,13 @@ def test_flowcut_leaves_the_authors_patches_on_their_way_through_the_tower(case)
         kept = handle.driver.tally.owner[:, 1 : tokens + 1] >= 0
     assert torch.equal(kept.nonzero()[:, 1].view(3, target), tensors[f"{case}.kept"])
     assert torch.allclose(entered["x"][:, 1 : target + 1], projected, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", golden("vlm", "m3")[1]["settings"]["scales"])
+def test_m3_pools_as_the_authors_do(scale):
+    tensors, _ = golden("vlm", "m3")
+    features = tensors["features"]
+    method = registry.build("m3", "vlm", {"tokens": scale})
+    [stage] = method.stages(Shape(4, 576), None)
+    reduction = method.reduce(PROJECTOR, image(features, grid=(24, 24)), stage.count, {})
+    assert torch.allclose(reduction.apply(features), tensors[f"scale_{scale}"], atol=1e-6)

@@ -189,3 +189,51 @@ def one_row(inputs, row, images=1):
         else:
             alone[name] = value[row : row + 1]
     return alone
+
+
+def start(method, model):
+    """Arguments of `prune`: what a method that must learn starts from, nothing for the others."""
+    from tprune.methods import registry
+    from tprune.models.vlm import anatomy
+    from tprune.pipelines.run import pipeline
+    from tprune.progress import Progress
+    from tprune.recipe import ModelSource, Recipe, Stage
+
+    built = registry.build(method, "vlm", SMALL.get(method))
+    if built.learns != "required":
+        return {}
+    stage = Stage("vlm", method, set=SMALL.get(method, {}))
+    driver = pipeline(Recipe(ModelSource("a model in memory"), (stage,)), stage, Progress())
+    return {"state": built.neutral_state(driver.nominal(anatomy(model)), 0)} | SMALL.get(method, {})
+
+
+SMALL = {"m3": {"scales": "36,576"}}
+"""Hyperparameters that keep what a method learns small."""
+
+
+def speaking():
+    """A new tiny LLaVA that knows the words of the built-in questions, and its processor."""
+    from transformers import CLIPImageProcessor, LlavaProcessor
+
+    from tprune.zoo.digits_llava import ID, WORDS, _processor
+
+    side = {"height": 32, "width": 32}
+    text = TEXT | {"vocab_size": len(WORDS), "eos_token_id": ID["<eos>"]}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**TOWER),
+        text_config=LlamaConfig(**text),
+        image_token_id=ID["<image>"],
+        image_seq_length=16,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlavaForConditionalGeneration(config).eval().requires_grad_(False)
+    processor = LlavaProcessor(
+        CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=side),
+        _processor().tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=_processor().chat_template,
+    )
+    return model, processor

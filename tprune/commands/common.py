@@ -117,7 +117,7 @@ def family_command(family: str, help: str) -> click.Command:
                 "--positions", help="'original' or 'compact' position ids, for vlm also 'gap' [paper's]."
             ),
         )
-    if family == "vit":
+    if family in ("vit", "vlm"):
         extra += (
             click.option(
                 "--fit", metavar="DATA", help="Train a method that learns: 'built-in', or a folder."

@@ -80,6 +80,22 @@ def cell_owners(grid: Size, window: Size, cells: Size) -> tuple[Tensor, Tensor]:
     return owner.flatten(), middle.flatten()
 
 
+@lru_cache(maxsize=256)
+def even_cells(grid: Size, count: int) -> Tensor:
+    """A grid cut into `count` cells as nearly square and equal as can be: the cell of every place, int64 [places].
+
+    The rows fall into bands, the columns of each into its cells, row by row; where a square number of cells divides the
+    grid they are its squares. 1 <= count <= places.
+    """
+    rows, columns = grid
+    fewest = -(-count // columns)
+    high = min(max(round((count * rows / columns) ** 0.5), fewest), rows, count)
+    band = torch.arange(rows) * high // rows
+    begins = torch.arange(high + 1) * count // high
+    column = torch.arange(columns) * begins.diff().unsqueeze(1) // columns
+    return (begins[:-1].unsqueeze(1) + column)[band].flatten()
+
+
 @lru_cache(maxsize=64)
 def far_apart(grid: Size, count: int) -> Tensor:
     """`count` places of a grid, from its first on always the one farthest by rows plus columns from all: bool [places].

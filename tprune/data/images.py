@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from PIL import Image, UnidentifiedImageError
 
@@ -66,25 +66,35 @@ def open_file(file: str | Path, option: str) -> Image.Image:
 
 
 @dataclass(frozen=True)
-class TrainingScenes:
+class DrawnScenes:
     """Scenes of the training digits, which share no scan with the evaluation's; drawn when they are needed.
 
     Attributes:
         count: how many.
-        seed: which; not the one that the built-in model was trained on.
+        seed: which; not the one that the built-in models were trained on.
     """
 
     count: int = TRAINING_SCENES
     seed: int = 10_000
+    model: ClassVar[str]
+    """The built-in model whose scenes they are."""
 
     @property
     def protocol(self) -> dict[str, Any]:
         """Source, split and number, for the report."""
-        return {"source": "digits-vit scenes", "split": "train", "samples": self.count, "seed": self.seed}
+        source = f"{self.model} scenes"
+        return {"source": source, "split": "train", "samples": self.count, "seed": self.seed}
 
     def __len__(self) -> int:
         """How many there are."""
         return self.count
+
+
+@dataclass(frozen=True)
+class TrainingScenes(DrawnScenes):
+    """Scenes with their digits."""
+
+    model = "digits-vit"
 
     def fits(self, classes: int) -> bool:
         """Whether a model tells digits apart."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
+from tprune.data.images import BUILT_IN, DrawnScenes
 from tprune.errors import UserError
 
 FILE = "questions.jsonl"
@@ -38,6 +39,14 @@ class Questions:
     items: tuple[Item, ...]
     protocol: dict[str, Any]
 
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self.items)
+
+    def sample(self, place: int) -> tuple[Image.Image, tuple[str, str]]:
+        """The image of one question, and (prompt, answer)."""
+        return self.open(place), (self.items[place].prompt, self.items[place].answer)
+
     def open(self, place: int) -> Image.Image:
         """The image of one question as RGB.
 
@@ -62,8 +71,36 @@ class Questions:
         return sum(answers.most_common(1)[0][1] for answers in kinds.values()) / len(self.items)
 
 
-def read(source: str | None, limit: int) -> Questions:
+@dataclass(frozen=True)
+class TrainingQuestions(DrawnScenes):
+    """Scenes with one question about each."""
+
+    model = "digits-llava"
+
+    def sample(self, place: int) -> tuple[Image.Image, tuple[str, str]]:
+        """One scene, and (prompt, answer)."""
+        from tprune.data.scenes import question_scene
+
+        asked = question_scene("train", place, self.seed)
+        return asked.image, (asked.prompt, asked.answer)
+
+
+def training(source: str) -> Questions | TrainingQuestions:
+    """What `--fit` names: `built-in` scenes, or all questions of a folder.
+
+    Raises:
+        UserError: as `read`.
+    """
+    return TrainingQuestions() if source == BUILT_IN else read(source, None, "--fit")
+
+
+def read(source: str | None, limit: int | None, option: str = "--data") -> Questions:
     """The first `limit` questions of `source`, a folder; None for the built-in scenes.
+
+    Args:
+        source: a folder; None for the built-in scenes.
+        limit: how many at most; None for all of a folder.
+        option: begins the errors.
 
     Raises:
         UserError: missing, unreadable, empty, or a line that is no question.
@@ -72,34 +109,34 @@ def read(source: str | None, limit: int) -> Questions:
         return built_in(limit)
     root = Path(source)
     if not root.is_dir():
-        raise UserError(f"--data {source}: no such folder; give a folder with images and {FILE}")
+        raise UserError(f"{option} {source}: no such folder; give a folder with images and {FILE}")
     try:
         lines = (root / FILE).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         raise UserError(
-            f"--data {source}: cannot read {FILE} ({reason}); expected a line "
+            f"{option} {source}: cannot read {FILE} ({reason}); expected a line "
             '{"image": …, "prompt": …, "answer": …} per question'
         ) from None
     places = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()][:limit]
     if not places:
-        raise UserError(f"--data {source}: no questions in {FILE}")
-    items = tuple(_item(root, number, line) for number, line in places)
+        raise UserError(f"{option} {source}: no questions in {FILE}")
+    items = tuple(_item(root, number, line, option) for number, line in places)
     digest = hashlib.sha256("\n".join(line for _, line in places).encode()).hexdigest()
     return Questions(items, {"source": source, "samples": len(items), "sha256": digest})
 
 
-def _item(root: Path, number: int, line: str) -> Item:
+def _item(root: Path, number: int, line: str, option: str) -> Item:
     """One line of the file."""
     try:
         content = json.loads(line)
         image, prompt, answer = (str(content[name]) for name in ("image", "prompt", "answer"))
     except (ValueError, KeyError, TypeError):
         raise UserError(
-            f'--data {root}: line {number} of {FILE} is no {{"image": …, "prompt": …, "answer": …}}'
+            f'{option} {root}: line {number} of {FILE} is no {{"image": …, "prompt": …, "answer": …}}'
         ) from None
     if not (root / image).is_file():
-        raise UserError(f"--data {root}: line {number} of {FILE} names {image}, and there is no such file")
+        raise UserError(f"{option} {root}: line {number} of {FILE} names {image}, and there is no such file")
     return Item(root / image, prompt, answer, content.get("kind"))
 
 

@@ -154,18 +154,23 @@ def classification_scenes(split: str, n: int, seed: int = 0) -> Iterator[Scene]:
 
 
 def question_scenes(split: str, n: int, seed: int = 0) -> Iterator[Question]:
-    """The first `n` question scenes of a split with one question each; the kinds take turns.
+    """The first `n` question scenes of a split with one question each (`question_scene`)."""
+    for index in range(n):
+        yield question_scene(split, index, seed)
+
+
+def question_scene(split: str, index: int, seed: int = 0) -> Question:
+    """One question scene of a split; the kinds take turns.
 
     A scene in which no digit appears exactly once is asked `what` instead of `where`.
     """
-    for index in range(n):
-        layout = question_layout(split, index, seed)
-        rng = np.random.default_rng((seed, SPLITS.index(split), 2, index))
-        asked = questions_about(layout, rng)
-        kind = KINDS[index % len(KINDS)]
-        kind = kind if asked[kind] else "what"
-        prompt, answer = asked[kind][0]
-        yield Question(Image.fromarray(layout.pixels), prompt, answer, kind)
+    layout = question_layout(split, index, seed)
+    rng = np.random.default_rng((seed, SPLITS.index(split), 2, index))
+    asked = questions_about(layout, rng)
+    kind = KINDS[index % len(KINDS)]
+    kind = kind if asked[kind] else "what"
+    prompt, answer = asked[kind][0]
+    return Question(Image.fromarray(layout.pixels), prompt, answer, kind)
 
 
 def evaluation_scenes(name: str, n: int = 2000) -> list[Scene] | list[Question]:

@@ -73,12 +73,16 @@ class Fit(nn.Module):
     """
 
     tunes: ClassVar[str] = "nothing"
-    """What of the model trains with it: "nothing", or "all"."""
+    """What of the model trains with it: "nothing", "all", or in a vision-language model "language": not its tower."""
     apart: ClassVar[bool] = False
     """Whether it learns from the pixels alone: the model does not run, and `memory["inputs"]` is all there is."""
     epsilon: ClassVar[float] = 1e-5
     keep_self: ClassVar[bool] = False
     """How attention weighs present tokens (`core.relax.mask_attention`)."""
+
+    watches: tuple[int, ...] = ()
+    """Layers of a decoder whose attention maps, float32 [B, H, N, N], are in `memory["attention"]` by layer; those of
+    the dense model are in `memory["dense"]` once it has run."""
 
     depth: int
     sites: tuple[Site, ...]

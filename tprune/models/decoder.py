@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tprune.core.budget import PROJECTOR, Site, Stage
+from tprune.core.reduction import Reduction
 from tprune.errors import UserError
 from tprune.methods.base import TokenMethod
 from tprune.methods.views import TokenView
@@ -74,6 +75,7 @@ class DecoderDriver:
         outer: nn.Module | None = None,
         check_later: Callable[[Inputs], None] | None = None,
     ):
+        self.model = model
         self.method, self.prunable_of, self.stages_of = method, prunable_of, stages_of
         self.positions, self.seeds_of, self.entrance = positions, seeds_of, entrance
         self.check_later = check_later
@@ -145,7 +147,7 @@ class DecoderDriver:
         if not any(counts):
             return
         check_cache(cache)
-        real = real_tokens(inputs, prunable)
+        real = self._real(inputs, prunable)
         track = Track(tokens.shape[1], real.sum(1), prunable=prunable, images=max(counts))
         run = Run(inputs, track, 0, tokens.shape[1], prunable, real)
         run.memory["episode"] = self.episode.memory
@@ -154,6 +156,10 @@ class DecoderDriver:
         self._check(run)
         run.seeds = self.seeds_of(inputs) if self.seeds_of and "seeds" in self.method.reads else None
         self.run = run
+
+    def _real(self, inputs: Inputs, prunable: Tensor) -> Tensor:
+        """What the method takes for the prompt: no padding, bool like `prunable` [B, N]."""
+        return real_tokens(inputs, prunable)
 
     def _end(self, module: nn.Module, args: tuple, output: Any) -> None:
         self.run = None
@@ -255,13 +261,16 @@ class DecoderDriver:
 
     def _reduce(self, run: Run, site: Site, given: Inputs, count: int | Tensor) -> Tensor:
         """Let the method choose before a layer; -> the hidden states that are left."""
+        view, slots = self._view(run, site, given)
+        reduction = self.method.reduce(site, view, count, run.memory)
+        return self._take(run, site, view, slots, reduction)
+
+    def _view(self, run: Run, site: Site, given: Inputs) -> tuple[TokenView, Tensor]:
+        """The tokens before a layer, and their slots [B, N] in the sequence that entered."""
         before, hidden = run.track.at(site.layer), given["hidden_states"]
         slots = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[:2])
         slots = slots if before is None else before.index
-        valid = None if before is None else before.valid
-        if run.track.entry is not None and run.track.entry.valid is not None:
-            there = run.track.entry.valid.gather(1, slots)
-            valid = there if valid is None else valid & there
+        valid = self._valid(run, site, slots)
         position = slots if run.track.entry is None else run.track.entry.index.gather(1, slots)
         view = TokenView(
             hidden,
@@ -274,24 +283,39 @@ class DecoderDriver:
             real=here(run.real, position, valid),
             signals=self.signals.at(run, site.layer, given, slots, position),
         )
-        reduction = self.method.reduce(site, view, count, run.memory)
+        return view, slots
+
+    def _valid(self, run: Run, site: Site, slots: Tensor) -> Tensor | None:
+        """Which of the tokens before a layer are no fillers, bool [B, N]; None where all are."""
+        before, entry = run.track.at(site.layer), run.track.entry
+        valid = None if before is None else before.valid
+        if entry is not None and entry.valid is not None:
+            there = entry.valid.gather(1, slots)
+            valid = there if valid is None else valid & there
+        return valid
+
+    def _take(
+        self, run: Run, site: Site, view: TokenView, slots: Tensor, reduction: Reduction | None
+    ) -> Tensor:
+        """Do what was chosen before a layer; -> the hidden states that are left."""
         run.attention, run.neurons, run.sublayers = None, None, {}
         if reduction is None:
-            return hidden
+            return view.hidden
+        before, valid = run.track.at(site.layer), self._valid(run, site, slots)
         if run.trace is not None:
-            run.note(site, position, reduction.heirs(position), valid)
+            run.note(site, view.position, reduction.heirs(view.position), valid)
         left = reduction.valid
         if valid is not None:
             still = valid.gather(1, reduction.index)
             left = still if left is None else left & still
         if self.hides:
             run.track.layers[site.layer] = Kept.hiding(slots, reduction.index, left, run.track.entered)
-            return hidden
+            return view.hidden
         ascending = reduction.drops_only and (before is None or before.order is None)
         run.track.layers[site.layer] = Kept.of(
             slots.gather(1, reduction.index), left, run.track.entered, ascending
         )
-        return reduction.apply(hidden)
+        return reduction.apply(view.hidden)
 
 
 def _first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -41,6 +41,10 @@ class Course(ABC):
             UserError: why.
         """
 
+    def tuned(self, tunes: str) -> list[nn.Parameter]:
+        """The model's own weights that learn with a fit which `tunes` this of it."""
+        return list(self.model.parameters()) if tunes == "all" else []
+
     @abstractmethod
     def lessons(self, size: int, seed: int, share: tuple[int, int] = (0, 1)) -> Batches:
         """The training data in steps of `size`, with what is learned from it."""

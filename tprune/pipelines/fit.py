@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 
 from tprune.methods.base import TokenMethod
 from tprune.pipelines.course import Course
@@ -56,7 +55,7 @@ class Fitting:
         if not course.labelled:
             self.progress.say("no labels that fit this model: fitting to the dense model's outputs")
         driver = course.driver(self.method, fit, self.seed)
-        with trained(course.model, fit.tunes), torch.enable_grad():
+        with trained(course, fit.tunes), torch.enable_grad():
             learner = Learner(course.model, fit, driver, course.outputs, course.labelled)
             file = None if self.work is None else self.work / f"fit-{self.method.id}.safetensors"
             loop = Loop(learner, fit.plan, len(course.data), file, self.progress)
@@ -74,7 +73,7 @@ class Fitting:
             "labels": "the data's" if course.labelled else "the dense model's",
         }
         facts |= (
-            {"tuned": fit.tunes == "all"}
+            {"tuned": fit.tunes != "nothing"}
             | loop.figures()
             | {"learned": {name: list(tensor.shape) for name, tensor in method.state.items()}}
         )
@@ -115,10 +114,13 @@ class Fitting:
 
 
 @contextmanager
-def trained(model: nn.Module, tunes: str) -> Iterator[None]:
+def trained(course: Course, tunes: str) -> Iterator[None]:
     """A model whose weights learn, or stand still; as it was afterwards."""
+    model, learning = course.model, course.tuned(tunes)
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    model.requires_grad_(tunes == "all").train(tunes == "all")
+    model.requires_grad_(False).train(bool(learning))
+    for parameter in learning:
+        parameter.requires_grad_(True)
     try:
         yield
     finally:

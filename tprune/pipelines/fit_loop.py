@@ -123,7 +123,8 @@ class Learner(nn.Module):
         if self.fit.apart:
             return self.fit.losses(None, labels, {"inputs": inputs}, dense)
         outputs = self.outputs(inputs)
-        memory = self.driver.memory | {"inputs": inputs, "again": self.outputs}
+        memory = self.driver.memory
+        memory |= {"inputs": inputs, "again": self.outputs}
         return self.fit.losses(outputs, labels, memory, dense)
 
 

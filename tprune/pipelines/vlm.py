@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tprune.core.budget import PROJECTOR, Stage, counts_entering
+from tprune.core.budget import PROJECTOR, Stage
 from tprune.data import questions
 from tprune.errors import UserError
 from tprune.methods.base import Shape, TokenMethod
@@ -24,57 +24,13 @@ from tprune.models.projector import Projector
 from tprune.models.prompts import noise_prompts
 from tprune.models.subject import Subject
 from tprune.pipelines import bench_vlm
-from tprune.pipelines.base import Achieved, Handle, Pipeline, Quality, Sample, Workload
+from tprune.pipelines.base import Handle, Pipeline, Quality, Sample, Workload
+from tprune.pipelines.learned import untuned
 from tprune.pipelines.tokens import solve
+from tprune.pipelines.vlm_handle import VlmHandle
 
 NOMINAL_TOKENS = 576
 LONGEST_ANSWER = 16
-
-
-class VlmHandle(Handle):
-    """A token method at work before or inside a decoder."""
-
-    kind = "wrapped"
-
-    def __init__(self, driver: DecoderDriver, projector: Projector, stages: Sequence[Stage], tokens: int):
-        self.driver, self.projector, self.stages, self.tokens = driver, projector, stages, tokens
-
-    def remove(self) -> None:
-        """Take all hooks out again."""
-        self.driver.remove()
-        self.projector.remove()
-
-    def reset(self) -> None:
-        """Begin a new episode, for methods that keep something from prompt to prompt."""
-        self.driver.episode.reset()
-
-    def entering(self) -> tuple[float, list[float]]:
-        """Image tokens of a prompt, and how many of them entered each layer: means over all prompts so far.
-
-        Before the first prompt, what is planned for one image.
-        """
-        tally = self.driver.tally
-        if not tally.prompts:
-            planned = counts_entering(self.stages, self.tokens, tally.depth)
-            return float(self.tokens), [float(count) for count in planned[::2]]
-        return int(tally.tokens) / tally.prompts, [count / tally.prompts for count in tally.entering.tolist()]
-
-    def achieved(self) -> Achieved:
-        """The fraction of image tokens that entered a layer, averaged over layers and prompts, as it was measured."""
-        tokens, entering = self.entering()
-        mean = sum(entering) / len(entering)
-        details = {
-            "tokens": tokens,
-            "tokens_entering_mean": mean,
-            "tokens_leaving_mean": (sum(entering[1:]) + entering[-1]) / len(entering),
-            "kept_per": self.driver.method.unit if self.driver.entrance else "prompt",
-            "positions": "gap" if self.projector.ascending else self.driver.positions,
-        }
-        return Achieved(mean / tokens, details)
-
-    def per_layer(self) -> list[dict[str, Any]]:
-        """Image tokens entering every decoder layer, mean over prompts."""
-        return [{"layer": layer, "tokens": count} for layer, count in enumerate(self.entering()[1])]
 
 
 class VlmPipeline(Pipeline):
@@ -82,6 +38,11 @@ class VlmPipeline(Pipeline):
 
     family = "vlm"
     default_limit = 500
+    fitted: dict[str, Any] | None = None
+
+    def check(self) -> None:
+        """A fit is asked for where there is one to make."""
+        self.method.check_fit(self.stage.fit)
 
     def load(self) -> Subject:
         """A vision-language model of transformers."""
@@ -96,7 +57,7 @@ class VlmPipeline(Pipeline):
 
     def prepare(self, subject: Subject) -> None:
         """Read the questions; refuse a method that does not fit the model."""
-        self.fit(adapter.anatomy(subject.model))
+        self.admit(adapter.anatomy(subject.model))
         if subject.processor is None:
             raise UserError(
                 f"{subject.source.name} has no processor; copy processor_config.json and the tokenizer from the "
@@ -104,20 +65,30 @@ class VlmPipeline(Pipeline):
             )
         self.questions = questions.read(self.recipe.data, self.recipe.limit or self.default_limit)
 
-    def fit(self, parts: adapter.Anatomy) -> None:
+    def admit(self, parts: adapter.Anatomy) -> None:
         """Raise UserError where the model lacks what the method reads, or the budget is out of reach."""
-        tokens = parts.tokens or NOMINAL_TOKENS
-        self.method.check(self.shape(parts, tokens))
-        self.stages(parts, tokens)
+        nominal = self.nominal(parts)
+        self.method.check(nominal)
+        self.stages(parts, self.acting, nominal.tokens)
 
     @property
     def acting(self) -> TokenMethod:
         """The method that runs: under --keep all its counts are fixed."""
         return self.method if self.stage.keep is None else self.method.counted()
 
+    def nominal(self, parts: adapter.Anatomy) -> Shape:
+        """What the method may know of an image of the default size."""
+        return self.shape(parts, parts.tokens or NOMINAL_TOKENS)
+
     def shape(self, parts: adapter.Anatomy, tokens: int) -> Shape:
         """What the method may know of a prompt, or an image, with so many image tokens."""
-        return Shape(parts.depth, tokens, heads=parts.heads, has_cls=parts.prefix > 0)
+        return Shape(
+            parts.depth,
+            tokens,
+            heads=parts.heads,
+            has_cls=parts.prefix > 0,
+            width=parts.core.config.hidden_size,
+        )
 
     def evaluate(self, subject: Subject) -> Quality:
         """The fraction of answers given word for word, over all questions and for each kind."""
@@ -197,38 +168,70 @@ class VlmPipeline(Pipeline):
     def apply(self, subject: Subject, work: Path | None, state: dict[str, Tensor] | None = None) -> VlmHandle:
         """Put the method in place."""
         parts = adapter.anatomy(subject.model)
-        self.fit(parts)
-        tokens = parts.tokens or NOMINAL_TOKENS
-        stages_of = partial(self.stages, parts)
-        stages = stages_of(tokens)
+        self.admit(parts)
+        if state or (state is not None and self.stage.fit is not None):
+            self.method = self.method.bind(untuned(subject, state))
+        self.method.check_fit(self.stage.fit)
+        if self.method.state is None and self.stage.fit is not None:
+            self.method, self.fitted = self.fit(subject, parts, work)
+        return self.put(subject, parts, self.acting)
+
+    def put(self, subject: Subject, parts: adapter.Anatomy, method: TokenMethod) -> VlmHandle:
+        """`method` at work."""
+        tokens = self.nominal(parts).tokens
+        stages_of = partial(self.stages, parts, method)
+        driver, projector = self.drivers(subject, parts, method, stages_of)
+        return VlmHandle(driver, projector, stages_of(tokens), tokens, self.fitted)
+
+    def drivers(
+        self,
+        subject: Subject,
+        parts: adapter.Anatomy,
+        method: TokenMethod,
+        stages_of: Callable[[int], Sequence[Stage]],
+        kind: type[DecoderDriver] = DecoderDriver,
+    ) -> tuple[DecoderDriver, Projector]:
+        """What runs `method` inside the decoder, and before it."""
         positions = self.positions(parts)
         projector = Projector(
             subject.model,
             parts,
-            self.acting,
+            method,
             stages_of,
             self.recipe.seed,
             ascending=positions == "gap",
             processor=subject.processor,
             clip=load_clip(name, subject.device) if (name := getattr(self.method, "clip", "")) else None,
         )
-        driver = DecoderDriver(
+        sites = {stage.site for stage in stages_of(self.nominal(parts).tokens)}
+        driver = kind(
             subject.model,
-            self.acting,
+            method,
             partial(adapter.image_tokens, subject.model),
             stages_of,
             positions="compact" if positions == "compact" else "original",
-            entrance=projector if any(stage.site == PROJECTOR for stage in stages) else None,
+            entrance=projector if PROJECTOR in sites else None,
             outer=parts.outer,
             seeds_of=projector.seeds,
             cells_of=projector.cells,
             check_later=partial(adapter.check_later, subject.model),
         )
-        return VlmHandle(driver, projector, stages, tokens)
+        return driver, projector
 
-    def stages(self, parts: adapter.Anatomy, tokens: int) -> tuple[Stage, ...]:
-        """Where tokens leave a prompt, or an image, with so many image tokens."""
-        return solve(self.acting, self.shape(parts, tokens), self.stage.keep)
+    def fit(
+        self, subject: Subject, parts: adapter.Anatomy, work: Path | None
+    ) -> tuple[TokenMethod, dict[str, Any]]:
+        """The method with what it learned from `--fit`, and the facts of the fit."""
+        from tprune.pipelines.fit import Fitting
+        from tprune.pipelines.vlm_course import VlmCourse
+
+        course = VlmCourse(self, subject, parts, questions.training(self.stage.fit))
+        return Fitting(self.method, self.stage.keep, self.recipe.seed, course, work, self.progress).run()
+
+    def stages(self, parts: adapter.Anatomy, method: TokenMethod, tokens: int) -> tuple[Stage, ...]:
+        """Where tokens leave a prompt, or an image, with so many image tokens; counts that vary are as learned."""
+        learned = method.varies() and method.learns != "no"
+        return solve(method, self.shape(parts, tokens), None if learned else self.stage.keep)
 
     def positions(self, parts: adapter.Anatomy) -> str:
         """As asked; else the paper's own, but never renumbered where positions are rows and columns of an image.
