@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.golden_values import golden
-from tprune.core import outliers
+from tprune.core import outliers, score
 from tprune.core.budget import PROJECTOR, Site
 from tprune.methods import registry
 from tprune.methods.views import Attention, TokenView
@@ -92,3 +92,51 @@ def test_recoverable_hands_the_projector_what_the_authors_do(case):
     method = GivenText(neighbours=told["settings"]["neighbours"])
     reduction = method.reduce(PROJECTOR, view, 64, {})
     assert torch.allclose(reduction.apply(hidden), tensors[f"{case}.out"], atol=1e-5)
+
+
+def one_image(tokens, **signals):
+    """A view of a whole image's tokens [1, N, D], each a patch or a newline."""
+    everything = torch.ones(tokens.shape[:2], dtype=torch.bool)
+    known = {"rows": lambda: torch.zeros(1, dtype=torch.int64)} | {
+        name: (lambda value=value: value) for name, value in signals.items()
+    }
+    place = torch.arange(tokens.shape[1])[None]
+    return TokenView(tokens, everything, real=everything, position=place, pool=lambda x: x, signals=known)
+
+
+@pytest.mark.parametrize("case", golden("vlm", "vflowopt")[1]["settings"]["scores"])
+def test_vflowopt_scores_by_the_authors_hubs_and_entropy(case):
+    tensors, told = golden("vlm", "vflowopt")
+    shown = (tensors["pixels"].float() / 255 + 1e-4).clamp(0, 1)
+    patches = shown.unfold(2, 14, 14).unfold(3, 14, 14).permute(0, 2, 3, 1, 4, 5).flatten(4).flatten(1, 2)
+    assert torch.allclose(score.patch_entropy(patches), tensors["bits"], atol=1e-5)
+    hidden, none = torch.zeros(2, 36, 4), torch.zeros(2, 36, dtype=torch.bool)
+    tower = TokenView(hidden, ~none, depth=26)
+    tower.attention = Attention(tensors["query"], tensors["key"], tensors["key"], 0.5)
+    view = one_image(hidden, patches=patches, newlines=none)
+    view.encoder = tower
+    method = registry.build("vflowopt", "vlm", told["settings"]["scores"][case])
+    assert torch.allclose(method.importance(view), tensors[f"score.{case}"], atol=1e-6)
+
+
+@pytest.mark.parametrize("case", golden("vlm", "vflowopt")[1]["settings"]["cases"])
+def test_vflowopt_prunes_and_recycles_as_the_authors_do(case):
+    tensors, told = golden("vlm", "vflowopt")
+    tokens, worth, place = tensors["tokens"][None], tensors["worth"][None], torch.arange(939)
+    newline = (place >= 729) & ((place - 729) % 21 == 20)
+    view = one_image(tokens, newlines=newline[None], thumbnail=(place < 729)[None])
+    method = registry.build("vflowopt", "vlm", told["settings"]["cases"][case])
+    reduction = method.recycled(view, worth, 939)
+    assert torch.allclose(reduction.apply(tokens)[0], tensors[f"{case}.tokens"], atol=1e-5)
+    assert torch.equal(worth[0, reduction.index[0]], tensors[f"{case}.worth"])
+    for count in (939, 600, len(tensors[f"{case}.tokens"]), 20, 1):
+        exact = method.counted().recycled(view, worth, count)
+        assert exact.index.shape[1] == count
+        weight = exact.matrix()[0].sum(1)
+        assert torch.allclose(weight, torch.ones(count), atol=1e-5)
+    assert torch.equal(method.counted().recycled(view, worth, 939).apply(tokens), tokens)
+    assert torch.allclose(
+        method.counted().recycled(view, worth, len(tensors[f"{case}.tokens"])).apply(tokens)[0],
+        tensors[f"{case}.tokens"],
+        atol=1e-5,
+    )

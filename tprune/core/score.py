@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -292,3 +294,14 @@ def gaussian(shape: tuple[int, ...], seeds: Tensor) -> Tensor:
     """Normal noise float32 [B, *shape], row b drawn from `seeds[b]` alone, on the CPU."""
     rows = [torch.randn(shape, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds.tolist()]
     return torch.stack(rows)
+
+
+def patch_entropy(pixels: Tensor) -> Tensor:
+    """Bits of the histogram of every patch's grey levels, 256 of them: [..., P, channels, n] of 0 to 1 -> [..., P].
+
+    Levels are rounded, so is the mean of the channels' (VFlowOpt's code).
+    """
+    grey = (pixels * 255).round().mean(-2).round().long()  # [..., P, n]
+    counts = torch.zeros(*grey.shape[:-1], 256, device=pixels.device)
+    share = counts.scatter_add(-1, grey, torch.ones_like(grey, dtype=counts.dtype)) / grey.shape[-1]
+    return -torch.special.xlogy(share, share).sum(-1) / math.log(2)
