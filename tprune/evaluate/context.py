@@ -21,9 +21,12 @@ def context_length(window: int) -> int:
 
 
 def cache_bytes(cache: DynamicCache) -> int:
-    """Bytes of all keys and values."""
+    """Bytes of all keys and values, in whatever form."""
     return sum(
-        part.nbytes for layer in cache.layers for part in (layer.keys, layer.values) if part is not None
+        part.nbytes
+        for layer in cache.layers
+        for part in (layer.keys, layer.values, getattr(layer, "stored", None))
+        if part is not None
     )
 
 

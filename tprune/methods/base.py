@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tprune.core.budget import Site, Stage
     from tprune.core.cache import Evict, Replace
     from tprune.core.reduction import Reduction
+    from tprune.core.stored import Encode
     from tprune.core.weights import WeightEdit
     from tprune.methods.fit import Fit
     from tprune.methods.views import Attention, LayerView, LinearView, ModelView, StepView, TokenView
@@ -308,6 +309,34 @@ class TokenMethod(Method):
         """Whether what leaves inside a decoder is hidden from attention, and goes on being computed and cached."""
         return False
 
+    def evicts(self) -> bool:
+        """Whether image tokens leave each layer's cache, per key-value head, once the prompt has gone through in full.
+
+        `worth` and `counts` are then asked, and never `reduce`; a stage says how many entries stay from its layer on.
+        """
+        return False
+
+    def worth(self, attention: Attention, image: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+        """What a layer's entries are worth, larger is better: [B, G, T]; and what `counts` wants to know of it: [B].
+
+        Args:
+            attention: of the whole prompt.
+            image: bool [B, T], the image tokens.
+            last: int64 [B, 1], the place of each row's last real token.
+        """
+        raise NotImplementedError
+
+    def counts(self, facts: Tensor, images: Tensor, wanted: Tensor | None) -> Tensor:
+        """How many image entries every head of each layer keeps: int64 [L, B].
+
+        Args:
+            facts: [L, B], of `worth`.
+            images: int64 [B], how many image tokens each row has.
+            wanted: int64 [B], what stays where the stages say so, a mean over the layers from the stage's on; None for
+                the hyperparameters as they stand.
+        """
+        raise NotImplementedError
+
     def edits_attention(self) -> bool:
         """Whether blocks that tokens leave use an attention map that the method has changed."""
         return False
@@ -405,14 +434,57 @@ class CacheMethod(Method):
     reads: ClassVar[tuple[str, ...]] = ("attention",)
     """What is read and costs something to provide: "attention" (by `step`), "seeds" (by `start`)."""
 
-    @property
-    def evicts_while_decoding(self) -> bool:
-        """Whether entries leave at each generated token, and not only after the prompt."""
-        return type(self).step is not CacheMethod.step
+    takes: ClassVar[tuple[str, ...]] = ("per_head", "interval")
+    """Which of the hyperparameters of these names make sense: both where entries are chosen by a score alone."""
 
     pyramid: float | None = param(
         None, "budgets fall from layer to layer, to one part in so many of the mean", low=1, kw_only=True
     )
+    per_head: float | None = param(
+        None,
+        "heads share a layer's budget by their scores, each has this part of an equal share for certain (Ada-KV: "
+        "0.2); nothing leaves while decoding",
+        low=0,
+        high=1,
+        kw_only=True,
+    )
+    interval: int | None = param(
+        None,
+        "after so many generated tokens the cache is pruned again to its budget, by what they looked at, and not at "
+        "each token",
+        low=1,
+        kw_only=True,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("per_head", "interval"):
+            if getattr(self, name) is not None and name not in self.takes:
+                raise UserError(f"--set {name}=…: {self.id} does not go by scores alone; leave it out")
+        if self.per_head is not None and self.interval is not None:
+            raise UserError(
+                "--set per_head=… and interval=…: heads that hold different numbers are pruned once; give one of them"
+            )
+
+    @property
+    def evicts_while_decoding(self) -> bool:
+        """Whether entries leave at each generated token, and not only after the prompt."""
+        return type(self).step is not CacheMethod.step and self.per_head is None and self.interval is None
+
+    def keep_best(
+        self, layer: LayerView, score: Tensor, count: int, first: int = 0, last: int = 0
+    ) -> Evict | Encode:
+        """The `first` and the `last` entries, and those between of the largest scores [B, G, T]: `count` per head.
+
+        With `per_head` the heads share so many each by their scores, which are then not negative.
+        """
+        from tprune.core.cache import Evict
+        from tprune.core.select import keep_ends_and_top
+        from tprune.core.stored import keep_by_head
+
+        if self.per_head is None or count == layer.length:
+            return Evict(keep_ends_and_top(score, count, first, last))
+        return keep_by_head(layer.key, layer.value, score, count, first, last, self.per_head)
 
     def check_length(self, length: int, count: int) -> None:
         """Raise UserError where `count` entries of a prompt of `length` tokens are too few; count < length."""
@@ -425,8 +497,11 @@ class CacheMethod(Method):
             return [round(keep * length)] * layers
         return falling_counts(keep * length, length - 1, layers, self.pyramid)
 
-    def start(self, layer: LayerView, count: int) -> Evict:
-        """After the prompt went through `layer`: which `count` entries stay (all of them at --keep 1)."""
+    def start(self, layer: LayerView, count: int) -> Evict | Encode:
+        """After the prompt went through `layer`: which `count` entries stay (all of them at --keep 1).
+
+        Or in which other form they are held, in the memory of `count` of them.
+        """
         raise NotImplementedError
 
     def step(self, view: StepView) -> Replace:

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from tprune.core.cache import per_entry
+from tprune.core.stored import Stored
 from tprune.errors import UserError
 
 GROWTH = 8
@@ -49,6 +50,10 @@ class PrunedLayer(DynamicLayer):
         evicted: whether any entry has left.
         shift: int64 [B, G, m], by how many positions the first m keys have been turned, or None.
         cached: [B, G, m, d], these keys as they were before, where shifts will change; else None.
+        stored: further entries in another form, older than those in `keys`, or None; they never change but for rows.
+        asked: [B, H, m, d], the latest queries, where the cache is pruned again by them; else None.
+        budget: how many entries stay then, int64 [B] where rows differ.
+        seeds: int64 [B], of the rows' prompts, where the method draws at random.
         stand: which place on which shelf (`room.Shelf`) its memory is, or None where the memory is its own.
         owner: whose rules it follows; once entries have left, the cache cannot be used without it.
     """
@@ -68,6 +73,10 @@ class PrunedLayer(DynamicLayer):
         self.started = self.evicted = False
         self.shift: Tensor | None = None
         self.cached: Tensor | None = None
+        self.stored: Stored | None = None
+        self.asked: Tensor | None = None
+        self.budget: int | Tensor = 0
+        self.seeds: Tensor | None = None
         self.stand: tuple[object, int] | None = None
         self._buffers: tuple[Tensor, Tensor] | None = None
         self._places: Tensor | None = None
@@ -92,7 +101,7 @@ class PrunedLayer(DynamicLayer):
 
     @property
     def length(self) -> int:
-        """T, how many entries it holds."""
+        """T, how many entries `keys` holds."""
         return self.keys.shape[-2] if self.is_initialized and self.keys.numel() else 0
 
     @property
@@ -180,11 +189,17 @@ class PrunedLayer(DynamicLayer):
 
         `valid` bool [B, K] is False for fillers; None where there are none.
         """
-        self._real = self.length if self.valid is None else self.valid.sum(1)
+        if not self.started:
+            self._real = self.length if self.valid is None else self.valid.sum(1)
         self.evicted |= keys.shape[2] < self.length
         self.keys, self.values = self._buffers = keys, values
         self._places, self.state, self.valid = places, state, valid
         self._left = self.length
+
+    @property
+    def grown(self) -> int:
+        """How many entries came since `hold`."""
+        return self.length - self._left
 
     def move_in(self, stand: tuple[object, int], keys: Tensor, values: Tensor) -> None:
         """Stand on a shelf, with these parts of its memory [B, G, T, d], which hold what the layer holds."""
@@ -280,11 +295,23 @@ class PrunedLayer(DynamicLayer):
         if self.length == 0:
             return
         self._buffers = self.stand = None
-        for name in ("keys", "values", "valid", "shift", "cached", "_places", "_real"):
+        for name in (
+            "keys",
+            "values",
+            "valid",
+            "shift",
+            "cached",
+            "asked",
+            "budget",
+            "seeds",
+            "_places",
+            "_real",
+        ):
             value = getattr(self, name)
             if isinstance(value, Tensor):
                 setattr(self, name, change(value))
         self.state = {name: change(v) if isinstance(v, Tensor) else v for name, v in self.state.items()}
+        self.stored = None if self.stored is None else self.stored.each_row(change)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows in a new order, for beam search."""

@@ -10,13 +10,17 @@ from __future__ import annotations
 import inspect
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from tprune.core.score import attend
+from tprune.core.stored import attend_tiles
 from tprune.errors import BudgetError, UserError
 from tprune.methods.base import CacheMethod
 from tprune.methods.views import Attention
@@ -27,6 +31,9 @@ from tprune.models.room import Arrival, make_room
 from tprune.models.rope import Rotation
 from tprune.models.taps import AttentionCall, Output, Tap
 from tprune.models.threads import FewThreads
+
+ASKED = 256
+"""Of a cache that is pruned again, how many of the latest queries are kept to choose by."""
 
 
 class Compression:
@@ -48,6 +55,11 @@ class Compression:
                 "load the model with attn_implementation='sdpa'"
             )
         self.additive = implementation == "eager"
+        if compact and (method.per_head is not None or method.interval is not None):
+            raise UserError(
+                f"{method.id}: keys are turned to compact positions once, or as single entries leave; use --positions "
+                "original with --set per_head=… or interval=…"
+            )
         rotation = Rotation(model) if compact else None
         self.turns: dict[str | None, Turn | None] = {
             kind: None if rotation is None else partial(rotation.turn, layer_type=kind)
@@ -57,6 +69,7 @@ class Compression:
         self.count = lru_cache(maxsize=64)(self._count)
         self.cache: Any = None
         self.waiting: list[Arrival] = []
+        self.calls: dict[int, AttentionCall] = {}
         self.arriving: Tensor | None = None
         self.seeds: Tensor | None = None
         self.owner = Owner()
@@ -88,7 +101,7 @@ class Compression:
         )
         layers = [self.cache.layers[place] for place in self.places]
         tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
-        real = _padding(kwargs.get("attention_mask"), layers[0].seen, tokens.shape[1])
+        real = _padding(self.given_mask(kwargs), layers[0].seen, tokens.shape[1])
         self.arriving = None if real is None else _some(real[:, layers[0].seen :])
         for layer in layers:
             layer.arriving = self.arriving
@@ -98,11 +111,17 @@ class Compression:
             self.seeds = _seeds(tokens, self.arriving, self.seed)
         return (), kwargs
 
+    def given_mask(self, kwargs: dict[str, Any]) -> Any:
+        """The padding mask of what is coming."""
+        return kwargs.get("attention_mask")
+
     def _after(self, base: nn.Module, args: tuple, output: Any) -> None:
         """Choose what leaves for a generated token; let go of the cache; refuse models whose attention we never saw."""
         if self.waiting:
             self.make_room(self.waiting)
         cache, self.cache = self.cache, None
+        if cache is not None and self.method.interval is not None:
+            self._prune_again(cache)
         if cache is not None and not cache.layers[self.places[0]].started:
             raise UserError(
                 f"the attention of {type(base).__name__} does not go through transformers' attention interface, so "
@@ -139,9 +158,19 @@ class Compression:
     def _answer(self, layer: PrunedLayer, call: AttentionCall) -> Output:
         """Attention of the latest tokens over what the layer holds, where nothing leaves for them."""
         queries = call.query.shape[2]
+        if self.method.interval is not None:
+            layer.asked = torch.cat([layer.asked, call.query], dim=2)[:, :, -ASKED:]
+        if layer.stored is not None:
+            return self._read(layer, call, call.query), None
         mask = self._mask(biased(layer.visible(queries), layer, call.query), call.query)
         with FewThreads(queries * layer.keys.numel(), layer.keys.device):
             return call.attend(call.query, layer.keys, layer.values, mask)
+
+    def _read(self, layer: PrunedLayer, call: AttentionCall, query: Tensor) -> Tensor:
+        """Attention [B, q, H, d] over dense entries and stored ones."""
+        tiles = chain([(layer.keys, layer.values, layer.visible(query.shape[2]))], layer.stored.tiles())
+        with FewThreads(query.shape[2] * layer.keys.numel(), layer.keys.device):
+            return attend_tiles(query, tiles, call.scale, call.softcap).transpose(1, 2)
 
     def _arrive(
         self, place: int, layer: PrunedLayer, call: AttentionCall, query: Tensor
@@ -168,14 +197,31 @@ class Compression:
     def prune_prompt(self, place: int, layer: PrunedLayer, call: AttentionCall) -> None:
         """Prune what the prompt left: all rows at once, or row by row without their padding."""
         views = prompt_views(place, len(self.kinds), layer, call, self.seeds)
-        edits = [self.method.start(view, self.count(place, view.length)) for view in views]
+        counts = [self.count(place, view.length) for view in views]
+        edits = [self.method.start(view, count) for view, count in zip(views, counts, strict=True)]
         kept, lengths = hold(layer, views, edits)
         layer.started = True
+        if self.method.interval is not None:
+            layer.asked, layer.seeds = call.query[:, :, -ASKED:].clone(), self.seeds
+            layer.budget = counts[0] if layer.valid is None else torch.tensor(counts)
+            self.calls[place] = replace(call, query=None, key=None, value=None, mask=None)
         if self.method.evicts_while_decoding and kept < lengths:
             layer.limit = layer.length
         self.kept[place] = kept, lengths
         if self.turns[self.kinds[place]] is not None:
             layer.shift_to_compact(self.turns[self.kinds[place]])
+
+    def _prune_again(self, cache: DynamicCache) -> None:
+        """Prune the layers that have grown by an interval, by what the latest queries look at."""
+        for place in self.places:
+            layer: PrunedLayer = cache.layers[place]
+            if layer.grown < self.method.interval or self.keep == 1:
+                continue
+            call = replace(self.calls[place], query=layer.asked[:, :, -layer.length :])
+            views = prompt_views(place, len(self.kinds), layer, call, layer.seeds)
+            budgets = [layer.budget] if isinstance(layer.budget, int) else layer.budget.tolist()
+            budgets = [min(count, view.length) for count, view in zip(budgets, views, strict=True)]
+            hold(layer, views, [self.method.start(*pair) for pair in zip(views, budgets, strict=True)])
 
     def make_room(self, arrivals: Sequence[Arrival]) -> None:
         """One token came in each of some layers: let the method choose what leaves for it."""

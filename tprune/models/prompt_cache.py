@@ -1,4 +1,4 @@
-"""What a prompt left in one layer's cache: shown to a method, and replaced by what it keeps."""
+"""What one layer's cache holds, shown to a method, and replaced by what it keeps."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tprune.core.cache import Evict, merge_rows, per_entry, stack_rows
+from tprune.core.stored import Encode, stack_stored
 from tprune.methods.views import Attention, LayerView
 from tprune.models.cache_layer import PrunedLayer
 from tprune.models.taps import AttentionCall
@@ -22,16 +23,16 @@ def prompt_views(
     Args:
         place, depth: which layer of how many.
         layer: its cache.
-        call: the prompt's attention.
+        call: the attention of the prompt, or of the queries that came last.
         seeds: int64 [B], of the rows.
     """
     if layer.valid is None:
-        return [_view(place, depth, call, call.query, layer.keys, layer.values, seeds)]
+        return [_view(place, depth, call, call.query, layer.keys, layer.values, layer.places, seeds)]
     before = layer.length - call.query.shape[2]
     views = []
     for row, column in enumerate(_columns(layer)):
         one, asked = slice(row, row + 1), column[column >= before] - before
-        entries = (x[one, :, column] for x in (layer.keys, layer.values))
+        entries = (x[one, :, column] for x in (layer.keys, layer.values, layer.places))
         views.append(
             _view(
                 place, depth, call, call.query[one, :, asked], *entries, None if seeds is None else seeds[one]
@@ -52,15 +53,22 @@ def _view(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
+    position: Tensor,
     seeds: Tensor | None,
 ) -> LayerView:
     attention = Attention(query, keys, values, call.scale, causal=True, softcap=call.softcap)
-    position = torch.arange(keys.shape[2], device=keys.device).expand(keys.shape[:3])
     return LayerView(place, depth, attention, keys, values, position, {}, seeds)
 
 
-def hold(layer: PrunedLayer, views: Sequence[LayerView], edits: Sequence[Evict]) -> tuple[int, int]:
-    """Let `layer` hold what the edits leave of the views; -> how many entries stay, and of how many, over rows."""
+def hold(
+    layer: PrunedLayer, views: Sequence[LayerView], edits: Sequence[Evict] | Sequence[Encode]
+) -> tuple[float, int]:
+    """Let `layer` hold what the edits leave of the views; -> how many entries stay, and of how many, over rows.
+
+    Of entries in another form those count that would take their memory.
+    """
+    if isinstance(edits[0], Encode):
+        return _encode(layer, views, edits)
     kept, lengths = [edit.index.shape[-1] for edit in edits], [view.length for view in views]
     states = [
         {name: edit.apply(v) if per_entry(v) else v for name, v in view.state.items()}
@@ -83,6 +91,26 @@ def hold(layer: PrunedLayer, views: Sequence[LayerView], edits: Sequence[Evict])
     valid = stack_rows([edit.index.new_ones(1, edit.index.shape[-1], dtype=torch.bool) for edit in edits])
     layer.hold(keys, values, places, state, valid)
     return sum(kept), sum(lengths)
+
+
+def _encode(layer: PrunedLayer, views: Sequence[LayerView], edits: Sequence[Encode]) -> tuple[float, int]:
+    """Let `layer` hold the latest entries as they are, and what is stored of the others."""
+    latest = [
+        tuple(x[:, :, view.length - edit.dense :].clone() for x in (view.key, view.value, view.position))
+        for view, edit in zip(views, edits, strict=True)
+    ]
+    entry = sum(x[0, :, :1].nbytes for x in (views[0].key, views[0].value))
+    stored = sum(edit.stored.nbytes for edit in edits) / entry
+    if layer.valid is None:
+        keys, values, places, valid = *latest[0], None
+    else:
+        keys, values = (stack_rows([row[x] for row in latest], dim=2) for x in (0, 1))
+        places = stack_rows([row[2] for row in latest])
+        valid = stack_rows([row[2].new_ones(1, row[2].shape[2], dtype=torch.bool) for row in latest])
+    layer.hold(keys, values, places, {}, valid)
+    layer.stored = stack_stored([edit.stored for edit in edits])
+    rows = len(keys) // len(edits)
+    return stored + rows * sum(edit.dense for edit in edits), rows * sum(view.length for view in views)
 
 
 def _spread(layer: PrunedLayer, states: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from tprune.data import text
+from tprune.data import passkey, text
 from tprune.errors import UserError
 from tprune.evaluate.context import cache_bytes, context_length, score_continuations
 from tprune.evaluate.cost import flops, interleaved, peak_memory
+from tprune.evaluate.passkey import accuracy, retrieve
 from tprune.evaluate.perplexity import perplexity
 from tprune.evaluate.stopwatch import Stopwatch
 from tprune.methods.base import CacheMethod, Shape
@@ -115,10 +116,20 @@ class ContextPipeline(Pipeline):
         )
 
     def prepare(self, subject: Subject) -> None:
-        """Read windows of evaluation text."""
+        """Read windows of evaluation text, or hide pass keys in it."""
         self.length = window_length(subject.model, self.recipe.length)
-        self.windows, self.protocol = None, {}
+        self.windows, self.prompts, self.protocol = None, None, {}
         if subject.processor is None:
+            return
+        if self.recipe.data in passkey.SOURCES:
+            inside, limit = passkey.SOURCES[self.recipe.data], self.recipe.limit or passkey.PROMPTS
+            read = text.read(None, "evaluation")
+            self.prompts = passkey.hide(read, subject.processor, self.length, limit, inside, self.recipe.seed)
+            self.protocol = read.protocol | {
+                "source": self.recipe.data,
+                "prompts": limit,
+                "length": self.length,
+            }
             return
         read = text.read(self.recipe.data, "evaluation")
         limit = self.recipe.limit or self.default_limit
@@ -130,7 +141,15 @@ class ContextPipeline(Pipeline):
         }
 
     def evaluate(self, subject: Subject) -> Quality:
-        """Perplexity of the last quarter of every window, the first three quarters being in the cache only."""
+        """Perplexity of the last quarter of every window, the first three quarters being in the cache only.
+
+        Of hidden pass keys: how many are found.
+        """
+        if self.prompts is not None:
+            found = retrieve(
+                subject.model, self.prompts, lambda some: self.progress.track(some, "asking", len(some))
+            )
+            return Quality(accuracy(self.prompts, found), torch.tensor(found).long())
         if self.windows is None:
             raise UserError(
                 f"{subject.source.name} comes without a tokenizer; add its files, or measure cost only with --no-eval"

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from tprune.core.cache import Evict, Replace
 from tprune.core.score import sum_over_group
-from tprune.core.select import keep_ends_and_top, worst_between
+from tprune.core.select import worst_between
+from tprune.core.stored import Encode
 from tprune.errors import UserError
 from tprune.methods.base import CacheMethod, Paper, param
 from tprune.methods.views import LayerView, StepView
@@ -39,7 +40,7 @@ class A2SF(CacheMethod):
     @property
     def evicts_while_decoding(self) -> bool:
         """As asked for."""
-        return self.decode
+        return self.decode and super().evicts_while_decoding
 
     def check_length(self, length: int, count: int) -> None:
         """The recent entries must fit into the budget."""
@@ -49,11 +50,11 @@ class A2SF(CacheMethod):
                 "raise --keep, or lower --set recent=…"
             )
 
-    def start(self, layer: LayerView, count: int) -> Evict:
+    def start(self, layer: LayerView, count: int) -> Evict | Encode:
         """The latest entries, and the rest by the attention they received, old queries forgotten."""
         received = sum_over_group(layer.attention.column_sums(self.forgetting), layer.groups)  # [B, G, T]
         layer.state["received"] = received
-        return Evict(keep_ends_and_top(received, count, 0, min(self.recent, count)))
+        return self.keep_best(layer, received, count, 0, min(self.recent, count))
 
     def step(self, view: StepView) -> Replace:
         """Forget a part of what was, add the new query's attention; the entry that received least goes."""

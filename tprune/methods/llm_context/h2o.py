@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from tprune.core.cache import Evict, Replace
 from tprune.core.score import sum_over_group
-from tprune.core.select import keep_ends_and_top, worst_between
+from tprune.core.select import worst_between
+from tprune.core.stored import Encode
 from tprune.methods.base import CacheMethod, Paper, param
 from tprune.methods.views import LayerView, StepView
 
@@ -34,12 +35,12 @@ class H2O(CacheMethod):
         0.5, "part of the budget for the latest entries; the rest is for heavy hitters", low=0, high=1
     )
 
-    def start(self, layer: LayerView, count: int) -> Evict:
+    def start(self, layer: LayerView, count: int) -> Evict | Encode:
         """The latest entries, and the rest by the attention they received from the whole prompt."""
         received = sum_over_group(layer.attention.column_sums(), layer.groups)  # [B, G, T]
         recent = int(self.recent * count)
         layer.state["received"], layer.state["recent"] = received, recent
-        return Evict(keep_ends_and_top(received, count, 0, recent))
+        return self.keep_best(layer, received, count, 0, recent)
 
     def step(self, view: StepView) -> Replace:
         """Add the new query's attention; the entry that received least, and is not recent, goes."""

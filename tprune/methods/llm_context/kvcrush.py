@@ -40,6 +40,7 @@ class KVCrush(CacheMethod):
         "equal steps agree with it.",
     )
     reads = ("seeds",)
+    takes = ("interval",)
     base: str = param("h2o", "the method that keeps important entries", choices=("h2o", "snapkv"))
     share: float = param(0.25, "part of the budget for representatives", low=0, high=1)
     recent: float = param(0.5, "with h2o, part of the important entries for the latest", low=0, high=1)
@@ -48,13 +49,8 @@ class KVCrush(CacheMethod):
     )
 
     def check_length(self, length: int, count: int) -> None:
-        """There must be something to represent, and SnapKV's window must fit."""
-        important, spoken = self.parts(count)
-        if length - important < spoken:
-            raise UserError(
-                f"kvcrush: {length - important} of {length} entries leave, fewer than the {spoken} that shall "
-                "represent them; lower --keep, or --set share=…"
-            )
+        """SnapKV's window must fit."""
+        important, _ = self.parts(count)
         if self.base == "snapkv" and important <= WINDOW:
             raise UserError(
                 f"kvcrush: {important} important entries of {length} leave no room beside SnapKV's window of {WINDOW}; "
@@ -75,11 +71,10 @@ class KVCrush(CacheMethod):
         if spoken == 0:
             return Evict(kept)
         bits = torch.zeros_like(paid, dtype=torch.bool).scatter(2, top(paid, important), True)
-        bits = bits.transpose(1, 2)  # [B, T, H]
+        bits = bits.transpose(1, 2).unsqueeze(1)  # [B, 1, T, H]
         free = torch.ones_like(score, dtype=torch.bool).scatter(2, kept, False)
-        shape = (*score.shape, bits.shape[2])
-        anchor = anchor_of(self.anchor, bits, layer.seeds, layer.layer).unsqueeze(1)
-        picked = representatives(bits.unsqueeze(1).expand(shape), anchor, free, spoken)
+        anchor = anchor_of(self.anchor, bits.squeeze(1), layer.seeds, layer.layer).unsqueeze(1)
+        picked = representatives(bits, anchor, free, spoken)
         return Evict(torch.cat([kept, picked], dim=-1).sort(dim=-1).values)
 
     def _scores(self, layer: LayerView, important: int) -> tuple[Tensor, Tensor, int]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from tprune.core.cache import Evict
 from tprune.core.score import uniform
-from tprune.core.select import keep_ends_and_top
+from tprune.core.stored import Encode
 from tprune.errors import UserError
 from tprune.methods.base import CacheMethod, Paper, param
 from tprune.methods.views import LayerView
@@ -42,10 +42,10 @@ class Random(CacheMethod):
                 "that shall stay; raise --keep, or lower --set sink=… and recent=…"
             )
 
-    def start(self, layer: LayerView, count: int) -> Evict:
+    def start(self, layer: LayerView, count: int) -> Evict | Encode:
         """The entries with the largest draws, and the protected ends."""
         if self.share_heads:
             draw = uniform((1, layer.length), layer.seeds).expand(-1, layer.groups, -1)
         else:
             draw = uniform((layer.groups, layer.length), layer.seeds + layer.layer)
-        return Evict(keep_ends_and_top(draw.to(layer.key.device), count, self.sink, self.recent))
+        return self.keep_best(layer, draw.to(layer.key.device), count, self.sink, self.recent)

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from tprune.core.cache import Evict
 from tprune.core.score import mean_over_group, pool_neighbours
-from tprune.core.select import keep_ends_and_top
+from tprune.core.stored import Encode
 from tprune.errors import UserError
 from tprune.methods.base import CacheMethod, Paper, param
 from tprune.methods.views import LayerView
@@ -46,10 +46,10 @@ class SnapKV(CacheMethod):
                 f"or a smaller window with --set window={max(1, count // 2)}"
             )
 
-    def start(self, layer: LayerView, count: int) -> Evict:
+    def start(self, layer: LayerView, count: int) -> Evict | Encode:
         """The window, and the keys before it with the most votes."""
         if layer.length <= self.window:
             return Evict.nothing(*layer.key.shape[:3], layer.key.device)
         votes = layer.attention.window(self.window)  # [B, H, T - window]
         votes = mean_over_group(pool_neighbours(votes, self.kernel, self.pooling), layer.groups)
-        return Evict(keep_ends_and_top(pad(votes, (0, self.window)), count, 0, self.window))
+        return self.keep_best(layer, pad(votes, (0, self.window)), count, 0, self.window)

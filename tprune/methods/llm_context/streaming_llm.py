@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tprune.core.cache import Evict, Replace
-from tprune.core.select import keep_ends_and_top, worst_between
+from tprune.core.select import worst_between
+from tprune.core.stored import Encode
 from tprune.errors import UserError
 from tprune.methods.base import CacheMethod, Paper, param
 from tprune.methods.views import LayerView, StepView
@@ -41,10 +42,10 @@ class StreamingLLM(CacheMethod):
                 f"ask for --keep {min(1.0, (self.sink + 1) / length):.3g} or more, or lower --set sink=…"
             )
 
-    def start(self, layer: LayerView, count: int) -> Evict:
+    def start(self, layer: LayerView, count: int) -> Evict | Encode:
         """The sinks and the latest entries."""
         sink = layer.state["first"] = min(self.sink, count)
-        return Evict(keep_ends_and_top(layer.position, count, sink, count - sink))
+        return self.keep_best(layer, layer.position.float(), count, sink, count - sink)
 
     def step(self, view: StepView) -> Replace:
         """The oldest entry of the window goes."""

@@ -12,7 +12,8 @@ from torch import Tensor, cat
 
 from tprune.core.cache import Evict, Replace
 from tprune.core.score import sum_over_group
-from tprune.core.select import keep_ends_and_top, worst_between
+from tprune.core.select import worst_between
+from tprune.core.stored import Encode
 from tprune.errors import UserError
 from tprune.methods.base import CacheMethod, Paper, param
 from tprune.methods.views import LayerView, StepView
@@ -45,13 +46,13 @@ class VATP(CacheMethod):
                 f"room for {self.sink} sinks; raise --keep, or lower --set sink=… or recent=…"
             )
 
-    def start(self, layer: LayerView, count: int) -> Evict:
+    def start(self, layer: LayerView, count: int) -> Evict | Encode:
         """Sinks, the latest entries, and the rest by attention received times value norm."""
         received = sum_over_group(layer.attention.column_sums(), layer.groups)  # [B, G, T]
         recent = int(self.recent * count)
         layer.state["received"], layer.state["norm"] = received, _norm(layer.value)
         layer.state["recent"], layer.state["first"] = recent, self.sink
-        return Evict(keep_ends_and_top(received * layer.state["norm"], count, self.sink, recent))
+        return self.keep_best(layer, received * layer.state["norm"], count, self.sink, recent)
 
     def step(self, view: StepView) -> Replace:
         """Add the new query's attention; the entry of least worth between sinks and recent ones goes."""

@@ -35,6 +35,7 @@ class ZeroMerge(CacheMethod):
         "The means stand where the first entry of each was, and the newest entry takes the slot of the one that left, "
         "where the authors hold the three parts in order: attention does not see the difference.",
     )
+    takes = ()
     tail: float = param(0.1, "latest entries that stay: a part of the budget, or a number from 1 on", low=0)
     means: float = param(
         1, "entries that are means: a number, or below 1 a part of the budget less the tail", low=0

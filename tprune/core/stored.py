@@ -1,0 +1,232 @@
+"""Cached keys and values in another form than two dense tensors, and attention over them.
+
+A `Stored` is a run of parts, each of which can show itself densely, some hundred entries at a time (a tile): attention
+goes from tile to tile, and the whole is never dense.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+TILE = 256
+"""Entries of a head in one tile."""
+
+Tile = tuple[Tensor, Tensor, Tensor | None]
+"""Keys [B, G, t, d], values [B, G, t, e], and which are visible: bool, broadcastable to [B, G, q, t]; None for all."""
+
+
+class Part(ABC):
+    """Some entries of every row and key-value head."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """What it takes in memory."""
+
+    @abstractmethod
+    def tiles(self) -> Iterator[Tile]:
+        """All of it, a tile at a time."""
+
+    @abstractmethod
+    def each_row(self, change: Callable[[Tensor], Tensor]) -> Part:
+        """The part with `change` applied to the rows (the first axis) of everything it holds."""
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """Parts one behind the other; a value, so that copies of a cache may share it."""
+
+    parts: tuple[Part, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """What all parts take."""
+        return sum(part.nbytes for part in self.parts)
+
+    def tiles(self) -> Iterator[Tile]:
+        """All tiles."""
+        for part in self.parts:
+            yield from part.tiles()
+
+    def each_row(self, change: Callable[[Tensor], Tensor]) -> Stored:
+        """As `Part.each_row`, of all parts."""
+        return replace(self, parts=tuple(part.each_row(change) for part in self.parts))
+
+
+@dataclass(frozen=True, eq=False)
+class Encode:
+    """Of a prompt's entries the latest stay dense, and the others are held in another form.
+
+    Attributes:
+        stored: in which form.
+        dense: how many of the latest stay as they are.
+    """
+
+    stored: Stored
+    dense: int = 0
+
+
+def attend_tiles(query: Tensor, tiles: Iterable[Tile], scale: float, softcap: float | None = None) -> Tensor:
+    """softmax(scale · q kᵀ) v over all tiles together, exactly, one after the other: [B, H, q, e] like `query`.
+
+    A running maximum and sum (online softmax) stand for the rows that are not there at once.
+
+    Args:
+        query: [B, H, q, d]; H is a multiple of the tiles' G.
+        tiles: at least one.
+        scale: what the logits are multiplied with.
+        softcap: bounds the logits (Gemma 2).
+    """
+    batch, heads, rows, width = query.shape
+    lowest = torch.finfo(torch.float32).min
+    most = total = output = None
+    for key, value, visible in tiles:
+        groups = key.shape[1]
+        if most is None:
+            # The heads of a group, one below the other.
+            asked = (query.float() * scale).reshape(batch, groups, -1, width)
+            most = asked.new_full((*asked.shape[:3], 1), lowest)
+            total, output = torch.zeros_like(most), asked.new_zeros(*asked.shape[:3], value.shape[3])
+        logits = asked @ key.float().transpose(2, 3)  # [B, G, r·q, t]
+        if softcap is not None:
+            logits = logits.div_(softcap).tanh_().mul_(softcap)
+        if visible is not None:
+            hidden = ~visible.expand(batch, groups, rows, -1).repeat(1, 1, heads // groups, 1)
+            logits = logits.masked_fill_(hidden, -torch.inf)
+        top = torch.maximum(most, logits.amax(3, keepdim=True))
+        shrunk, weight = (most - top).exp(), (logits - top).exp_()
+        total = total * shrunk + weight.sum(3, keepdim=True)
+        output = output * shrunk + weight @ value.float()
+        most = top
+    output = output / total.clamp_min(torch.finfo(torch.float32).tiny)
+    return output.view(batch, heads, rows, -1).to(query.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Ragged(Part):
+    """Every key-value head holds a number of entries of its own; nothing is stored for those it lacks.
+
+    Attributes:
+        rows: per row keys [S, d] and values [S, e], head after head.
+        counts: int64 [B, G], how many each head holds.
+    """
+
+    rows: tuple[tuple[Tensor, Tensor], ...]
+    counts: Tensor
+
+    @classmethod
+    def of(cls, key: Tensor, value: Tensor, index: Tensor, counts: Tensor) -> Ragged:
+        """Of `key` and `value` [B, G, T, d] the first `counts` [B, G] of `index` [B, G, M] of every head."""
+        taken = torch.arange(index.shape[2], device=index.device) < counts.unsqueeze(2)
+        rows = []
+        for row, real in enumerate(taken):
+            head, place = real.nonzero(as_tuple=True)
+            chosen = index[row, head, place]
+            rows.append((key[row, head, chosen], value[row, head, chosen]))
+        return cls(tuple(rows), counts)
+
+    @property
+    def nbytes(self) -> int:
+        """Keys and values."""
+        return sum(x.nbytes for row in self.rows for x in row)
+
+    def tiles(self) -> Iterator[Tile]:
+        """Shorter heads show their last entry again, hidden."""
+        first = self.counts.cumsum(1) - self.counts
+        place = torch.arange(int(self.counts.max()), device=self.counts.device)
+        for part in place.split(TILE):
+            visible = part < self.counts.unsqueeze(2)  # [B, G, t]
+            index = (first.unsqueeze(2) + part).where(visible, 0)
+            states = zip(self.rows, index, strict=True)
+            keys, values = zip(*((key[at], value[at]) for (key, value), at in states), strict=True)
+            yield torch.stack(keys), torch.stack(values), visible.unsqueeze(2)
+
+    def each_row(self, change: Callable[[Tensor], Tensor]) -> Ragged:
+        """Whole rows are exchanged."""
+        order = change(torch.arange(len(self.rows), device=self.counts.device))
+        return Ragged(tuple(self.rows[row] for row in order.tolist()), change(self.counts))
+
+
+@dataclass(frozen=True, eq=False)
+class Rows(Part):
+    """Rows that hold different numbers of entries, each by itself."""
+
+    rows: tuple[Stored, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """What all rows take."""
+        return sum(row.nbytes for row in self.rows)
+
+    def tiles(self) -> Iterator[Tile]:
+        """The rows' tiles side by side, shorter ones filled up with hidden zeros."""
+        for tiles in zip_longest(*(row.tiles() for row in self.rows)):
+            widest = max((tile for tile in tiles if tile), key=lambda tile: tile[0].shape[2])
+            filled = [_widened(tile, widest) for tile in tiles]
+            yield tuple(torch.cat(parts) for parts in zip(*filled, strict=True))
+
+    def each_row(self, change: Callable[[Tensor], Tensor]) -> Rows:
+        """Whole rows are exchanged."""
+        return Rows(tuple(self.rows[row] for row in change(torch.arange(len(self.rows))).tolist()))
+
+
+def _widened(tile: Tile | None, like: Tile) -> Tile:
+    """A tile of one row with as many entries as `like`; None is an empty one."""
+    key, value, visible = tile or (like[0][:, :, :0], like[1][:, :, :0], None)
+    held, missing = key.shape[2], like[0].shape[2] - key.shape[2]
+    visible = key.new_ones(1, key.shape[1], 1, held, dtype=torch.bool) if visible is None else visible
+    key, value = (pad(x, (0, 0, 0, missing)) for x in (key, value))
+    return key, value, pad(visible.expand(1, key.shape[1], 1, held), (0, missing))
+
+
+def stack_stored(rows: Sequence[Stored]) -> Stored:
+    """Rows as one batch."""
+    return rows[0] if len(rows) == 1 else Stored((Rows(tuple(rows)),))
+
+
+def keep_by_head(
+    key: Tensor, value: Tensor, score: Tensor, count: int, first: int, last: int, floor: float
+) -> Encode:
+    """As `select.keep_ends_and_top`, but the heads share `count` entries each by their scores (`shared_counts`).
+
+    Args:
+        key, value: [B, G, T, d].
+        score: [B, G, T], not negative, comparable between heads.
+        count, first, last: as there.
+        floor: the part of an equal share that every head has.
+    """
+    length = score.shape[-1]
+    between = score[..., first : length - last]
+    counts = shared_counts(between, count - first - last, floor)
+    order = between.argsort(dim=-1, descending=True, stable=True) + first
+    place = torch.arange(length, device=score.device)
+    ends = torch.cat([place[:first], place[length - last :]]).expand(*score.shape[:2], -1)
+    return Encode(Stored((Ragged.of(key, value, torch.cat([ends, order], dim=-1), counts + first + last),)))
+
+
+def shared_counts(score: Tensor, count: int, floor: float) -> Tensor:
+    """How many entries each head keeps where all heads of a layer share one budget (Ada-KV, as its code has it).
+
+    Every head gets the part `floor` of its equal share, and of the rest as much as it has among the best entries
+    of all heads together.
+
+    Args:
+        score: [B, G, N], comparable between heads; of equals the lower head's count first.
+        count: the mean over heads, at most N.
+        floor: 0 to 1; 1 makes all shares equal.
+
+    Returns:
+        int64 [B, G], each at most N; their sum is G · count but for rounding.
+    """
+    groups, length = score.shape[1:]
+    ordered = score.sort(dim=-1, descending=True).values.flatten(1)
+    best = ordered.argsort(dim=-1, descending=True, stable=True)[:, : groups * count] // length
+    share = score.new_zeros(len(score), groups).scatter_add_(1, best, score.new_ones(best.shape))
+    return (share * (1 - floor) + int(count * floor)).round().long()
