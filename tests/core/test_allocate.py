@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tprune.core.allocate import erk, smallest_of_all, spread_by_outliers
+from tprune.core.allocate import erk, share_out, smallest_of_all, spread_by_outliers
 
 
 @pytest.mark.parametrize("count", [0, 1, 37, 250, 519, 520])
@@ -44,3 +44,14 @@ def test_more_outliers_mean_less_sparsity_around_the_same_mean():
     assert shares[1] < shares[2] < shares[0]
     assert sum(shares) / 3 == pytest.approx(0.7)
     assert max(shares) - min(shares) == pytest.approx(0.16)
+
+
+@pytest.mark.parametrize("total", [0, 1, 17, 29, 30])
+def test_shares_sum_to_the_total_and_keep_their_distances_within_bounds(total):
+    offset = torch.tensor([[3.0], [0.0], [-3.0]], dtype=torch.float64)
+    shares = share_out(offset, torch.tensor([10]), torch.tensor([total])).flatten()
+    assert shares.sum() == total
+    assert (shares.diff() <= 0).all()
+    assert 0 <= shares.min() <= shares.max() <= 10
+    if total == 17:
+        assert shares.tolist() == [9, 5, 3]

@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache
 
 import tprune
-from tests.vlm.tiny import IMAGE, KINDS, one_row, tiny
+from tests.vlm.tiny import IMAGE, KINDS, one_row, start, tiny
 from tprune.errors import UserError
 from tprune.methods import registry
 from tprune.models.prompts import noise_prompts
@@ -28,7 +28,13 @@ def pruned(model, method, **settings):
         with pytest.raises(UserError, match="class token"):
             tprune.prune(model, f"vlm/{method}", **settings)
         return None
-    return tprune.prune(model, f"vlm/{method}", **settings)
+    return tprune.prune(model, f"vlm/{method}", **start(method, model), **settings)
+
+
+def behind(model, inputs):
+    """Logits of a token behind the prompt: they tell of what left the prompt, and of what left its cache."""
+    cache = model(**inputs, use_cache=True).past_key_values
+    return model(input_ids=inputs["input_ids"][:, :1], past_key_values=cache, use_cache=True).logits
 
 
 def inside(model):
@@ -57,8 +63,9 @@ def test_keeping_all_is_bitwise_the_dense_model_and_leaving_restores_it(method, 
     with handle:
         assert torch.equal(model(**inputs).logits, dense)
         assert handle.achieved().value == 1.0
-    with tprune.prune(model, f"vlm/{method}", keep=0.5):
-        assert not torch.equal(model(**inputs).logits, dense)
+    later = behind(model, inputs)
+    with tprune.prune(model, f"vlm/{method}", **start(method, model), keep=0.5):
+        assert not torch.equal(behind(model, inputs), later)
     assert torch.equal(model(**inputs).logits, dense)
     assert inside(model) == before
 
@@ -168,7 +175,7 @@ def test_a_row_without_images_in_a_batch_is_left_alone(method):
         "pixel_values": image["pixel_values"],
     }
     dense = model(input_ids=text).logits
-    with tprune.prune(model, f"vlm/{method}", keep=0.5):
+    with tprune.prune(model, f"vlm/{method}", **start(method, model), keep=0.5):
         together = model(**both).logits
         assert torch.allclose(together[:1], model(**image).logits, atol=2e-4)
     assert torch.allclose(together[1:], dense, atol=2e-4)
@@ -180,9 +187,9 @@ def test_the_same_seed_and_images_choose_the_same_tokens_twice(method):
     inputs = noise_prompts(model, 3, 7)
     torch.manual_seed(5)
     state = torch.random.get_rng_state()
-    with tprune.prune(model, f"vlm/{method}", keep=0.5, seed=3):
+    with tprune.prune(model, f"vlm/{method}", **start(method, model), keep=0.5, seed=3):
         first = model(**inputs).logits
-    with tprune.prune(model, f"vlm/{method}", keep=0.5, seed=3):
+    with tprune.prune(model, f"vlm/{method}", **start(method, model), keep=0.5, seed=3):
         assert torch.equal(model(**inputs).logits, first)
     assert torch.equal(torch.random.get_rng_state(), state)
 
@@ -193,8 +200,8 @@ def test_both_position_policies_work_and_the_model_with_rows_and_columns_refuses
     inputs = noise_prompts(model, 2, 8)
     found = []
     for positions in ("original", "compact"):
-        with tprune.prune(model, f"vlm/{method}", keep=0.5, positions=positions):
-            found.append(model(**inputs).logits[:, -1])
+        with tprune.prune(model, f"vlm/{method}", **start(method, model), keep=0.5, positions=positions):
+            found.append(behind(model, inputs))
     assert not torch.allclose(*found)
     with pytest.raises(UserError, match=r"--positions compact|class token"):
         tprune.prune(tiny("qwen2-vl"), f"vlm/{method}", keep=0.5, positions="compact")
@@ -203,7 +210,7 @@ def test_both_position_policies_work_and_the_model_with_rows_and_columns_refuses
 @every_method
 def test_a_budget_out_of_reach_names_the_reachable_range(method):
     with pytest.raises(UserError, match="reaches"):
-        tprune.prune(tiny("llava"), f"vlm/{method}", keep=0.01)
+        tprune.prune(tiny("llava"), f"vlm/{method}", **start(method, tiny("llava")), keep=0.01)
 
 
 @every_method

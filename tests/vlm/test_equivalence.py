@@ -4,11 +4,12 @@ import pytest
 import torch
 
 import tprune
-from tests.vlm.tiny import tiny
+from tests.vlm.tiny import start, tiny
 from tprune.core.budget import PROJECTOR
 from tprune.core.reduction import Reduction
 from tprune.errors import UserError
 from tprune.methods import registry
+from tprune.models.decoder import DecoderDriver
 from tprune.models.prompts import noise_prompts
 
 METHODS = [fact.id for fact in registry.facts("vlm")]
@@ -24,11 +25,17 @@ def no_gradients():
 
 
 def put_to_work(model, method, **more):
-    """The method at work, or None where it does not fit the model."""
+    """The method at work, or None where it does not fit the model or nothing leaves before or inside its decoder."""
     try:
-        return tprune.prune(model, f"vlm/{method}", keep=0.5, **PLAIN.get(method, {}), **more)
+        handle = tprune.prune(
+            model, f"vlm/{method}", keep=0.5, **start(method, model), **PLAIN.get(method, {}), **more
+        )
     except UserError:
         return None
+    if isinstance(handle.driver, DecoderDriver):
+        return handle
+    handle.remove()
+    return None
 
 
 def cached_decode(model, inputs, told):

@@ -47,6 +47,27 @@ def erk(shapes: Sequence[tuple[int, int]], sparsity: float) -> list[float]:
     return [0.0] * len(shapes)
 
 
+def share_out(offset: Tensor, most: Tensor, total: Tensor) -> Tensor:
+    """Whole counts that sum to `total` over layers: one number for all, plus each layer's offset, from 0 to `most`.
+
+    Args:
+        offset: float64 [L, B].
+        most: int64 [B].
+        total: int64 [B], at most L · most.
+
+    Returns:
+        int64 [L, B].
+    """
+    most = most.double()
+    low, high = -offset.amax(0).clamp_min(0) - 1, most - offset.amin(0).clamp_max(0)
+    for _ in range(60):
+        middle = (low + high) / 2
+        few = (middle + offset).clamp_min(0).minimum(most).sum(0) < total
+        low, high = torch.where(few, middle, low), torch.where(few, high, middle)
+    share = (high + offset).clamp_min(0).minimum(most).cumsum(0).round()
+    return share.diff(dim=0, prepend=torch.zeros_like(share[:1])).long()
+
+
 def smallest_of_all(scores: Callable[[], Iterable[Tensor]], count: int) -> list[int]:
     """How many of the `count` smallest scores of all tensors together are in each; of equals the earlier tensors'.
 

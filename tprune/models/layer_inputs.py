@@ -23,6 +23,19 @@ from tprune.models.track import (
 CACHES = ("past_key_values", "layer_past", "past_key_value")
 
 
+def check_positions(positions: str, core: nn.Module) -> str:
+    """`positions`, where the decoder allows it.
+
+    Raises:
+        UserError: "compact" in a model whose positions have rows and columns.
+    """
+    if positions == "compact" and hasattr(getattr(core, "rotary_emb", None), "mrope_section"):
+        raise UserError(
+            "--positions compact: this model's positions are rows and columns of the image; use original"
+        )
+    return positions
+
+
 class LayerInputs:
     """Fits a decoder's inputs to layers that see fewer tokens than entered.
 
@@ -32,12 +45,8 @@ class LayerInputs:
     """
 
     def __init__(self, core: nn.Module, positions: str):
-        self.core, self.positions = core, positions
+        self.core, self.positions = core, check_positions(positions, core)
         self.rotary = getattr(core, "rotary_emb", None)
-        if positions == "compact" and hasattr(self.rotary, "mrope_section"):
-            raise UserError(
-                "--positions compact: this model's positions are rows and columns of the image; use original"
-            )
 
     def fit(self, run: Run, place: int, kept: Kept, given: Inputs) -> None:
         """Change `given`, by name, which the decoder made for all tokens that entered it."""

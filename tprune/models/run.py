@@ -104,12 +104,15 @@ class Tally:
                 kept = track.layers[layer]
                 count = here(alive, kept.index, kept.valid).sum()
             per_layer.append(count)
-        total = torch.stack(per_layer)
-        self.entering = total if self.entering is None else self.entering + total
-        self.prompts += len(run.prunable)
-        self.tokens += run.prunable.sum()
+        self.count(torch.stack(per_layer), run.prunable)
         final = track.final()
         self.last = None if final is None else (*final, run.length)
+
+    def count(self, entering: Tensor, prunable: Tensor) -> None:
+        """Add what entered each layer, int64 [depth], of the prompts' `prunable` tokens, bool [B, N]."""
+        self.entering = entering if self.entering is None else self.entering + entering
+        self.prompts += len(prunable)
+        self.tokens += prunable.sum()
 
     @property
     def owner(self) -> Tensor | None:

@@ -71,9 +71,7 @@ def parts(
     """
     dense = replace(subject, model=twin(subject.model))
     handle = apply(subject)
-    scoring = [("scoring", handle.driver, "_reduce")]
-    if handle.driver.entrance is not None:
-        scoring.append(("scoring", handle.driver, "entrance"))
+    scoring = [("scoring", *part) for part in handle.scoring()]
     runs = {"dense": (dense, _watch(dense, [])), "pruned": (subject, _watch(subject, scoring))}
     times: dict[str, list[float]] = defaultdict(list)
     with torch.no_grad():
