@@ -20,6 +20,8 @@ from tprune.models import load as loaders
 from tprune.models import vlm as adapter
 from tprune.models.clip import load_clip
 from tprune.models.decoder import DecoderDriver
+from tprune.models.image_cache import ImageCaches
+from tprune.models.layer_inputs import check_positions
 from tprune.models.projector import Projector
 from tprune.models.prompts import noise_prompts
 from tprune.models.subject import Subject
@@ -180,8 +182,30 @@ class VlmPipeline(Pipeline):
         """`method` at work."""
         tokens = self.nominal(parts).tokens
         stages_of = partial(self.stages, parts, method)
+        if method.evicts():
+            return VlmHandle(self.caches(subject, parts, method, stages_of), None, stages_of(tokens), tokens)
         driver, projector = self.drivers(subject, parts, method, stages_of)
         return VlmHandle(driver, projector, stages_of(tokens), tokens, self.fitted)
+
+    def caches(
+        self,
+        subject: Subject,
+        parts: adapter.Anatomy,
+        method: TokenMethod,
+        stages_of: Callable[[int], Sequence[Stage]],
+    ) -> ImageCaches:
+        """What runs `method` behind prompts."""
+        positions = self.positions(parts)
+        return ImageCaches(
+            subject.model,
+            parts.outer,
+            method,
+            partial(adapter.image_tokens, subject.model),
+            stages_of,
+            exact=self.stage.keep is not None,
+            positions=check_positions("compact" if positions == "compact" else "original", parts.core),
+            check_later=partial(adapter.check_later, subject.model),
+        )
 
     def drivers(
         self,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tprune.core.budget import Stage, counts_entering
 from tprune.models.decoder import DecoderDriver
+from tprune.models.image_cache import ImageCaches
 from tprune.models.projector import Projector
 from tprune.pipelines.base import Achieved, Handle
 from tprune.pipelines.learned import stored
@@ -21,8 +22,8 @@ class VlmHandle(Handle):
 
     def __init__(
         self,
-        driver: DecoderDriver,
-        projector: Projector,
+        driver: DecoderDriver | ImageCaches,
+        projector: Projector | None,
         stages: Sequence[Stage],
         tokens: int,
         fitted: dict[str, Any] | None = None,
@@ -37,7 +38,21 @@ class VlmHandle(Handle):
     def remove(self) -> None:
         """Take all hooks out again."""
         self.driver.remove()
-        self.projector.remove()
+        if self.projector is not None:
+            self.projector.remove()
+
+    def scoring(self) -> list[tuple[Any, str]]:
+        """Where the method chooses, and what it chose leaves: what a benchmark times apart."""
+        if isinstance(self.driver, ImageCaches):
+            return [(self.driver, "prune_prompt"), (self.driver, "leave")]
+        entrance = [] if self.driver.entrance is None else [(self.driver, "entrance")]
+        return [(self.driver, "_reduce"), *entrance]
+
+    def kept_per(self) -> str:
+        """What a choice is made for."""
+        if isinstance(self.driver, ImageCaches):
+            return "head"
+        return self.driver.method.unit if self.driver.entrance else "prompt"
 
     def reset(self) -> None:
         """Begin a new episode, for methods that keep something from prompt to prompt."""
@@ -62,8 +77,8 @@ class VlmHandle(Handle):
             "tokens": tokens,
             "tokens_entering_mean": mean,
             "tokens_leaving_mean": (sum(entering[1:]) + entering[-1]) / len(entering),
-            "kept_per": self.driver.method.unit if self.driver.entrance else "prompt",
-            "positions": "gap" if self.projector.ascending else self.driver.positions,
+            "kept_per": self.kept_per(),
+            "positions": "gap" if self.projector and self.projector.ascending else self.driver.positions,
         }
         return Achieved(mean / tokens, details)
 
