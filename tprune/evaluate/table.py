@@ -179,8 +179,7 @@ def print_sweep(group: Group) -> None:
     table.columns[1].justify = "left"
     table.columns[-1].justify = "left"
     # A long reason wraps; numbers never do.
-    for column in table.columns[:-1]:
-        column.no_wrap = True
+    table.columns[-1].no_wrap = False
     costs = ["100.0%" if group.dense else "-" for _ in drawn]
     dense = quality(group.metric, group.dense.get(group.metric))
     told = [f"{value:.1%}" for value in group.dense.get("accuracy_by_kind", {}).values()]
