@@ -6,6 +6,7 @@
         logits = model(images)
     tprune.prune(model, "wanda", sparsity=0.5, tokenizer=tokenizer)   # weights: in place
     model = tprune.load("out/")                              # what `--out out/` wrote
+    Trainer(model, …, callbacks=[tprune.keep_zeros("out/")])             # fine-tuning keeps the zeros
     tprune.methods("vit")                                    # what there is
 
 Importing tprune does not import torch.
@@ -18,15 +19,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tprune import methods
-    from tprune.api import load, prune
+    from tprune.api import keep_zeros, load, prune
     from tprune.errors import UserError
     from tprune.recipe import Recipe
 
-__all__ = ["Recipe", "UserError", "load", "methods", "prune"]
+__all__ = ["Recipe", "UserError", "keep_zeros", "load", "methods", "prune"]
 
 _WHERE = {
     "Recipe": "tprune.recipe",
     "UserError": "tprune.errors",
+    "keep_zeros": "tprune.api",
     "load": "tprune.api",
     "prune": "tprune.api",
 }

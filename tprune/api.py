@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from tprune.errors import UserError
@@ -81,6 +82,29 @@ def prune(
     driver = pipeline(recipe, stage, Progress())
     source = Source("a model in memory", "memory", "", library)
     return driver.apply(Subject(model, tokenizer, source), None, state)
+
+
+def keep_zeros(pruned: Any) -> Any:
+    """A callback for transformers' `Trainer` that keeps pruned weights at zero while the model is fine-tuned.
+
+        tprune.prune(model, "wanda", sparsity=0.5, tokenizer=tokenizer)   # gives a handle
+        Trainer(model, ..., callbacks=[tprune.keep_zeros(handle)]).train()
+
+    Args:
+        pruned: the handle that `prune` gave back, or an output folder of the llm-weights family.
+
+    Raises:
+        UserError: there are no masks.
+    """
+    from tprune import artifact
+    from tprune.models.finetune import KeepZeros, masks_of
+
+    if hasattr(pruned, "tensors"):
+        return KeepZeros(masks_of(pruned.tensors(by_reference=True), "what was pruned"))
+    if not artifact.is_artifact(pruned):
+        raise UserError(f"{pruned} is not an output folder of tprune")
+    file = Path(pruned) / artifact.TENSORS
+    return KeepZeros(masks_of(artifact.read_tensors(file) if file.exists() else {}, str(pruned)))
 
 
 def load(folder: str, device: str = "cpu") -> Any:
