@@ -367,7 +367,10 @@ class TokenMethod(Method):
         raise NotImplementedError
 
     def rejoins(self, shape: Shape) -> Site | None:
-        """The site, the last of `stages`, where all that left comes back with the values it left with; None: never."""
+        """The site where all that left comes back with the values it left with; None: never.
+
+        In a vision model it is the last of `stages`; in a decoder `reduce` is not asked there.
+        """
         return None
 
     def counted(self) -> TokenMethod:

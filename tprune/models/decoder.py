@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tprune.core.budget import PROJECTOR, Site, Stage
 from tprune.core.reduction import Reduction
 from tprune.errors import UserError
-from tprune.methods.base import TokenMethod
+from tprune.methods.base import Shape, TokenMethod
 from tprune.methods.views import TokenView
 from tprune.models.blocks import find_decoder
 from tprune.models.episode import Episode
@@ -36,6 +36,7 @@ from tprune.models.track import (
     gather_any_mask,
     gather_last,
     restore,
+    restored,
 )
 
 Entrance = Callable[[Run, Tensor], tuple[Tensor, Tensor, Tensor | None]]
@@ -82,6 +83,7 @@ class DecoderDriver:
         self.hides = method.hides()
         decoder = find_decoder(model)
         self.core, self.layers = decoder.core, decoder.blocks
+        self.rejoin = method.rejoins(Shape(len(self.layers), 0))
         self.outer = self.core if outer is None else outer
         self.inputs = LayerInputs(self.core, positions)
         self.signals = Signals(self.core, self.layers, self.inputs, cells_of)
@@ -118,7 +120,8 @@ class DecoderDriver:
     def _check(self, run: Run) -> None:
         """Refuse sites that a decoder does not have."""
         for site in run.counts:
-            if site.between or site.layer == 0 or (site == PROJECTOR and self.entrance is None):
+            first = site.layer == 0 and self.rejoin is None
+            if site.between or first or (site == PROJECTOR and self.entrance is None):
                 raise UserError(
                     f"{self.method.id} lets tokens leave at '{site}', which a decoder does not have"
                 )
@@ -173,12 +176,15 @@ class DecoderDriver:
         if run.is_prompt and PROJECTOR in run.counts:
             self._shorten(run, given)
         elif run.track.entry is not None:
-            self._continue(run, given)
+            self._continue(run, given, run.track.entry)
         if run.is_prompt and "embeddings" in self.method.reads:
             run.embeddings = given["inputs_embeds"]
         mask = given.get("attention_mask")
         run.padding = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        return ((), given) if run.track.entry is not None else None
+        first = run.track.layers.get(0)
+        if first is not None:
+            self._continue(run, given, first)
+        return ((), given) if run.track.entry is not None or first is not None else None
 
     def _shorten(self, run: Run, given: Inputs) -> None:
         """A prompt: let tokens leave, and take their places out of mask and positions."""
@@ -193,17 +199,19 @@ class DecoderDriver:
         mask = torch.ones_like(run.prunable, dtype=torch.int64) if mask is None else mask
         given["attention_mask"] = gather_any_mask(mask, index, kept, run.length)
 
-    def _continue(self, run: Run, given: Inputs) -> None:
-        """Tokens behind a shortened prompt: their mask, and their positions behind the full prompt's."""
-        kept, ids = run.track.entry, given.get("position_ids")
+    def _continue(self, run: Run, given: Inputs, kept: Kept) -> None:
+        """Tokens behind a prompt of which the first layer has only `kept`: their mask, and their positions."""
+        ids = given.get("position_ids")
         batch, device = kept.index.shape[0], kept.index.device
         rows = torch.arange(run.length, device=device).expand(batch, -1)
         if ids is None:
             ids = rows + run.start
         elif run.inputs.get("position_ids") is None:
             # The model counted from the length of a cache that is shorter than what it has seen.
-            ids = ids + (run.track.length - run.track.entered)
-        given["position_ids"] = ids - kept.gone[:, None] if self.positions == "compact" else ids
+            ids = ids + (run.track.length - run.track.held)
+        # Where tokens left inside the decoder, every layer closes its own gaps.
+        closes = self.positions == "compact" and run.track.entry is not None
+        given["position_ids"] = ids - kept.gone[:, None] if closes else ids
         mask = given.get("attention_mask")
         given["attention_mask"] = gather_any_mask(mask, rows, kept, run.track.length)
 
@@ -248,7 +256,9 @@ class DecoderDriver:
                 return None
             names = self.names[module][: len(args)]
             given = dict(zip(names, args, strict=True)) | kwargs
-            if run.is_prompt and site in run.counts:
+            if run.is_prompt and site == self.rejoin:
+                given["hidden_states"] = self._come_back(run, site, given["hidden_states"])
+            elif run.is_prompt and site in run.counts:
                 given["hidden_states"] = self._reduce(run, site, given, run.counts[site])
             kept = run.track.at(place)
             if kept is not None:
@@ -285,6 +295,18 @@ class DecoderDriver:
         )
         return view, slots
 
+    def _come_back(self, run: Run, site: Site, hidden: Tensor) -> Tensor:
+        """All tokens that left inside the decoder are there again, with the values they left with."""
+        before = run.track.at(site.layer)
+        if before is None:
+            return hidden
+        slots = torch.arange(run.full.shape[1], device=hidden.device).expand(run.full.shape[:2])
+        run.attention, run.neurons, run.sublayers = None, None, {}
+        run.track.layers[site.layer] = Kept.of(slots, None, run.track.entered)
+        if run.trace is not None:
+            run.trace.append((site, slots if run.track.entry is None else run.track.entry.index))
+        return restored(hidden, before, run.full)
+
     def _valid(self, run: Run, site: Site, slots: Tensor) -> Tensor | None:
         """Which of the tokens before a layer are no fillers, bool [B, N]; None where all are."""
         before, entry = run.track.at(site.layer), run.track.entry
@@ -311,6 +333,8 @@ class DecoderDriver:
         if self.hides:
             run.track.layers[site.layer] = Kept.hiding(slots, reduction.index, left, run.track.entered)
             return view.hidden
+        if self.rejoin is not None and site < self.rejoin:
+            run.full = view.hidden if run.full is None else restored(view.hidden, before, run.full)
         ascending = reduction.drops_only and (before is None or before.order is None)
         run.track.layers[site.layer] = Kept.of(
             slots.gather(1, reduction.index), left, run.track.entered, ascending

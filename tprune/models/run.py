@@ -37,6 +37,7 @@ class Run:
         neurons: [B, T, F], what the layer that ran last fed into the last projection of its MLP, where a site follows.
         sublayers: per layer since the last site, what went into its attention and its MLP and what came out.
         padding: the decoder's padding mask [B, T] (nonzero: real), for the tokens that entered it, or None.
+        full: [B, T, D], all tokens that entered, each as it was when it left or last at a site; where they come back.
         trace: at every site so far, which token stands for each of the caller's (`core.reduction.follow`), int64
             [B, N]; None where nobody asked.
         fitted: masks, positions and rotary embeddings of the tokens that are left, shared by the layers that see them.
@@ -57,6 +58,7 @@ class Run:
     neurons: Tensor | None = None
     sublayers: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     padding: Tensor | None = None
+    full: Tensor | None = None
     trace: list[tuple[Site, Tensor]] | None = None
     fitted: dict[Any, Any] = field(default_factory=dict)
 
@@ -128,11 +130,11 @@ class Tally:
 
 
 def planned(stages: Sequence[Sequence[Stage]], tokens: Sequence[int]) -> dict[Site, int | Tensor]:
-    """How many prunable tokens are left after every site, for rows with these stages and numbers of tokens."""
+    """How many prunable tokens are left after each site, for rows of such numbers of tokens, and stages in order."""
     counts: dict[Site, int | Tensor] = {}
     for site in sorted({stage.site for row in stages for stage in row}):
         left = [
-            min([stage.count for stage in row if stage.site <= site], default=alive)
+            next((stage.count for stage in reversed(row) if stage.site <= site), alive)
             for row, alive in zip(stages, tokens, strict=True)
         ]
         counts[site] = left[0] if len(set(left)) == 1 else torch.tensor(left)

@@ -92,6 +92,11 @@ class Track:
         """How many tokens (and fillers) the first layer has seen."""
         return self.length if self.entry is None else self.entry.index.shape[1]
 
+    @property
+    def held(self) -> int:
+        """How many entries the first layer's cache holds, fillers included: what a model counts positions from."""
+        return self.layers[0].index.shape[1] if 0 in self.layers else self.entered
+
     def check(self, start: int, count: int, inputs: dict[str, Any]) -> None:
         """Refuse a call whose `count` tokens cannot be what follows on this cache.
 
@@ -104,7 +109,7 @@ class Track:
             UserError: the cache was edited, or tokens come that it has seen (`generate`, given a whole conversation,
                 cuts it by the length of the cache).
         """
-        if self.entered != start:
+        if self.held != start:
             raise UserError("a cache with pruned tokens was cropped or edited; run the prompt again")
         mask, ids, total = inputs.get("attention_mask"), inputs.get("position_ids"), self.length + count
         fits = not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] == total
@@ -237,6 +242,12 @@ def gather_any_mask(mask: Any, rows: Tensor, kept: Kept, total: int) -> Any:
     if mask is None:
         return None if kept.valid is None else kept.valid.long()
     return gather_padding(mask, kept) if mask.dim() == 2 else gather_mask(mask, rows, kept, total)
+
+
+def restored(hidden: Tensor, kept: Kept, full: Tensor) -> Tensor:
+    """`full` [B, length, D] with `hidden` [B, K, D] in the places of what is `kept`."""
+    there = mark(kept.index, kept.valid, full.shape[1]).unsqueeze(2)
+    return torch.where(there, restore(hidden, kept.index, kept.valid, full.shape[1]), full)
 
 
 def restore(hidden: Tensor, index: Tensor, valid: Tensor | None, length: int) -> Tensor:

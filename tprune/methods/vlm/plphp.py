@@ -26,10 +26,10 @@ class PLPHP(TokenMethod):
         year=2025,
         arxiv="2502.14504",
         checked="abstract",
-        notes="Neither code nor full text was at hand: three levels of layers and a choice per head are the paper's, r, "
-        "Δr, α, β and the first layer are not confirmed. Query heads that share a key-value head are averaged, and all "
-        "images of a prompt are ranked together. The prompt runs in full: the budget counts cache entries. --keep "
-        "solves r for every prompt.",
+        notes="Neither code nor full text was at hand: three levels of layers and a choice per head are the paper's; "
+        "r, Δr, α, β and the first layer are not confirmed. Query heads that share a key-value head are averaged, "
+        "all images of a prompt are ranked together. The prompt runs in full, and so the first token of an answer is "
+        "the dense model's: the budget counts cache entries. --keep solves r for every prompt.",
     )
     native = ("rate",)
 
