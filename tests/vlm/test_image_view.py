@@ -7,7 +7,7 @@ import torch
 from transformers import CLIPConfig, CLIPModel
 
 import tprune
-from tests.vlm.tiny import KINDS, TOWER, tiny
+from tests.vlm.tiny import KINDS, MORE, TOWER, tiny
 from tprune.core.budget import PROJECTOR, Stage
 from tprune.core.reduction import Reduction
 from tprune.data.questions import built_in
@@ -67,7 +67,7 @@ def views(model, inputs, by_crop, positions=None):
 
 
 @pytest.mark.parametrize("by_crop", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS | MORE)
 def test_features_are_what_the_projector_makes_the_tokens_of(kind, by_crop):
     model = tiny(kind)
     found = views(model, noise_prompts(model, 2, 0, images=2), by_crop)
@@ -86,7 +86,7 @@ def test_features_are_what_the_projector_makes_the_tokens_of(kind, by_crop):
         assert newline.any() == (kind in ("llava-next", "llava-onevision") and not by_crop)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith("qwen")])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS | MORE if not kind.startswith("qwen")])
 def test_the_attention_of_a_block_is_what_eager_attention_computes(kind):
     model = tiny(kind)
     inputs = noise_prompts(model, 1, 1)
@@ -146,7 +146,7 @@ def test_text_is_what_stands_behind_the_last_image():
     assert text.real.all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS | MORE)
 def test_patches_are_the_pixels_of_each_of_the_towers_patches(kind):
     model = tiny(kind)
     inputs = noise_prompts(model, 2, 0)

@@ -7,6 +7,8 @@ import transformers
 from transformers import (
     CLIPVisionConfig,
     GemmaConfig,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
     InternVLConfig,
     InternVLForConditionalGeneration,
     InternVLVisionConfig,
@@ -24,6 +26,8 @@ from transformers import (
     Qwen2Config,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     SiglipVisionConfig,
 )
 
@@ -151,6 +155,32 @@ def _paligemma():
     )
 
 
+def _idefics3():
+    return Idefics3ForConditionalGeneration(
+        Idefics3Config(
+            vision_config=TOWER | {"patch_size": 4},
+            text_config=LlamaConfig(**TEXT),
+            image_token_id=IMAGE,
+            scale_factor=2,
+        )
+    )
+
+
+def _qwen3():
+    vision = {
+        "depth": 3,
+        "hidden_size": 24,
+        "out_hidden_size": 32,
+        "intermediate_size": 32,
+        "num_heads": 3,
+        "patch_size": 4,
+        "num_position_embeddings": 64,
+        "deepstack_visual_indexes": [0, 1],
+    }
+    text = TEXT | {"rope_parameters": ROPE, "head_dim": 8}
+    return Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **QWEN))
+
+
 KINDS = {
     "llava": _llava,
     "llava-siglip": _siglip,
@@ -161,6 +191,8 @@ KINDS = {
     "internvl": _internvl,
     "paligemma": _paligemma,
 }
+MORE = {"idefics3": _idefics3, "qwen3-vl": _qwen3}
+"""Kinds on which one method of every kind of signal is tested (tests/vlm/test_more_models.py)."""
 
 
 @cache
@@ -169,7 +201,7 @@ def tiny(kind):
     transformers.utils.logging.set_verbosity_error()
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = KINDS[kind]().eval().requires_grad_(False)
+        model = (KINDS | MORE)[kind]().eval().requires_grad_(False)
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=0.25)
@@ -184,7 +216,9 @@ def one_row(inputs, row, images=1):
         if name == "pixel_values" and "image_grid_thw" in inputs:
             patches = int(inputs["image_grid_thw"][0].prod()) * images
             alone[name] = value[row * patches : (row + 1) * patches]
-        elif name in ("pixel_values", "image_sizes", "image_grid_thw"):
+        elif name in ("pixel_values", "image_sizes", "image_grid_thw") and len(value) != len(
+            inputs["input_ids"]
+        ):
             alone[name] = value[own]
         else:
             alone[name] = value[row : row + 1]
@@ -204,7 +238,7 @@ def start(method, model):
         return {}
     stage = Stage("vlm", method, set=SMALL.get(method, {}))
     driver = pipeline(Recipe(ModelSource("a model in memory"), (stage,)), stage, Progress())
-    return {"state": built.neutral_state(driver.nominal(anatomy(model)), 0)} | SMALL.get(method, {})
+    return {"state": built.neutral_state(driver.nominal(anatomy(model)), 0)}
 
 
 SMALL = {"m3": {"scales": "36,576"}}

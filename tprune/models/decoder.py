@@ -24,6 +24,7 @@ from tprune.errors import UserError
 from tprune.methods.base import Shape, TokenMethod
 from tprune.methods.views import TokenView
 from tprune.models.blocks import find_decoder
+from tprune.models.deepstack import Deepstack
 from tprune.models.episode import Episode
 from tprune.models.layer_inputs import LayerInputs
 from tprune.models.run import Inputs, Run, Tally, here, planned, real_tokens
@@ -108,6 +109,7 @@ class DecoderDriver:
             self.tap = Tap([attention_of(layer) for layer in self.layers], self._observe)
             self.place = {attention_of(layer): place for place, layer in enumerate(self.layers)}
         self.handles += watch(self.layers, method.reads, lambda: self.run)
+        self.deepstack = Deepstack(self.core, lambda: self.run, len(self.layers))
 
     def remove(self) -> None:
         """Take all hooks out again."""
@@ -115,6 +117,7 @@ class DecoderDriver:
             handle.remove()
         if self.tap is not None:
             self.tap.remove()
+        self.deepstack.remove()
         self.handles, self.tap, self.run = [], None, None
 
     def _check(self, run: Run) -> None:

@@ -15,7 +15,7 @@ from tprune.methods.base import TokenMethod
 from tprune.methods.views import TokenView
 from tprune.models.clip import Clip
 from tprune.models.encoder import Sight
-from tprune.models.layout import Unit, pack, unit_seeds
+from tprune.models.layout import Unit, members, pack, unit_seeds
 from tprune.models.pixels import normalisation
 from tprune.models.run import Run
 from tprune.models.vlm import Anatomy
@@ -146,12 +146,7 @@ class ImageViews:
         if sight.lengths is not None:
             merge = self.parts.merge**2
             return None if merge == 1 else torch.arange(patches).view(-1, merge)
-        if not hasattr(outer, "pixel_shuffle"):
-            return None
-        side = round(patches**0.5)
-        grid = torch.arange(patches, dtype=torch.float64).view(1, side, side, 1)
-        shuffled = outer.pixel_shuffle(grid, scale_factor=self.config.downsample_ratio)
-        return shuffled.flatten(0, 2).long()
+        return members(outer, self.config, patches)
 
     def _arrange(self, sight: Sight, alike: list[Unit], x: Tensor) -> Tensor:
         """What the tokens of crops have [E, n, ...], for the tokens of these units; packed as the model does it."""
@@ -190,6 +185,8 @@ class ImageViews:
         if thw is not None:
             _, rows, columns = thw[unit.image % len(thw)].tolist()
             found = (rows // self.parts.merge, columns // self.parts.merge)
+        elif unit.crops > 1:
+            return None
         else:
             found = (round(len(unit.slot) ** 0.5),) * 2
         return found if found[0] * found[1] == len(unit.slot) else None

@@ -94,14 +94,41 @@ def token_count(outer: nn.Module, config: Any, inputs: Inputs) -> int | None:
     return None
 
 
-def tokens_per_crop(config: Any) -> int:
-    """Image tokens of one image or crop of the default size, 0 where it depends on the image."""
+def patches_per_crop(config: Any) -> int:
+    """Patches of one image or crop of the default size, 0 where it depends on the image."""
     vision = config.vision_config
     if not hasattr(vision, "image_size") or not hasattr(vision, "patch_size"):
         return 0
     size, patch = pair(vision.image_size), pair(vision.patch_size)
-    ratio = getattr(config, "downsample_ratio", 1)
-    return int((size[0] // patch[0]) * (size[1] // patch[1]) * ratio**2)
+    return (size[0] // patch[0]) * (size[1] // patch[1])
+
+
+def tokens_per_crop(config: Any) -> int:
+    """Image tokens of one image or crop of the default size, 0 where it depends on the image."""
+    ratio = getattr(config, "downsample_ratio", 1 / getattr(config, "scale_factor", 1))
+    return int(patches_per_crop(config) * ratio**2)
+
+
+def members(outer: nn.Module, config: Any, patches: int) -> Tensor | None:
+    """The patches of every token of one crop, int64 [tokens, n], where the model shuffles pixels; None elsewhere."""
+    place = torch.arange(patches, dtype=torch.float64).view(1, -1, 1)
+    if hasattr(outer, "pixel_shuffle"):
+        side = round(patches**0.5)
+        shuffled = outer.pixel_shuffle(place.view(1, side, side, 1), scale_factor=config.downsample_ratio)
+    elif hasattr(outer, "connector"):
+        shuffled = outer.connector.pixel_shuffle(place, config.scale_factor)
+    else:
+        return None
+    return shuffled.flatten(0, -2).long()
+
+
+def real_crops(outer: nn.Module, inputs: Inputs) -> Inputs:
+    """`inputs` with the crops of all prompts as one batch, where they come stacked and filled up with 0 (Idefics3)."""
+    pixels = inputs.get("pixel_values")
+    if not hasattr(outer, "connector") or pixels is None or pixels.dim() != 5:
+        return inputs
+    crops = pixels.flatten(0, 1)
+    return {**inputs, "pixel_values": crops[(crops != 0).flatten(1).any(1)]}
 
 
 def pair(value: Any) -> tuple[int, int]:

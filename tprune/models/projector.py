@@ -19,7 +19,7 @@ from tprune.methods.views import TokenView
 from tprune.models.clip import Clip
 from tprune.models.encoder import Sight, Watch
 from tprune.models.image_view import ImageViews, check
-from tprune.models.layout import Unit, token_count, unit_seeds, units
+from tprune.models.layout import Unit, real_crops, token_count, unit_seeds, units
 from tprune.models.run import Inputs, Run
 from tprune.models.tower import TowerSite
 from tprune.models.vlm import Anatomy, image_tokens
@@ -64,7 +64,7 @@ class Projector:
         @wraps(encode)
         def encode_and_note(*args: Any, **kwargs: Any) -> Any:
             self.watch.clear()
-            given = dict(zip(names, args, strict=False)) | kwargs
+            given = real_crops(parts.outer, dict(zip(names, args, strict=False)) | kwargs)
             if self.inside is not None:
                 self.inside.begin(given)
             output = encode(*args, **kwargs)
@@ -125,7 +125,7 @@ class Projector:
         For draws inside the decoder: a prompt draws the same in any batch, and for every beam.
         """
         mask, ahead = image_tokens(self.model, inputs), self._ahead(inputs)
-        known = inputs if ahead is None else ahead.inputs
+        known = real_crops(self.parts.outer, inputs) if ahead is None else ahead.inputs
         images = self._units(known, mask, by_crop=False)
         seeds = [0] * len(mask)
         for unit, seed in zip(images, unit_seeds(known, images, self.seed).tolist(), strict=True):

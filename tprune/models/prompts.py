@@ -33,6 +33,8 @@ def noise_prompts(
     if "image_grid_thw" in inputs:
         inputs["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
     inputs["pixel_values"] = inputs["pixel_values"].to(parameter.dtype)
+    if hasattr(getattr(model, "model", model), "connector"):
+        inputs["pixel_values"] = inputs["pixel_values"].unflatten(0, (batch, images))
     return {
         name: value.to(parameter.device) if isinstance(value, Tensor) else value
         for name, value in inputs.items()

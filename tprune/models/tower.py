@@ -19,7 +19,7 @@ from tprune.core.reduction import gather_tokens
 from tprune.core.select import keep_where
 from tprune.methods.base import TokenMethod
 from tprune.methods.views import TokenView
-from tprune.models.layout import packed_crops
+from tprune.models.layout import packed_crops, patches_per_crop
 from tprune.models.run import Inputs
 from tprune.models.signals import attention_of
 from tprune.models.taps import AttentionCall, Tap
@@ -75,7 +75,7 @@ class TowerSite:
         outer = self.parts.outer
         self.index = self.valid = self.full = self.there = None
         self.memory = {}
-        self.active = bool(self.parts.tokens) and not hasattr(outer, "pixel_shuffle")
+        self.active = 0 < self.parts.tokens == patches_per_crop(outer.config)
         if self.active and hasattr(outer, "pack_image_features"):
             packed = packed_crops(outer, outer.config, inputs)
             self.active = all(span == 1 for image in packed for span in image.spans())

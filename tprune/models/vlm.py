@@ -17,6 +17,9 @@ from tprune.models.blocks import find_decoder
 from tprune.models.layout import tokens_per_crop
 from tprune.models.run import Inputs
 
+TOWERS = ("vision_tower", "visual", "vision_model")
+"""What models call their vision towers."""
+
 
 @dataclass(frozen=True, eq=False)
 class Anatomy:
@@ -59,22 +62,21 @@ def anatomy(model: nn.Module) -> Anatomy:
     """
     outer = getattr(model, "model", model)
     config = getattr(model, "config", None)
-    tower = getattr(outer, "vision_tower", None) or getattr(outer, "visual", None)
-    if tower is None or not hasattr(outer, "language_model") or not hasattr(config, "image_token_id"):
+    tower = next(filter(None, (getattr(outer, name, None) for name in TOWERS)), None)
+    if tower is None or not hasattr(outer, "get_image_features") or not hasattr(config, "image_token_id"):
         raise UserError(
             f"{type(model).__name__} is no vision-language model with image tokens in its prompt; "
-            "tprune vlm prunes LLaVA, LLaVA-NeXT, LLaVA-OneVision, Qwen2-VL, Qwen2.5-VL, InternVL and their like"
+            "tprune vlm prunes LLaVA, LLaVA-NeXT, LLaVA-OneVision, Qwen2-, Qwen2.5- and Qwen3-VL, InternVL, SmolVLM …"
         )
     decoder, vision = find_decoder(model), config.vision_config
     blocks = _blocks(tower, vision)
-    merger = getattr(tower, "merger", None)
     return Anatomy(
         outer,
         decoder.core,
         tower,
         blocks,
         _projected(config, len(blocks)),
-        getattr(outer, "multi_modal_projector", merger),
+        _projector(outer, tower),
         int(getattr(config, "vision_feature_select_strategy", "full") == "default"),
         getattr(vision, "spatial_merge_size", 1),
         getattr(vision, "patch_size", 0),
@@ -82,6 +84,13 @@ def anatomy(model: nn.Module) -> Anatomy:
         decoder.config.num_attention_heads,
         tokens_per_crop(config),
     )
+
+
+def _projector(outer: nn.Module, tower: nn.Module) -> nn.Module | None:
+    """The module that makes image tokens; of several steps the one behind the rearranging of patches."""
+    connector = getattr(outer, "connector", None)
+    merger = getattr(connector, "modality_projection", getattr(tower, "merger", None))
+    return getattr(outer, "multi_modal_projector", merger)
 
 
 def _blocks(tower: nn.Module, vision: Any) -> tuple[nn.Module, ...]:

@@ -1,0 +1,79 @@
+"""What must hold on every kind of model, on further kinds: one method of every kind of signal."""
+
+import pytest
+import torch
+
+import tprune
+from tests.vlm import test_contract as contract
+from tests.vlm.tiny import MORE, tiny
+from tprune.models.prompts import noise_prompts
+
+METHODS = ["hiprune", "mmtok", "visionzip", "vflowopt", "fastv", "flowcut"]
+every_method = pytest.mark.parametrize("method", METHODS)
+every_kind = pytest.mark.parametrize("kind", MORE)
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+@every_method
+@every_kind
+def test_keeping_all_is_bitwise_the_dense_model_and_leaving_restores_it(method, kind):
+    contract.test_keeping_all_is_bitwise_the_dense_model_and_leaving_restores_it(method, kind)
+
+
+@every_method
+@every_kind
+def test_the_planned_counts_are_the_counts_that_enter(method, kind):
+    contract.test_the_planned_counts_are_the_counts_that_enter(method, kind)
+
+
+@every_method
+@every_kind
+def test_a_batch_gives_what_its_prompts_give_alone(method, kind):
+    contract.test_a_batch_gives_what_its_prompts_give_alone(method, kind)
+
+
+@every_method
+@every_kind
+def test_generation_decodes_what_a_loop_of_single_steps_and_one_chunk_do(method, kind):
+    contract.test_generation_decodes_what_a_loop_of_single_steps_and_one_chunk_do(method, kind)
+
+
+@every_method
+@every_kind
+def test_generation_with_padding_and_beams_agrees_with_prompts_alone(method, kind):
+    contract.test_generation_with_padding_and_beams_agrees_with_prompts_alone(method, kind)
+
+
+@every_method
+@every_kind
+def test_a_prompt_without_images_is_left_alone(method, kind):
+    contract.test_a_prompt_without_images_is_left_alone(method, kind)
+
+
+def test_qwen3_vl_adds_the_towers_features_to_the_tokens_that_are_left():
+    model, given = tiny("qwen3-vl"), {}
+    inputs, core = noise_prompts(model, 2, 0), model.model.language_model
+    hook = core.register_forward_pre_hook(lambda module, args, kwargs: given.update(kwargs), with_kwargs=True)
+    dense = model.model(**inputs).last_hidden_state
+    hook.remove()
+    with tprune.prune(model, "vlm/mmtok", keep=0.4) as handle:
+        found = model.model(**inputs).last_hidden_state
+        left = handle.driver.tally.owner >= 0
+    features = [torch.zeros_like(dense) for _ in given["deepstack_visual_embeds"]]
+    for full, some in zip(features, given["deepstack_visual_embeds"], strict=True):
+        full[given["visual_pos_masks"]] = some
+    masks = given["visual_pos_masks"][left].view(2, -1)
+    alone = core(
+        inputs_embeds=given["inputs_embeds"][left].view(2, -1, 32),
+        position_ids=given["position_ids"][:, left].view(-1, 2, masks.shape[1]),
+        visual_pos_masks=masks,
+        deepstack_visual_embeds=[full[left].view(2, -1, 32)[masks] for full in features],
+    )
+    expected = alone.last_hidden_state
+    assert torch.allclose(found[left].view_as(expected), expected, atol=1e-4)
+    assert not torch.allclose(found[left], dense[left], atol=1e-2)
