@@ -67,6 +67,9 @@ def main() -> None:
     for name, value in THREADING.items():
         # OpenMP reads these when torch is loaded, which only happens inside a command.
         os.environ.setdefault(name, value)
+    if "RANK" in os.environ:
+        # Each of the processes that fit together would warn of gradients that it looked for and all found.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         command(prog_name="tprune", standalone_mode=False)
     except UserError as error:

@@ -164,8 +164,12 @@ def launch(
     if dry_run:
         show_plan(recipe, out, force, as_json)
         return
-    from tprune.pipelines.run import execute
+    from tprune.pipelines.run import assist, execute
 
+    if int(os.environ.get("RANK", "0")) > 0:
+        # Started beside the first process by `accelerate launch` or `torchrun`: that one writes and prints.
+        assist(recipe)
+        return
     report = execute(
         recipe,
         Progress(quiet or as_json),

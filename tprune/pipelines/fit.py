@@ -6,12 +6,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
+from tprune.errors import UserError
 from tprune.methods.base import TokenMethod
 from tprune.pipelines.course import Course
 from tprune.pipelines.fit_loop import Learner, Loop
@@ -21,6 +23,8 @@ SETTLE_IMAGES = 256
 SETTLE_BATCH = 16
 SETTLE_STEPS = 12
 SETTLE_TOLERANCE = 0.0025
+PATIENCE = timedelta(days=1)
+"""How long processes wait for the first one, which measures the dense model before it fits."""
 
 
 @dataclass(eq=False)
@@ -59,7 +63,7 @@ class Fitting:
             learner = Learner(course.model, fit, driver, course.outputs, course.labelled)
             file = None if self.work is None else self.work / f"fit-{self.method.id}.safetensors"
             loop = Loop(learner, fit.plan, len(course.data), file, self.progress)
-            accelerator = self.accelerator()
+            accelerator = self.accelerator(fit.plan.batch)
             share = accelerator.process_index, accelerator.num_processes
             try:
                 loop.run(course.lessons(fit.plan.batch, self.seed, share), accelerator, self.seed)
@@ -79,13 +83,29 @@ class Fitting:
         )
         return method, facts | {"seconds": round(loop.seconds + time.monotonic() - looped, 1)}
 
-    def accelerator(self) -> Accelerator:
-        """Of one process, or of those that `accelerate launch` started; bfloat16 on a GPU for float32 models."""
+    def accelerator(self, batch: int) -> Accelerator:
+        """Of one process, or of those started together; bfloat16 on a GPU for float32 models.
+
+        Raises:
+            UserError: so many images per step do not divide among them.
+        """
         device = self.course.device
         mixed = device.type == "cuda" and next(self.course.model.parameters()).dtype == torch.float32
-        return Accelerator(
-            cpu=device.type == "cpu", device_placement=False, mixed_precision="bf16" if mixed else "no"
+        found = Accelerator(
+            cpu=device.type == "cpu",
+            device_placement=False,
+            mixed_precision="bf16" if mixed else "no",
+            kwargs_handlers=[
+                # A loss need not read all that learns: dtop's never asks the model's own head.
+                DistributedDataParallelKwargs(find_unused_parameters=True),
+                InitProcessGroupKwargs(timeout=PATIENCE),
+            ],
         )
+        if batch % found.num_processes:
+            raise UserError(
+                f"--set batch={batch}: does not divide among {found.num_processes} processes; give a multiple"
+            )
+        return found
 
     def settled(self, method: TokenMethod) -> TokenMethod:
         """`method` loosened or tightened until it keeps what was asked, measured on training images.

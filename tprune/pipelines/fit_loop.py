@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from tprune import training
@@ -152,14 +153,24 @@ class Loop:
         self.peaks = [group["lr"] for group in groups]
         sgd = plan.momentum is not None
         self.optimizer = torch.optim.SGD(groups, momentum=plan.momentum) if sgd else torch.optim.AdamW(groups)
-        told, moments = ({}, {}) if file is None else training.load(file, self.named)
+        self._go_on(*({}, {}) if file is None else training.load(file, self.named))
+
+    def _go_on(self, told: dict[str, str], moments: dict[str, Tensor]) -> None:
+        """From a checkpoint's facts and moments; from the start without."""
         training.restore_moments(self.optimizer, self.named, moments, int(told.get("step", 0)))
         self.begin, self.seconds = int(told.get("step", 0)), float(told.get("seconds", 0))
         self.losses: dict[str, tuple] = json.loads(told.get("losses", "{}"))
 
+    def _agree(self) -> None:
+        """All processes go on from the first one's checkpoint; its weights they have already."""
+        facts, moments = self._facts(self.begin, self.seconds), training.moments(self.optimizer, self.named)
+        self._go_on(*broadcast_object_list([facts, moments]))
+
     def run(self, batches: Batches, accelerator: Accelerator, seed: int) -> None:
         """All steps that are left."""
         learner, optimizer = accelerator.prepare(self.learner, self.optimizer)
+        if accelerator.num_processes > 1:
+            self._agree()
         device, began, saved = (
             next(self.learner.model.parameters()).device,
             time.monotonic(),
@@ -208,6 +219,9 @@ class Loop:
         ends = {name: [float(first), float(last)] for name, (first, last) in self.losses.items()}
         return {"steps": self.steps, "batch": self.plan.batch, "losses": ends}
 
+    def _facts(self, step: int, seconds: float) -> dict[str, str]:
+        return {"step": str(step), "seconds": str(seconds), "losses": json.dumps(self.figures()["losses"])}
+
     def _save(self, step: int, seconds: float) -> None:
-        told = {"step": str(step), "seconds": str(seconds), "losses": json.dumps(self.figures()["losses"])}
-        training.save(self.file, self.named, training.moments(self.optimizer, self.named), told)
+        kept = training.moments(self.optimizer, self.named)
+        training.save(self.file, self.named, kept, self._facts(step, seconds))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +94,25 @@ def execute(
                 write(folder, recipe, drivers, handles, subject, report, by_reference)
                 verify(folder, last, subject)
     return artifact.finite(report)
+
+
+def assist(recipe: Recipe) -> None:
+    """What a process beside the first one does: its share of what is fitted, and nothing else.
+
+    Raises:
+        UserError: as `execute`.
+    """
+    if recipe.device == "cuda":
+        recipe = replace(recipe, device=f"cuda:{os.environ['LOCAL_RANK']}")
+    check_device(recipe)
+    drivers = pipelines(recipe, Progress(quiet=True))
+    for driver in drivers:
+        driver.check()
+    subject = drivers[-1].load()
+    for driver in drivers:
+        driver.prepare(subject)
+    for driver in drivers:
+        driver.apply(subject, None)
 
 
 def measure(
