@@ -109,3 +109,11 @@ def test_marking_undoes_places_whatever_shorter_rows_repeat():
 def test_a_pick_that_comes_twice_counts_by_its_first():
     order = torch.tensor([[2, 0, 2, 2]])
     assert select.keep_first(order, 1, torch.ones(1, 3, dtype=torch.bool))[0].tolist() == [[2]]
+
+
+def test_a_sparse_map_keeps_its_largest_entries_as_they_are_and_lets_gradients_through():
+    attention = torch.tensor([[[[0.1, 0.9], [0.6, 0.4]]]], requires_grad=True)
+    sparse = select.keep_largest(attention, 0.25)  # the third smallest of four is what must be reached
+    assert sparse.tolist() == [[[[0.0, attention[0, 0, 0, 1].item()], [attention[0, 0, 1, 0].item(), 0.0]]]]
+    sparse.sum().backward()
+    assert attention.grad.tolist() == [[[[0.0, 1.0], [1.0, 0.0]]]]
