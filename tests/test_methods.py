@@ -18,7 +18,7 @@ FACTS = registry.facts()
 def test_the_facts_read_from_source_are_those_of_the_class(fact):
     kind = registry.load(fact.id, fact.family)
     assert kind.paper == fact.paper
-    assert kind.kind == fact.kind
+    assert (kind.kind, kind.learns, kind.built_in) == (fact.kind, fact.learns, fact.built_in)
     fields = {field.name: field for field in kind.hyperparameters()}
     assert list(fields) == [parameter.name for parameter in fact.parameters]
     for parameter in fact.parameters:

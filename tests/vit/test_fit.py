@@ -167,6 +167,15 @@ def test_what_learns_nothing_is_not_fitted(vit):
         tprune.prune(vit, "ltmp", fit="built-in")
 
 
+def test_what_cannot_be_learned_from_is_refused_before_anything_is_measured(
+    vit_folder, tmp_path, monkeypatch
+):
+    monkeypatch.delattr("tprune.pipelines.vit.VitPipeline.evaluate")
+    for method, why in (("ltmp", "no images"), ("dtop", "no annotations; give a folder")):
+        with pytest.raises(UserError, match=f"--fit {tmp_path}: {why}"):
+            call("vit", "--method", method, "--keep", "0.6", "--fit", tmp_path, vit_folder)
+
+
 @every_learner
 def test_a_fit_is_written_loaded_and_run_again_to_the_same_bytes(method, vit_folder, tmp_path):
     out, again = tmp_path / "out", tmp_path / "again"

@@ -56,6 +56,8 @@ def detail(fact: registry.Facts | registry.Answer) -> None:
         click.echo(f"  use      {fact.piece}")
         return
     click.echo(f"  checked  {CHECKED[paper.checked]}")
+    if fact.learns in LEARNS:
+        click.echo(f"  learns   {LEARNS[fact.learns]}")
     click.echo(f"  file     {fact.module.replace('.', '/')}.py")
     if not fact.parameters:
         click.echo("  no hyperparameters")
@@ -63,7 +65,12 @@ def detail(fact: registry.Facts | registry.Answer) -> None:
     click.echo("  hyperparameters (--set NAME=VALUE):")
     rows = [(f"    {p.name}", str(p.default), p.type, p.help) for p in fact.parameters]
     columns(("    name", "default", "type", "what it is"), rows)
+    if fact.built_in:
+        told = " ".join(f"{name}={value}" for name, value in fact.built_in.items())
+        click.echo(f"  with --fit built-in: {told}")
 
+
+LEARNS = {"required": "must be fitted: --fit DATA", "optional": "may be fitted: --fit DATA"}
 
 CHECKED = {
     "code": "golden values from the authors' code",

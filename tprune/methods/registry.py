@@ -45,6 +45,8 @@ class Facts:
     kind: str
     summary: str
     parameters: tuple[Parameter, ...]
+    learns: str
+    built_in: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -184,13 +186,7 @@ def _read(family: str, name: str, module: str, file: Path) -> Facts | Answer:
     for node in tree.body:
         if not isinstance(node, ast.ClassDef):
             continue
-        constants = {
-            target.id: statement.value
-            for statement in node.body
-            if isinstance(statement, ast.Assign)
-            for target in statement.targets
-            if isinstance(target, ast.Name)
-        }
+        constants = dict(_constants(node))
         if "paper" not in constants:
             continue
         paper = Paper(**{word.arg: ast.literal_eval(word.value) for word in constants["paper"].keywords})
@@ -198,9 +194,24 @@ def _read(family: str, name: str, module: str, file: Path) -> Facts | Answer:
         if any(isinstance(base, ast.Name) and base.id == NotAMethod.__name__ for base in node.bases):
             why, piece = (ast.literal_eval(constants[part]) for part in ("why", "piece"))
             return Answer(name, family, module, paper, NotAMethod.kind, summary, why, piece)
-        kind = ast.literal_eval(constants["kind"]) if "kind" in constants else Method.kind
-        return Facts(name, family, module, paper, kind, summary, (*_inherited(node), *_parameters(node)))
+        kind, learns, fast = (
+            ast.literal_eval(constants[word]) if word in constants else getattr(Method, word)
+            for word in ("kind", "learns", "built_in")
+        )
+        parameters = (*_inherited(node), *_parameters(node))
+        return Facts(name, family, module, paper, kind, summary, parameters, learns, fast)
     raise UserError(f"{file} has no class with a paper = Paper(...)")
+
+
+def _constants(node: ast.ClassDef) -> Iterator[tuple[str, ast.expr]]:
+    """What a class gives names to, annotated or not."""
+    for statement in node.body:
+        targets = (
+            statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+        )
+        for target in targets:
+            if isinstance(target, ast.Name) and statement.value is not None:
+                yield target.id, statement.value
 
 
 def _inherited(node: ast.ClassDef) -> Iterator[Parameter]:

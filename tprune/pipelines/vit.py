@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,8 @@ class VitPipeline(Pipeline):
         admit(self.method, parts)
         self.plan(parts.shape)
         self.images = images.read(self.recipe.data, self.recipe.limit or self.default_limit)
+        if self.stage.fit is not None and self.method.state is None:
+            self.progress.say(f"{len(self.lessons):,} images to learn from")
         self.classes = classes(subject.model)
         labels = self.images.labels
         fits = labels is not None and self.classes > max(labels)
@@ -123,6 +126,12 @@ class VitPipeline(Pipeline):
             if detects(subject.model):
                 why = "a detector, and no boxes to measure mean average precision with"
             self.progress.say(f"{why}: only agreement with the dense model is measured")
+
+    @cached_property
+    def lessons(self) -> images.Images | images.TrainingScenes | regions.Regions:
+        """What `--fit` names."""
+        source = regions if self.method.labels == "patches" else images
+        return source.training(self.stage.fit)
 
     def evaluate(self, subject: Subject) -> Quality:
         """Top-1 accuracy, and what is right in the map of a method that makes one."""
@@ -218,12 +227,10 @@ class VitPipeline(Pipeline):
         from tprune.pipelines.fit import Fitting
         from tprune.pipelines.vit_course import VitCourse
 
-        source = regions if self.method.labels == "patches" else images
-        data = source.training(self.stage.fit)
         course = VitCourse(
             self.method,
             parts,
-            data,
+            self.lessons,
             prepare=lambda image: self.pixels(subject, image),
             logits=lambda pixels: self.outputs(subject, pixels),
         )
