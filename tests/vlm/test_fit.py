@@ -20,6 +20,7 @@ from tprune.methods.fit import Fit, Plan, Relaxed
 from tprune.models.source import Source
 from tprune.models.subject import Subject
 from tprune.models.vlm import anatomy
+from tprune.pipelines.kernels import selection
 from tprune.pipelines.run import pipeline
 from tprune.pipelines.vlm_course import ANSWERS, VlmCourse
 from tprune.progress import Progress
@@ -119,6 +120,13 @@ def test_a_fit_is_written_loaded_and_run_again_to_the_same_bytes(method, speaker
 def test_a_method_that_must_learn_says_so_in_one_line(method, speaker):
     with pytest.raises(UserError, match=f"{method} must be trained: add --fit"):
         call("vlm", "--method", method, "--keep", "0.5", speaker, "--dry-run")
+
+
+def test_what_must_learn_is_timed_before_it_has():
+    built = registry.build("atp-llava", "vlm")
+    with torch.no_grad():
+        kept = selection(built.counted(), "cpu")()
+    assert kept.count == kept.length - 576 + 64
 
 
 def test_what_cannot_be_fitted_is_refused(tmp_path):

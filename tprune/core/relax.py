@@ -17,6 +17,17 @@ def gate(value: Tensor, threshold: Tensor, temperature: float) -> Tensor:
     return straight_through((soft > 0.5).to(soft.dtype), soft)
 
 
+def gumbel(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+    """A choice per row of `logits` [..., C], drawn as their softmax has it: one-hot, with the relaxed one's gradient.
+
+    Gumbel noise in float32, of uniform draws kept off 0 and 1; straight through.
+    """
+    uniform = torch.rand(logits.shape, generator=generator, device=logits.device).clamp(1e-6, 1 - 1e-6)
+    soft = ((logits.float() - (-uniform.log()).log()) / temperature).softmax(-1)
+    hard = torch.zeros_like(soft).scatter(-1, soft.argmax(-1, keepdim=True), 1)
+    return straight_through(hard, soft)
+
+
 def mask_attention(rows: Tensor, present: Tensor, epsilon: float, keep_self: bool = False) -> Tensor:
     """Attention as if only the present tokens were keys, with a gradient for those that are absent.
 

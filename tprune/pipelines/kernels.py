@@ -19,7 +19,11 @@ PATCH_WIDTH, PATCH_HEADS, TOWER_DEPTH, GRID = 1024, 16, 24, 24
 
 def selection(method: TokenMethod, device: torch.device | str) -> Callable[[], Reduction]:
     """A call that chooses 64 of 576 tokens of noise, as at the first site of `method`."""
-    shape = Shape(32, IMAGE, heads=HEADS, has_cls=True)
+    shape = Shape(32, IMAGE, heads=HEADS, has_cls=True, width=WIDTH)
+    if method.learns == "required":
+        # What it learned in a smaller model does not fit; the values do not change the time.
+        state = method.neutral_state(shape, 0)
+        method = method.bind({name: tensor.to(device) for name, tensor in state.items()})
     site = min(stage.site for stage in method.stages(shape, KEPT / IMAGE))
     view = _image(method, device) if site == PROJECTOR else _prompt(device)
     return lambda: method.reduce(site, view, KEPT, {"episode": {}})

@@ -286,7 +286,15 @@ class VlmPipeline(Pipeline):
         return of_vlm(self, subject, handle, sample)
 
     def bench(self, subject: Subject, rounds: int) -> dict[str, Any]:
-        """Whole prompts and their parts, dense and pruned in turn, and the method's selection at the size of LLaVA."""
+        """Whole prompts and their parts, dense and pruned in turn, and the method's selection at the size of LLaVA.
+
+        What must be learned is timed as it is before: its values do not change the time.
+        """
+        if self.method.learns == "required" and self.stage.fit is None:
+            shape = self.nominal(adapter.anatomy(subject.model))
+            self.method = self.method.bind(
+                untuned(subject, self.method.neutral_state(shape, self.recipe.seed))
+            )
         inputs = self.noise(subject, self.recipe.batch_size)
         found = self.beside_dense(subject, lambda one: self.prefill(one, inputs), rounds)
         found["times"] |= bench_vlm.parts(lambda one: self.apply(one, None), subject, inputs, rounds)
