@@ -8,6 +8,7 @@ from transformers import DynamicCache
 
 import tprune
 from tests.decoders import CONFIGS, NO_ROPE, decoder, tokens
+from tprune.evaluate.context import layer_bytes
 from tprune.methods import registry
 from tprune.methods.base import CacheMethod
 
@@ -96,15 +97,21 @@ def test_the_prompt_itself_is_answered_by_the_dense_model(method):
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
 def test_cache_bytes_fall_by_exactly_what_was_asked(method, name):
     model, ids = decoder(name), tokens(2, PROMPT)
+    encodes = registry.load(method, "llm-context").encodes
+    full = [layer for layer in model(ids).past_key_values.layers if not layer.is_sliding]
+    dense = layer_bytes(full[:1])
     with prune(model, method, 0.5, name) as handle:
         cache = model(ids).past_key_values
         for layer, kind in zip(cache.layers, DynamicCache(config=model.config).layers, strict=True):
             if kind.is_sliding:
                 assert layer.keys.shape[2] == model.config.sliding_window - 1
-            else:
+            elif not encodes:
                 assert layer.keys.shape[2] == layer.values.shape[2] == PROMPT // 2
                 assert layer.keys.untyped_storage().nbytes() == layer.keys.nbytes
-        assert handle.achieved().value == 0.5
+            else:
+                # Bitmaps and the like come in whole bytes, and the vectors of tiny models are short.
+                assert abs(layer_bytes([layer]) / dense - 0.5) < 0.02
+        assert abs(handle.achieved().value - 0.5) <= (0.02 if encodes else 0)
 
 
 @every_method

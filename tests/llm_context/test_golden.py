@@ -10,9 +10,10 @@ from tprune.core.budget import Site, Stage
 from tprune.core.cache import stack_rows
 from tprune.core.score import attention_rows, mean_over_group, pool_neighbours, window_attention
 from tprune.core.select import representatives
+from tprune.core.sparse import Sparse
 from tprune.methods import registry
 from tprune.methods.llm_context.kvcrush import anchor_of
-from tprune.methods.views import Attention, LayerView
+from tprune.methods.views import Attention, LayerView, TokenView
 from tprune.models.cache_layer import Owner, PrunedLayer
 from tprune.models.compress import biased
 from tprune.models.decoder import DecoderDriver
@@ -149,6 +150,31 @@ def test_kvcrush_represents_patterns_as_the_public_code_represents_pages(case):
     anchor = anchor_of(sizes["anchor"], bits, None, 0)
     kept = representatives(bits, anchor, free, sizes["budget"])
     assert torch.equal(kept[0], tensors[f"{case}.kept"])
+
+
+@pytest.mark.parametrize("case", golden("llm-context", "mustafar")[1]["settings"]["cases"])
+def test_mustafar_stores_the_elements_that_the_authors_leave(case):
+    tensors, facts = golden("llm-context", "mustafar")
+    sizes = facts["settings"]["cases"][case]
+    part = Sparse.of(tensors["k"], tensors["v"], (sizes["keys"], sizes["values"]))
+    key, value, visible = next(part.tiles())
+    assert visible is None
+    assert torch.equal(key, tensors[f"{case}.key"])
+    assert torch.equal(value, tensors[f"{case}.value"])
+
+
+@pytest.mark.parametrize("case", golden("llm-context", "agile-quant")[1]["settings"]["cases"])
+def test_agile_quant_removes_what_the_authors_remove(case):
+    tensors, facts = golden("llm-context", "agile-quant")
+    sizes, attention = facts["settings"]["cases"][case], tensors["attention"][None]
+    length = attention.shape[2]
+    method = registry.build("agile-quant", "llm-context", {"conventional": sizes["conventional"]})
+    every = torch.ones(1, length, dtype=torch.bool)
+    seen = Attention(torch.zeros(1, attention.shape[1], length, 1), None, None, 1.0, map=attention)
+    view = TokenView(torch.zeros(1, length, 1), every, attention=seen)
+    kept = method.reduce(Site(1), view, length - sizes["removed"], {}).index[0]
+    gone = sorted(set(range(length)) - set(kept.tolist()))
+    assert gone == tensors[f"{case}.removed"].tolist()
 
 
 SNAPKV = golden("llm-context", "snapkv")[1]["settings"]["cases"]

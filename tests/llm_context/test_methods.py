@@ -5,9 +5,12 @@ import torch
 
 import tprune
 from tests.decoders import decoder, tokens
+from tprune.core.budget import Site
+from tprune.core.sparse import Elements
 from tprune.methods import registry
 from tprune.methods.base import CacheMethod
-from tprune.methods.views import Attention, LayerView
+from tprune.methods.llm_context.agile_quant import paid_to
+from tprune.methods.views import Attention, LayerView, TokenView
 
 PROMPT = 96
 CACHE_METHODS = [
@@ -15,6 +18,8 @@ CACHE_METHODS = [
     for fact in registry.facts("llm-context")
     if issubclass(registry.load(fact.id, "llm-context"), CacheMethod)
 ]
+
+EVICTING = [name for name in CACHE_METHODS if not registry.load(name, "llm-context").encodes]
 
 
 def after(model, method, steps=6, **settings):
@@ -27,7 +32,7 @@ def after(model, method, steps=6, **settings):
     return torch.cat(logits, dim=1), cache.layers[-1]
 
 
-@pytest.mark.parametrize("method", CACHE_METHODS)
+@pytest.mark.parametrize("method", EVICTING)
 def test_a_pyramid_of_budgets_keeps_what_was_asked_and_goes_on(method):
     model, ids, coming = decoder(), tokens(2, 128), tokens(2, 3, seed=2)
     with tprune.prune(model, f"llm-context/{method}", keep=0.5, pyramid=1.5) as handle:
@@ -93,3 +98,76 @@ def test_kvcrush_keeps_one_of_every_stretch_of_the_sorted_rest():
         far = {j: sum((j in best[head]) != bool(head % 2) for head in range(4)) for j in rest}
         rest.sort(key=lambda token: (far[token], token))
         assert set(kept[group].tolist()) == important | set(rest[:24:4])
+
+
+@pytest.mark.parametrize("width", [6, 8, 20])
+def test_a_bitmap_and_elements_are_the_vectors_without_their_smallest(width):
+    x = torch.randn(2, 3, 300, width, generator=torch.Generator().manual_seed(width))
+    held = Elements.of(x, 5)
+    kept = x.abs().topk(5, dim=-1).indices
+    assert torch.equal(held.dense(), torch.zeros_like(x).scatter(-1, kept, x.gather(-1, kept)))
+    assert held.nbytes == 2 * 3 * 300 * (-(-width // 8) + 5 * 4)
+    assert torch.equal(held.join(held).dense(), torch.cat([held.dense(), held.dense()], dim=2))
+
+
+def test_mustafar_answers_as_a_dense_cache_with_zeros_and_prunes_each_entry_once():
+    """An oracle with dense tensors: what is older than the window has lost its smallest elements."""
+    model, ids = decoder(), tokens(1, PROMPT + 6)
+    with tprune.prune(model, "mustafar", keep=0.5, residual=8) as handle:
+        cache, logits = model(ids[:, :PROMPT]).past_key_values, []
+        view = LayerView(0, 1, None, *[torch.zeros(1, 2, PROMPT, 8)] * 2, None, {})
+        counts = handle.compression.method.elements(view, PROMPT // 2)
+        for place in range(PROMPT, PROMPT + 6):
+            logits.append(model(ids[:, place : place + 1], past_key_values=cache).logits)
+    dense = model(ids[:, :PROMPT]).past_key_values
+    for step in range(6):
+        for layer in dense.layers:
+            old = slice(0, layer.keys.shape[2] - 8)
+            layer.keys[:, :, old] = Elements.of(layer.keys[:, :, old], counts[0]).dense()
+            layer.values[:, :, old] = Elements.of(layer.values[:, :, old], counts[1]).dense()
+        expected = model(ids[:, PROMPT + step : PROMPT + step + 1], past_key_values=dense).logits
+        assert torch.allclose(logits[step], expected, atol=1e-4)
+    assert [part.length for part in cache.layers[0].stored.parts] == [PROMPT - 2]
+
+
+def test_sliminfer_keeps_the_blocks_of_the_best_units():
+    """An oracle with plain loops, on tokens of which some have left."""
+    generator = torch.Generator().manual_seed(3)
+    query, key = torch.randn(1, 4, 30, 8, generator=generator), torch.randn(1, 2, 30, 8, generator=generator)
+    position = torch.tensor([place for place in range(40) if place % 4])[None]
+    prunable = position < 39
+    view = TokenView(
+        torch.zeros(1, 30, 4),
+        prunable,
+        position=position,
+        attention=Attention(query, key, key, 0.4, causal=True),
+    )
+    method = registry.build("sliminfer", "llm-context", {"block_size": 8, "unit_size": 4})
+    found = method.reduce(Site(1), view, 16, {}).index[0].tolist()
+    keys = key.repeat_interleave(2, dim=1)[0]
+    units = {}
+    for place in range(30):
+        units.setdefault(int(position[0, place]) // 4, []).append(place)
+    score = {
+        unit: float((query[0, :, -1] * keys[:, members].mean(1)).sum(1).mean())
+        for unit, members in units.items()
+    }
+    blocks = {block: max(score[2 * block], score[2 * block + 1]) for block in range(5)}
+    order = sorted(units, key=lambda unit: (unit // 2 not in (0, 4), -blocks[unit // 2], -score[unit]))
+    expected = [place for unit in order for place in units[unit] if place < 29][:16]
+    assert found == sorted([*expected, 29])
+
+
+def test_agile_quant_goes_by_one_column_of_the_map_and_never_loses_the_first_token():
+    generator = torch.Generator().manual_seed(3)
+    query, key = (
+        torch.randn(1, 4, 300, 8, generator=generator),
+        torch.randn(1, 2, 300, 8, generator=generator),
+    )
+    attention = Attention(query, key, key, 0.4, causal=True)
+    column = attention.rows()[..., 0]
+    assert torch.allclose(paid_to(attention, torch.tensor([[0]])), column, atol=1e-6)
+    view = TokenView(torch.zeros(1, 300, 4), torch.ones(1, 300, dtype=torch.bool), attention=attention)
+    kept = registry.build("agile-quant", "llm-context").reduce(Site(1), view, 30, {}).index[0]
+    assert torch.equal(kept, column.sum(1)[0].topk(30).indices.sort().values)
+    assert kept[0] == 0

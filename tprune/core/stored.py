@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,9 @@ Tile = tuple[Tensor, Tensor, Tensor | None]
 class Part(ABC):
     """Some entries of every row and key-value head."""
 
+    grows: ClassVar[bool] = False
+    """Whether later entries can be held in the same form (`like` and `join`)."""
+
     @property
     @abstractmethod
     def nbytes(self) -> int:
@@ -37,6 +41,19 @@ class Part(ABC):
     @abstractmethod
     def each_row(self, change: Callable[[Tensor], Tensor]) -> Part:
         """The part with `change` applied to the rows (the first axis) of everything it holds."""
+
+    def like(self, key: Tensor, value: Tensor) -> Part:
+        """Other entries [B, G, t, d] in the same form."""
+        raise NotImplementedError
+
+    def join(self, later: Part) -> Part:
+        """This part and a `later` one of its kind as one."""
+        raise NotImplementedError
+
+    @property
+    def length(self) -> int:
+        """How many entries a head holds, of parts that grow."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +76,31 @@ class Stored:
         """As `Part.each_row`, of all parts."""
         return replace(self, parts=tuple(part.each_row(change) for part in self.parts))
 
+    @property
+    def grows(self) -> bool:
+        """Whether it can take in later entries."""
+        last = self.parts[-1]
+        return all(row.grows for row in last.rows) if isinstance(last, Rows) else last.grows
+
+    def absorb(self, key: Tensor, value: Tensor, real: Tensor | None = None) -> Stored:
+        """With later entries [B, G, t, d]; of rows where `real` [B] is False nothing is taken in."""
+        last = self.parts[-1]
+        if isinstance(last, Rows) or real is not None:
+            rows = (
+                last.rows
+                if isinstance(last, Rows)
+                else [self.each_row(_only(row)) for row in range(len(key))]
+            )
+            taken = [True] * len(rows) if real is None else real.tolist()
+            states = zip(rows, key.split(1), value.split(1), taken, strict=True)
+            return Stored((Rows(tuple(row.absorb(k, v) if there else row for row, k, v, there in states)),))
+        new = last.like(key, value)
+        return Stored((*self.parts, new) if last.length >= TILE else (*self.parts[:-1], last.join(new)))
+
+
+def _only(row: int) -> Callable[[Tensor], Tensor]:
+    return lambda x: x[row : row + 1]
+
 
 @dataclass(frozen=True, eq=False)
 class Encode:
@@ -66,7 +108,8 @@ class Encode:
 
     Attributes:
         stored: in which form.
-        dense: how many of the latest stay as they are.
+        dense: how many of the latest stay as they are; where `stored` grows, an entry joins it as soon as so many
+            later ones are there.
     """
 
     stored: Stored

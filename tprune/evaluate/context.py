@@ -6,7 +6,8 @@ teacher-forced through what is left of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +23,14 @@ def context_length(window: int) -> int:
 
 def cache_bytes(cache: DynamicCache) -> int:
     """Bytes of all keys and values, in whatever form."""
+    return layer_bytes(cache.layers)
+
+
+def layer_bytes(layers: Iterable[Any]) -> int:
+    """Of some layers of a cache."""
     return sum(
         part.nbytes
-        for layer in cache.layers
+        for layer in layers
         for part in (layer.keys, layer.values, getattr(layer, "stored", None))
         if part is not None
     )

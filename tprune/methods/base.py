@@ -439,6 +439,8 @@ class CacheMethod(Method):
 
     takes: ClassVar[tuple[str, ...]] = ("per_head", "interval")
     """Which of the hyperparameters of these names make sense: both where entries are chosen by a score alone."""
+    encodes: ClassVar[bool] = False
+    """Whether it holds entries in another form and forgets none; its budget is then bytes."""
 
     pyramid: float | None = param(
         None, "budgets fall from layer to layer, to one part in so many of the mean", low=1, kw_only=True

@@ -51,6 +51,7 @@ class PrunedLayer(DynamicLayer):
         shift: int64 [B, G, m], by how many positions the first m keys have been turned, or None.
         cached: [B, G, m, d], these keys as they were before, where shifts will change; else None.
         stored: further entries in another form, older than those in `keys`, or None; they never change but for rows.
+        window: how many entries stay in `keys`, where older ones join what is stored; None where none does.
         asked: [B, H, m, d], the latest queries, where the cache is pruned again by them; else None.
         budget: how many entries stay then, int64 [B] where rows differ.
         seeds: int64 [B], of the rows' prompts, where the method draws at random.
@@ -74,6 +75,7 @@ class PrunedLayer(DynamicLayer):
         self.shift: Tensor | None = None
         self.cached: Tensor | None = None
         self.stored: Stored | None = None
+        self.window: int | None = None
         self.asked: Tensor | None = None
         self.budget: int | Tensor = 0
         self.seeds: Tensor | None = None
@@ -132,7 +134,7 @@ class PrunedLayer(DynamicLayer):
         if self.evicted and not self.owner.active:
             raise UserError("this cache was pruned by tprune; use it inside the with block that pruned it")
         self.seen += key_states.shape[-2]
-        if self.limit is not None and key_states.shape[-2] > 1:
+        if self.one_by_one and key_states.shape[-2] > 1:
             self.coming = key_states, value_states
         else:
             self.append(key_states, value_states, self.arriving)
@@ -195,6 +197,23 @@ class PrunedLayer(DynamicLayer):
         self.keys, self.values = self._buffers = keys, values
         self._places, self.state, self.valid = places, state, valid
         self._left = self.length
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether something happens to the cache at every token."""
+        return self.limit is not None or self.window is not None
+
+    def store_oldest(self) -> None:
+        """What is older than the window joins what is stored."""
+        count = self.length - self.window
+        if count <= 0:
+            return
+        places, old = self.places, slice(0, count)
+        real = None if self.valid is None else self.valid[:, old].all(1)
+        self.stored = self.stored.absorb(self.keys[:, :, old], self.values[:, :, old], real)
+        self.keys, self.values = self.keys[:, :, count:], self.values[:, :, count:]
+        self._places = places[..., count:]
+        self.valid = None if self.valid is None else self.valid[:, count:]
 
     @property
     def grown(self) -> int:
@@ -281,7 +300,7 @@ class PrunedLayer(DynamicLayer):
             return
         count = abs(tokens_to_remove)
         held = self.length - count
-        if self.limit is not None or held < self._left:
+        if self.one_by_one or held < self._left:
             raise UserError("tokens cannot be taken back from a cache after entries have left for them")
         self.keys, self.values = self.keys[:, :, :held], self.values[:, :, :held]
         self._places = None if self._places is None else self._places[..., :held]

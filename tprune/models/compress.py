@@ -138,9 +138,11 @@ class Compression:
             output = call.attend(call.query, call.key, call.value, call.mask)
             self.prune_prompt(place, layer, call)
             return output
-        if layer.limit is None:
+        if not layer.one_by_one:
             return self._answer(layer, call)
         if layer.coming is None:
+            if layer.window is not None:
+                return self._read(layer, call, call.query), None
             arrival, output = self._arrive(place, layer, call, call.query)
             self.waiting.append(arrival)
             return output, None
@@ -150,6 +152,9 @@ class Compression:
             one = slice(token, token + 1)
             real = None if self.arriving is None else self.arriving[:, one]
             layer.append(keys[:, :, one], values[:, :, one], real)
+            if layer.window is not None:
+                outputs.append(self._read(layer, call, call.query[:, :, one]))
+                continue
             arrival, output = self._arrive(place, layer, call, call.query[:, :, one])
             outputs.append(output)
             self.make_room([arrival])
@@ -167,10 +172,12 @@ class Compression:
             return call.attend(call.query, layer.keys, layer.values, mask)
 
     def _read(self, layer: PrunedLayer, call: AttentionCall, query: Tensor) -> Tensor:
-        """Attention [B, q, H, d] over dense entries and stored ones."""
+        """Attention [B, q, H, d] over dense entries and stored ones; what then leaves the dense window is stored."""
         tiles = chain([(layer.keys, layer.values, layer.visible(query.shape[2]))], layer.stored.tiles())
-        with FewThreads(query.shape[2] * layer.keys.numel(), layer.keys.device):
-            return attend_tiles(query, tiles, call.scale, call.softcap).transpose(1, 2)
+        output = attend_tiles(query, tiles, call.scale, call.softcap).transpose(1, 2)
+        if layer.window is not None:
+            layer.store_oldest()
+        return output
 
     def _arrive(
         self, place: int, layer: PrunedLayer, call: AttentionCall, query: Tensor

@@ -109,6 +109,7 @@ def _encode(layer: PrunedLayer, views: Sequence[LayerView], edits: Sequence[Enco
         valid = stack_rows([row[2].new_ones(1, row[2].shape[2], dtype=torch.bool) for row in latest])
     layer.hold(keys, values, places, {}, valid)
     layer.stored = stack_stored([edit.stored for edit in edits])
+    layer.window = edits[0].dense if layer.stored.grows else None
     rows = len(keys) // len(edits)
     return stored + rows * sum(edit.dense for edit in edits), rows * sum(view.length for view in views)
 

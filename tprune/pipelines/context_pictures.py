@@ -60,6 +60,10 @@ def kept_in_cache(subject: Subject, handle: CacheHandle, ids: Tensor) -> list[fl
         counts, heads = torch.zeros(len(ids)), 0
         for place in compression.places:
             layer = cache.layers[place]
+            if layer.stored is not None:
+                raise UserError(
+                    "a picture shows which entries stay in their places; here they are held in another form"
+                )
             slots = layer.places[0].cpu()  # [G, K]
             real = torch.ones_like(slots) if layer.valid is None else layer.valid[:1].cpu().expand_as(slots)
             counts.scatter_add_(0, slots.flatten(), real.flatten().float())

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tprune.core.budget import exponent, staircase
 from tprune.core.reduction import Reduction
 from tprune.core.select import keep_prunable_top
-from tprune.methods.base import Paper, TokenMethod, param
+from tprune.methods.base import Paper, param
+from tprune.methods.llm_context._steps import Steps
 
 
 @dataclass(frozen=True)
-class LazyLLM(TokenMethod):
+class LazyLLM(Steps):
     """Progressive pruning of the prompt, in prefill."""
 
     paper = Paper(
@@ -28,17 +28,8 @@ class LazyLLM(TokenMethod):
         "pruning, not the paper's dynamic one. The paper tunes layers and rates per task; these are a third party's "
         "for 32 layers, and --keep raises all rates to one power.",
     )
-    native = ("layers", "rates")
-
     layers: tuple[int, ...] = param((10, 20, 29), "layers before which tokens leave, of 32", low=1)
     rates: tuple[float, ...] = param((0.7, 0.4, 0.1), "fraction of the prompt left after each", low=0, high=1)
-
-    def stages(self, shape, knob):
-        """The staircase of rates; the last token always goes on."""
-        self.check_pairs("layers", "rates")
-        power = 1.0 if knob is None else exponent(knob)
-        counts = [round(shape.tokens * rate**power) for rate in self.rates]
-        return staircase(self.layers, counts, 32, shape.depth)
 
     def reduce(self, site, view, count, memory):
         """Keep the `count` tokens that the last token attends to most, and the last token."""
