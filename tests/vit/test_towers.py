@@ -29,6 +29,7 @@ TIMM = (
     "deit3_small_patch16_224",
     "vit_base_patch16_siglip_224",
     "eva02_tiny_patch14_224",
+    "vit_small_patch16_dinov3",
 )
 
 
@@ -68,8 +69,7 @@ def test_transformers_towers_are_identical_at_keep_one_and_lose_tokens_below(tow
 @pytest.mark.parametrize("name", TIMM)
 def test_timm_makes_are_identical_at_keep_one(name):
     size = 28 if "14" in name else 32
-    sized = {"img_size": size} if "eva" in name or "dinov2" in name else {"img_size": size}
-    model = built(lambda: timm.create_model(name, pretrained=False, depth=3, **sized))
+    model = built(lambda: timm.create_model(name, pretrained=False, depth=3, img_size=size))
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
     dense = model(images)
     for method in ("vit/random", "tome", "zero-tprune") + (() if "siglip" in name else ("evit",)):
@@ -79,9 +79,17 @@ def test_timm_makes_are_identical_at_keep_one(name):
             assert torch.isfinite(model(images)).all()
 
 
-def test_rotary_tables_follow_the_tokens_that_are_left():
-    model = built(lambda: timm.create_model("eva02_tiny_patch14_224", pretrained=False, depth=3, img_size=56))
-    images = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("eva02_tiny_patch14_224", 56),
+        ("vit_small_patch16_dinov3", 64),
+        ("vit_small_patch16_rope_mixed_224", 64),
+    ],
+)
+def test_rotary_tables_follow_the_tokens_that_are_left(name, size):
+    model = built(lambda: timm.create_model(name, pretrained=False, depth=3, img_size=size))
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
     with tprune.prune(model, "vit/random", keep=0.6, layers=(0,)) as handle:
         handle.driver.record = True
         pruned = model(images)
@@ -89,9 +97,11 @@ def test_rotary_tables_follow_the_tokens_that_are_left():
     # The same tokens, chosen by hand before the first block, each with its own row of the table.
     hidden, table = model._pos_embed(model.patch_embed(images))
     hidden = reduction.apply(model.norm_pre(hidden))
-    rows = table[reduction.index[:, 1:] - 1].unsqueeze(1)
-    for block in model.blocks:
-        hidden = block(hidden, rope=rows)
+    place = reduction.index[:, model.num_prefix_tokens :] - model.num_prefix_tokens
+    # Of all blocks and heads, or of each block and head.
+    tables = table if table.dim() == 4 else table.expand(3, 1, -1, -1)
+    for block, rows in zip(model.blocks, tables, strict=True):
+        hidden = block(hidden, rope=rows[:, place].transpose(0, 1))
     assert torch.allclose(model.forward_head(model.norm(hidden)), pruned, atol=1e-5)
 
 
