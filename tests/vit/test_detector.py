@@ -172,7 +172,7 @@ def test_the_loss_of_bavit_is_the_mean_cross_entropy_of_all_patches(images):
             truth = int(covered[image, patch] >= 0.5)
             total -= logits[image, patch].softmax(-1)[truth].log()
     labels = torch.stack([covered, 1 - covered], -1)
-    assert torch.allclose(fit.losses(None, labels, {"pixels": images}, None)["patches"], total / 48)
+    assert torch.allclose(fit.losses(None, labels, {"inputs": images}, None)["patches"], total / 48)
 
 
 def test_fitted_bavit_finds_the_digits_that_an_unfitted_one_misses():

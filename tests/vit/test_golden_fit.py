@@ -107,7 +107,7 @@ def test_eet_in_training_gives_the_authors_losses_and_gradients():
     driver = FitDriver(parts, method, fit, 0)
     pixels = images["image"].float()
     outputs = model(pixels)
-    losses = fit.losses(outputs, tensors["labels"], {"pixels": pixels, "again": model}, None)
+    losses = fit.losses(outputs, tensors["labels"], {"inputs": pixels, "again": model}, None)
     driver.remove()
     assert torch.equal(
         hide(torch.ones_like(pixels), fit.attended, 4, (14, 14))[:, :1] == 0, tensors["hidden"]

@@ -36,8 +36,9 @@ class DToP(TokenMethod):
         code="zbwxp/Dynamic-Token-Pruning",
         checked="code",
         notes="Heads learn from the class that covers most of a patch, the authors' from pixels; all tokens are there "
-        "meanwhile, as in the authors' base models, without the 40,000 steps in which some leave; no dropout. --keep "
-        "with heads that have met no budget ranks tokens by confidence.",
+        "meanwhile, as in the authors' base models, without the 40,000 steps in which some leave; no dropout, and a "
+        "cosine where their learning rate falls by a polynomial. --keep with heads that have met no budget ranks "
+        "tokens by confidence.",
     )
     kind = "trained"
     reads = ()
