@@ -139,6 +139,13 @@ def test_what_cannot_be_fitted_is_refused(tmp_path):
         tprune.prune(model, "vlm/m3", keep=0.5, fit=str(tmp_path / "no"), tokenizer=processor)
 
 
+def test_what_is_learned_from_is_read_before_anything_is_measured(speaker, tmp_path, monkeypatch):
+    monkeypatch.setattr("tprune.pipelines.run.measure", lambda *given: pytest.fail("measured"))
+    asked = ("vlm", "--method", "m3", "--keep", "0.5", "--fit", tmp_path / "no", speaker)
+    with pytest.raises(UserError, match="--fit .*no: no such folder"):
+        call(*asked)
+
+
 def test_a_folder_of_questions_can_be_fitted_on(tmp_path):
     lines = []
     for place in range(4):

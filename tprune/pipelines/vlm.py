@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,13 @@ class VlmPipeline(Pipeline):
                 "model's origin"
             )
         self.questions = questions.read(self.recipe.data, self.recipe.limit or self.default_limit)
+        if self.stage.fit is not None and self.method.state is None:
+            self.progress.say(f"{len(self.lessons):,} questions to learn from")
+
+    @cached_property
+    def lessons(self) -> questions.Questions | questions.TrainingQuestions:
+        """What `--fit` names."""
+        return questions.training(self.stage.fit)
 
     def admit(self, parts: adapter.Anatomy) -> None:
         """Raise UserError where the model lacks what the method reads, or the budget is out of reach."""
@@ -249,7 +256,7 @@ class VlmPipeline(Pipeline):
         from tprune.pipelines.fit import Fitting
         from tprune.pipelines.vlm_course import VlmCourse
 
-        course = VlmCourse(self, subject, parts, questions.training(self.stage.fit))
+        course = VlmCourse(self, subject, parts, self.lessons)
         return Fitting(self.method, self.stage.keep, self.recipe.seed, course, work, self.progress).run()
 
     def stages(self, parts: adapter.Anatomy, method: TokenMethod, tokens: int) -> tuple[Stage, ...]:
