@@ -7,6 +7,7 @@ from tests.vlm.tiny import IMAGE, tiny
 from tprune.methods import registry
 from tprune.methods.views import Attention
 from tprune.models.prompts import noise_prompts
+from tprune.pipelines.kernels import selection
 
 
 def test_a_layer_keeps_more_where_it_looks_at_the_image_and_less_where_it_does_not():
@@ -71,3 +72,9 @@ def test_what_left_a_heads_cache_is_as_if_hidden_from_that_head():
     rate = torch.where(mass > middle, 0.6, 0.3)
     assert entering == (rate * image.sum(1) + 1e-4).long().double().mean(1).tolist()
     assert any(not torch.equal(places[:, 0], places[:, 1]) for places in kept)
+
+
+def test_its_selection_alone_is_timed_with_a_row_per_head():
+    with torch.no_grad():
+        kept = selection(registry.build("plphp", "vlm"), "cpu")()
+    assert kept.index.shape == (32, 652 - 576 + 64)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
 
+from tprune.core import select
 from tprune.core.budget import PROJECTOR
 from tprune.core.reduction import Reduction
 from tprune.methods.base import Shape, TokenMethod
@@ -19,6 +21,8 @@ PATCH_WIDTH, PATCH_HEADS, TOWER_DEPTH, GRID = 1024, 16, 24, 24
 
 def selection(method: TokenMethod, device: torch.device | str) -> Callable[[], Reduction]:
     """A call that chooses 64 of 576 tokens of noise, as at the first site of `method`."""
+    if method.evicts():
+        return partial(_best_of_heads, method, _prompt(device))
     shape = Shape(32, IMAGE, heads=HEADS, has_cls=True, width=WIDTH)
     if method.learns == "required":
         # What it learned in a smaller model does not fit; the values do not change the time.
@@ -27,6 +31,13 @@ def selection(method: TokenMethod, device: torch.device | str) -> Callable[[], R
     site = min(stage.site for stage in method.stages(shape, KEPT / IMAGE))
     view = _image(method, device) if site == PROJECTOR else _prompt(device)
     return lambda: method.reduce(site, view, KEPT, {"episode": {}})
+
+
+def _best_of_heads(method: TokenMethod, view: TokenView) -> Reduction:
+    """What every head of one layer keeps in its cache; a head is a row."""
+    worth, _ = method.worth(view.attention, view.prunable, view.last)
+    index, valid = select.keep_prunable_top(worth[0], KEPT, view.prunable.expand(worth.shape[1], -1))
+    return Reduction.keep(index, view.hidden.shape[1], valid)
 
 
 def _noise(*shape: int, device: torch.device | str) -> torch.Tensor:
