@@ -79,9 +79,11 @@ class HoloV(TokenMethod):
         size = real.sum(2)
         others = (size - 1).clamp_min(1)[:, :, None]
         features = features.float()
-        unit = features / (features.norm(dim=-1, keepdim=True) + 1e-6) * real.unsqueeze(-1)
-        likeness = unit @ unit.transpose(2, 3)
-        likeness = likeness - torch.diag_embed(likeness.diagonal(dim1=2, dim2=3))
+        likeness = features @ features.transpose(2, 3)
+        # What is there of long vectors is read once: their lengths stand on the diagonal.
+        scale = real / (likeness.diagonal(dim1=2, dim2=3).clamp_min(0).sqrt() + 1e-6)
+        likeness = likeness * scale.unsqueeze(2) * scale.unsqueeze(3)
+        likeness.diagonal(dim1=2, dim2=3).zero_()
         mean = likeness.sum(3) / others
         # The squares of all c entries of a row, the diagonal's included, which is 0.
         variance = (
