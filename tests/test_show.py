@@ -251,10 +251,11 @@ def test_a_streaming_window_keeps_the_first_and_the_last_tokens_of_a_prompt(fold
     assert shares.count(0) == 18
 
 
-def test_a_question_is_answered_with_and_without_the_tokens_that_left(tmp_path):
+@pytest.mark.parametrize("method", ["random", "plphp"])
+def test_a_question_is_answered_with_and_without_the_tokens_that_left(method, tmp_path):
     out = tmp_path / "out"
     words = ("--limit", 4, "--batch-size", 4, "--no-eval", "--quiet", "--out", out)
-    call("vlm", "--method", "random", "--keep", 0.5, "digits-llava", *words)
+    call("vlm", "--method", method, "--keep", 0.5, "digits-llava", *words)
     picture = show(out, tmp_path / "to", "--sample", 1)[0]
     assert {"question", "expected", "dense", "pruned"} <= set(picture)
     assert picture["grid"] == [12, 12]
@@ -307,7 +308,7 @@ def test_every_kind_of_vision_language_model_has_a_grid_of_image_tokens(kind):
     with tprune.prune(model, "vlm/divprune", keep=0.5) as handle:
         handle.driver.trace = steps = []
         model(**inputs, use_cache=True)
-        found = crops(subject, handle, inputs, Image.fromarray(gray()))
+        found = crops(subject, inputs, Image.fromarray(gray()))
     tokens = image_tokens(model, inputs)[0]
     places = torch.cat([crop.slots for crop in found])
     assert tokens[places[places >= 0]].all()

@@ -17,7 +17,7 @@ from tprune.models.layout import units
 from tprune.models.pixels import as_image
 from tprune.models.run import Inputs
 from tprune.models.subject import Subject
-from tprune.models.vlm import image_tokens
+from tprune.models.vlm import anatomy, image_tokens
 from tprune.pipelines.base import Sample
 from tprune.pipelines.pictures import heading, opened, panels, undisturbed
 from tprune.pipelines.vlm import LONGEST_ANSWER, VlmHandle, VlmPipeline
@@ -62,7 +62,7 @@ def of_vlm(driver: VlmPipeline, subject: Subject, handle: VlmHandle, sample: Sam
     line = f"{asked}   dense: {dense or NOTHING}   pruned: {pruned or NOTHING}"
     line += f"   expected: {expected}" if expected else ""
     steps = [(site, stands[0]) for site, stands in steps]
-    found = crops(subject, handle, inputs, image)
+    found = crops(subject, inputs, image)
     drawn = []
     for number, crop in enumerate(found):
         name = sample.name + (f"-crop-{number}" if len(found) > 1 else "")
@@ -83,7 +83,7 @@ def question(driver: VlmPipeline, sample: Sample) -> tuple[Image.Image, str, str
     return read.open(sample.place), item.prompt, item.answer
 
 
-def crops(subject: Subject, handle: VlmHandle, inputs: Inputs, image: Image.Image) -> list[Crop]:
+def crops(subject: Subject, inputs: Inputs, image: Image.Image) -> list[Crop]:
     """The image of a prompt, or its crops; without those whose tokens form no grid.
 
     Raises:
@@ -92,7 +92,7 @@ def crops(subject: Subject, handle: VlmHandle, inputs: Inputs, image: Image.Imag
     model, pixels = subject.model, inputs["pixel_values"]
     mask = image_tokens(model, inputs)
     found = []
-    for unit in units(handle.projector.parts.outer, model.config, inputs, mask, by_crop=True):
+    for unit in units(anatomy(model).outer, model.config, inputs, mask, by_crop=True):
         if inputs.get("image_grid_thw") is not None:
             seen, grid = resized(image, inputs["image_grid_thw"][unit.image], model.config.vision_config)
         elif pixels.dim() >= 4:
