@@ -146,8 +146,13 @@ def window_attention(
     Softmax over all keys, causal inside the window, summed over its queries; the window's own columns are
     then left out. `query` [B, H, N, d] ends where `key` [B, G, T, d] ends.
     """
-    rows = attention_rows(query[:, :, -window:], key, scale, causal=True, softcap=softcap)
-    return rows.sum(2)[..., : key.shape[2] - window]
+    logits = _logits(query[:, :, -window:], key, scale, softcap)
+    rows = logits.shape[2]
+    # Only the window's own columns hide anything.
+    logits[..., -rows:].masked_fill_(
+        torch.ones(rows, rows, dtype=torch.bool, device=key.device).triu(1), -torch.inf
+    )
+    return logits.softmax(dim=-1).sum(2)[..., : key.shape[2] - window]
 
 
 def pool_neighbours(scores: Tensor, kernel: int, kind: str) -> Tensor:
