@@ -136,3 +136,23 @@ def test_lists_of_values_that_are_too_long_or_do_not_match_are_refused():
         registry.build("feather", "vlm", {"layers": "8,9,10"})
     with pytest.raises(UserError, match="pyramiddrop: 3 layers and 1 ratios"):
         registry.build("pyramiddrop", "vlm", {"ratios": 0.5}).stages(Shape(32, 576), None)
+
+
+def test_with_a_budget_the_data_no_longer_decides_how_many_stay():
+    kinds = [registry.load(fact.id, fact.family) for fact in FACTS if fact.family in ("vit", "vlm")]
+    for kind in kinds:
+        if kind.under_keep:
+            assert kind().varies()
+            assert not kind().counted().varies()
+            assert kind().counted().settings() == kind().settings() | kind.under_keep
+
+
+@pytest.mark.parametrize(
+    ("name", "given"), [("vlm/longtail", "counts=keep"), ("vit/bavit", "threshold=none")]
+)
+def test_without_a_budget_something_says_how_many_stay(name, given):
+    method = registry.build(name, settings=dict([given.split("=")]))
+    with pytest.raises(
+        UserError, match=f"{method.id}: --set {given} leaves the numbers to --keep; give it a budget"
+    ):
+        method.stages(Shape(24, 576), None)

@@ -243,6 +243,8 @@ class TokenMethod(Method):
     """What a view holds at a VLM's projector: a whole "image", or each "crop" of it by itself."""
     native: ClassVar[tuple[str, ...]] = ()
     """The hyperparameters that are themselves a budget; --keep takes their place, so both is a contradiction."""
+    under_keep: ClassVar[dict[str, Any]] = {}
+    """What hyperparameters are under --keep, so that it fixes all counts; with other values the data decides."""
     positions: ClassVar[str] = "original"
     projects: ClassVar[bool] = False
     """Whether tokens are merged before a VLM's projector: the view then holds what the projector makes tokens of, class
@@ -373,13 +375,19 @@ class TokenMethod(Method):
         """
         return None
 
-    def counted(self) -> TokenMethod:
+    def counted(self) -> typing.Self:
         """The method under --keep, where `stages` fixes all counts: itself, unless the data decides without it."""
-        return self
+        return dataclasses.replace(self, **self.under_keep) if self.varies() else self
 
     def varies(self) -> bool:
         """Whether the data decides how many tokens each image keeps; `stages` then says how many at most."""
-        return False
+        return any(getattr(self, name) != value for name, value in self.under_keep.items())
+
+    def check_budget(self, knob: float | None) -> None:
+        """Raise UserError where nothing says how many stay: neither the data nor a budget."""
+        if knob is None and not self.varies():
+            fixed = ", ".join(f"{name}={value}" for name, value in self.under_keep.items()).lower()
+            raise UserError(f"{self.id}: --set {fixed} leaves the numbers to --keep; give it a budget")
 
     def fit(self, shape: Shape, keep: float | None, seed: int) -> Fit:
         """The method in training (`learns` is not "no").

@@ -6,7 +6,7 @@ beside its class token and its queries.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch.func import functional_call
@@ -36,6 +36,7 @@ class BAViT(TokenMethod):
     kind = "trained"
     reads = ()
     native = ("threshold",)
+    under_keep: ClassVar[dict[str, Any]] = {"threshold": None}
     learns = "required"
     labels = "patches"
     built_in: ClassVar[dict[str, Any]] = {"epochs": 1.0, "width": 96, "heads": 3}
@@ -64,18 +65,9 @@ class BAViT(TokenMethod):
         if self.width % self.heads:
             raise UserError(f"--set width={self.width}: expected a multiple of heads, {self.heads}")
 
-    def varies(self):
-        """Where every image has as much foreground as it has."""
-        return self.threshold is not None
-
-    def counted(self):
-        """With --keep the likeliest foreground stays."""
-        return replace(self, threshold=None)
-
     def stages(self, shape, knob):
         """Once, before the detector's encoder."""
-        if knob is None and not self.varies():
-            raise UserError("bavit: --set threshold=none leaves the number to --keep; give it a budget")
+        self.check_budget(knob)
         return [Stage(Site(0), shape.tokens if knob is None else max(1, round(knob * shape.tokens)))]
 
     def reduce(self, site, view, count, memory):

@@ -6,7 +6,7 @@ surest tokens of every class, which go on to stand for it. The last head names w
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -43,6 +43,7 @@ class DToP(TokenMethod):
     kind = "trained"
     reads = ()
     native = ("threshold",)
+    under_keep: ClassVar[dict[str, Any]] = {"threshold": None}
     learns = "required"
     labels = "patches"
     restores = True
@@ -81,16 +82,15 @@ class DToP(TokenMethod):
 
     def varies(self):
         """Where every token decides for itself."""
-        return self.threshold is not None or "threshold" in (self.state or {})
+        return super().varies() or "threshold" in (self.state or {})
 
     def counted(self):
         """With --keep, where no threshold has met it, the surest leave."""
-        return self if "threshold" in (self.state or {}) else replace(self, threshold=None)
+        return self if "threshold" in (self.state or {}) else super().counted()
 
     def stages(self, shape, knob):
         """Any number, or the same fraction, leaves at every exit."""
-        if knob is None and not self.varies():
-            raise UserError("dtop: --set threshold=none leaves the number to --keep; give it a budget")
+        self.check_budget(knob)
         layers = [layer + 1 for layer in self.layers]
         return ratio_stages(layers, 1.0 if knob is None else knob, shape.tokens, shape.depth)
 

@@ -6,7 +6,7 @@ partners above a threshold is redundant: it is dropped, nothing merges.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil
 
 import torch
@@ -16,7 +16,6 @@ from tprune.core.alike import redundancy_of_evens
 from tprune.core.budget import Site, Stage
 from tprune.core.reduction import Reduction
 from tprune.core.score import cosine_normalise
-from tprune.errors import UserError
 from tprune.methods.base import Paper, TokenMethod, param
 
 
@@ -35,6 +34,8 @@ class Saint(TokenMethod):
         "batch (counts=batch). --keep fixes the numbers, an equal fraction in each block.",
     )
 
+    under_keep = {"counts": "keep"}
+
     threshold: float = param(0.75, "cosine of keys from which two tokens are alike", low=-1, high=1)
     partners: int = param(5, "how many alike make a token redundant (K)", low=1)
     gamma: float = param(10.0, "how much the similarity of the partners counts beside their number", low=0)
@@ -45,18 +46,9 @@ class Saint(TokenMethod):
         choices=("image", "batch", "keep"),
     )
 
-    def varies(self):
-        """Unless a budget fixes the numbers."""
-        return self.counts != "keep"
-
-    def counted(self):
-        """With --keep the scores say which tokens leave, and not how many."""
-        return replace(self, counts="keep")
-
     def stages(self, shape, knob):
         """With a budget the same fraction, at most half, leaves each block; without, any number."""
-        if knob is None and not self.varies():
-            raise UserError("saint: --set counts=keep leaves the numbers to --keep; give it a budget")
+        self.check_budget(knob)
         stages, alive = [], shape.tokens
         for layer in range(int(shape.depth * self.part)):
             alive = alive if knob is None else ceil(alive * (1 + knob) / 2)

@@ -7,7 +7,7 @@ learns, tokens are weighed by how surely they pass; the model learns with it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -16,7 +16,6 @@ from torch.nn import functional
 from tprune.core import score, select
 from tprune.core.budget import staircase
 from tprune.core.reduction import Reduction
-from tprune.errors import UserError
 from tprune.methods.base import Paper, TokenMethod, param
 from tprune.methods.fit import Fit, Plan, Relaxed
 
@@ -38,6 +37,7 @@ class ATPLLaVA(TokenMethod):
         "of a stage are ours. --keep fixes the counts, the largest margins over the thresholds stay.",
     )
     reads = ("attention",)
+    under_keep = {"counts": "keep"}
     built_in = {"epochs": 1.0, "batch": 16, "lr": 1e-3, "model_lr": 1e-4}
 
     layers: tuple[int, ...] = param((5, 15, 25), "image tokens leave before these layers, of 32", low=1)
@@ -55,18 +55,9 @@ class ATPLLaVA(TokenMethod):
     lr: float = param(2e-5, "fit: peak learning rate of the module", low=0)
     model_lr: float = param(2e-5, "fit: of the model", low=0)
 
-    def varies(self):
-        """Unless a budget fixes the numbers."""
-        return self.counts != "keep"
-
-    def counted(self):
-        """With --keep every prompt keeps the same fraction."""
-        return replace(self, counts="keep")
-
     def stages(self, shape, knob):
         """Any number; with --keep, r^s after stage s."""
-        if knob is None and not self.varies():
-            raise UserError("atp-llava: --set counts=keep leaves the numbers to --keep; give it a budget")
+        self.check_budget(knob)
         ratio = 1.0 if knob is None else knob
         powers = range(1, len(self.layers) + 1)
         counts = [max(1, round(ratio**power * shape.tokens)) for power in powers]

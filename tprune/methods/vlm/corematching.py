@@ -6,7 +6,7 @@ end of the prompt shares, and where the sorted curve bends most says how many st
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from tprune.core import ranks, select
 from tprune.core.budget import Site, Stage, scale_layer
@@ -32,6 +32,7 @@ class CoreMatching(TokenMethod):
         "leave, as in the paper, before one layer, the one of the code's commented variant. --keep replaces the knee.",
     )
     reads = ("neurons",)
+    under_keep = {"exact": True}
 
     layer: int = param(10, "image tokens leave before this layer, by the MLP of the one before, of 32", low=1)
     reference: int = param(
@@ -46,10 +47,6 @@ class CoreMatching(TokenMethod):
             raise UserError("corematching: exact=true goes with --keep; leave it out, the knee then decides")
         count = shape.tokens if knob is None else max(1, round(knob * shape.tokens))
         return [Stage(Site(layer), count)]
-
-    def counted(self):
-        """With --keep the budget says how many stay."""
-        return replace(self, exact=True)
 
     def reduce(self, site, view, count, memory):
         """o_v = |{neurons that v activates} ∩ {those of the reference}|; those above the knee's value stay."""

@@ -32,6 +32,7 @@ class Feather(TokenMethod):
     )
     reads = ("before",)
     native = ("reduction",)
+    under_keep = {"exact": True}
 
     layers: tuple[int, ...] = param(
         (8, 16), "K₁, K₂: image tokens leave before these layers, of 32", low=1, length=2
@@ -57,10 +58,6 @@ class Feather(TokenMethod):
         counts = max(1, first), max(least, int(first * (share * share)))
         sites = [max(1, scale_layer(layer, 32, shape.depth)) for layer in self.layers]
         return [Stage(Site(site), count) for site, count in zip(sites, counts, strict=True)]
-
-    def counted(self):
-        """With --keep the stages say how many stay."""
-        return replace(self, exact=True)
 
     def reduce(self, site, view, count, memory):
         """s_j = mean over heads of softmax_j(q_last · k_j) over image tokens, without RoPE, in the layer before."""

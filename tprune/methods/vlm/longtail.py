@@ -6,14 +6,13 @@ its own place; inside the decoder what the text hardly looks at leaves too.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from tprune.core import ranks, select
 from tprune.core.budget import PROJECTOR, Site, Stage, scale_layer
 from tprune.core.reduction import Reduction
-from tprune.errors import UserError
 from tprune.methods.base import Paper, TokenMethod, param
 
 
@@ -35,23 +34,15 @@ class LongTail(TokenMethod):
     needs_cls = True
     reads = ("attention", "encoder")
     unit = "crop"
+    under_keep = {"counts": "keep"}
 
     layer: int = param(2, "before this decoder layer tokens leave again, of 32", low=1)
     ratio: float = param(0.5, "fraction of the rest that stays there", low=0, high=1)
     counts: str = param("image", "who says how many stay: each image, or --keep", choices=("image", "keep"))
 
-    def varies(self):
-        """Unless a budget fixes the numbers."""
-        return self.counts != "keep"
-
-    def counted(self):
-        """With --keep the scores say which tokens stay, and not how many."""
-        return replace(self, counts="keep")
-
     def stages(self, shape, knob):
         """As many as the image has in its head; with a budget a fraction in both places."""
-        if knob is None and not self.varies():
-            raise UserError("longtail: --set counts=keep leaves the numbers to --keep; give it a budget")
+        self.check_budget(knob)
         layer = Site(max(1, scale_layer(self.layer, 32, shape.depth)))
         if knob is None:
             return [Stage(PROJECTOR, shape.tokens), Stage(layer, shape.tokens)]

@@ -16,7 +16,6 @@ from tprune.core.budget import PROJECTOR, Stage, scale_layer
 from tprune.core.outliers import outlier_share
 from tprune.core.reduction import Reduction, gather_tokens
 from tprune.core.score import cosine_normalise
-from tprune.errors import UserError
 from tprune.methods.base import Paper, TokenMethod, param
 
 
@@ -41,6 +40,7 @@ class Recoverable(TokenMethod):
     reads = ("encoder", "projector")
     positions = "compact"
     unit = "crop"
+    under_keep = {"counts": "keep"}
     projects = True
 
     wide: int = param(20, "neighbours of the outlier factor that counts what stands out", low=1)
@@ -55,22 +55,13 @@ class Recoverable(TokenMethod):
     text: float = param(0.25, "with --keep: share of the text's recovery; the rest is merged", low=0, high=1)
     counts: str = param("image", "who says how many stay: each image, or --keep", choices=("image", "keep"))
 
-    def varies(self):
-        """Unless a budget fixes the numbers."""
-        return self.counts != "keep"
-
-    def counted(self):
-        """With --keep every crop keeps the same fraction."""
-        return replace(self, counts="keep")
-
     def encoder_blocks(self, depth):
         """The last block, which is not projected."""
         return (scale_layer(23, 24, depth),)
 
     def stages(self, shape, knob):
         """As many as stand out and are merged; with a budget round(r · N), at least one."""
-        if knob is None and not self.varies():
-            raise UserError("recoverable: --set counts=keep leaves the numbers to --keep; give it a budget")
+        self.check_budget(knob)
         return [Stage(PROJECTOR, max(1, round((1.0 if knob is None else knob) * shape.tokens)))]
 
     def reduce(self, site, view, count, memory):

@@ -7,7 +7,7 @@ much of. Keys are compared; no attention map is needed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil
 
 import torch
@@ -16,7 +16,6 @@ from tprune.core import alike, ranks, select
 from tprune.core.budget import PROJECTOR, Site, Stage, scale_layer
 from tprune.core.reduction import Reduction
 from tprune.core.score import cosine_normalise
-from tprune.errors import UserError
 from tprune.methods.base import Paper, TokenMethod, param
 
 LAYER_SHARE = 0.22
@@ -42,6 +41,7 @@ class SaintVLM(TokenMethod):
     reads = ("attention", "encoder")
     unit = "crop"
     native = ("patches",)
+    under_keep = {"counts": "keep"}
 
     where: str = param("hybrid", "where tokens leave", choices=("tower", "decoder", "hybrid"))
     patches: float = param(0.651, "fraction of the patches that the tower keeps: 375 of 576", low=0, high=1)
@@ -60,11 +60,7 @@ class SaintVLM(TokenMethod):
 
     def varies(self):
         """In the decoder, unless a budget fixes the numbers."""
-        return self.counts != "keep" and self.where != "tower"
-
-    def counted(self):
-        """With --keep the scores say which tokens leave, and not how many."""
-        return replace(self, counts="keep")
+        return super().varies() and self.where != "tower"
 
     def encoder_blocks(self, depth):
         """The block whose keys are compared."""
@@ -76,8 +72,8 @@ class SaintVLM(TokenMethod):
 
     def stages(self, shape, knob):
         """A fraction in the tower; then at most half at every layer, any number or the same fraction."""
-        if knob is None and self.counts == "keep" and self.where != "tower":
-            raise UserError("saint-vlm: --set counts=keep leaves the numbers to --keep; give it a budget")
+        if self.where != "tower":
+            self.check_budget(knob)
         stages, alive = [], shape.tokens
         if self.where != "decoder":
             alive = max(1, round((self.patches if knob is None else knob) * alive))

@@ -6,7 +6,7 @@ attends to most. Late in the decoder, where hardly any attention goes to image t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -34,6 +34,7 @@ class ToDRE(TokenMethod):
     reads = ("encoder", "attention", "seeds")
     positions = "compact"
     native = ("ratio",)
+    under_keep = {"tau": 0.0}
 
     ratio: float = param(0.25, "fraction of the image tokens that stays", low=0, high=1)
     dispersion: str = param(
@@ -45,14 +46,6 @@ class ToDRE(TokenMethod):
     def encoder_blocks(self, depth):
         """The last one."""
         return (depth - 1,)
-
-    def varies(self):
-        """Late in the decoder the attention decides."""
-        return self.tau > 0
-
-    def counted(self):
-        """Nothing leaves late."""
-        return replace(self, tau=0.0)
 
     def stages(self, shape, knob):
         """k = round(r · N), at least one; all of them, or none, from the late layer on."""

@@ -7,14 +7,13 @@ for global information, and every other token joins the sampled one it resembles
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil
 
 import torch
 
 from tprune.core import alike, select
 from tprune.core.budget import PROJECTOR, Stage, scale_layer
-from tprune.errors import UserError
 from tprune.methods.base import Paper, TokenMethod, param
 
 
@@ -37,6 +36,7 @@ class TokenCorr(TokenMethod):
     reads = ("encoder",)
     positions = "compact"
     unit = "crop"
+    under_keep = {"counts": "keep"}
 
     similar: float = param(0.8, "alpha: cosine of keys from which two patches are alike", low=-1, high=1)
     partners: float = param(
@@ -48,22 +48,13 @@ class TokenCorr(TokenMethod):
         "image", "who says how many stay: each sub-image, or --keep", choices=("image", "keep")
     )
 
-    def varies(self):
-        """Unless a budget fixes the numbers."""
-        return self.counts != "keep"
-
-    def counted(self):
-        """With --keep every sub-image keeps the same fraction."""
-        return replace(self, counts="keep")
-
     def encoder_blocks(self, depth):
         """The shallow block."""
         return (scale_layer(self.shallow, 24, depth),)
 
     def stages(self, shape, knob):
         """As many as the sub-image has information for, at least one; with a budget ceil(r · N)."""
-        if knob is None and not self.varies():
-            raise UserError("tokencorr: --set counts=keep leaves the numbers to --keep; give it a budget")
+        self.check_budget(knob)
         return [Stage(PROJECTOR, max(1, ceil((1.0 if knob is None else knob) * shape.tokens)))]
 
     def reduce(self, site, view, count, memory):

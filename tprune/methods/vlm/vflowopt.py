@@ -6,7 +6,7 @@ lost: neighbours become one token. Inside the decoder more of it leaves twice, b
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
 from operator import mul
@@ -16,7 +16,6 @@ import torch
 from tprune.core import fold, ranks, score, select
 from tprune.core.budget import PROJECTOR, Stage, exponent, scale_layer, staircase
 from tprune.core.reduction import Reduction
-from tprune.errors import UserError
 from tprune.methods.base import Paper, TokenMethod, param
 
 
@@ -39,6 +38,7 @@ class VFlowOpt(TokenMethod):
     reads = ("encoder", "attention")
     positions = "compact"
     native = ("vision", "decoder")
+    under_keep = {"counts": "keep"}
 
     vision: float = param(
         0.2651, "r_v: fraction of an image's tokens that stays before cells are added", low=0, high=1
@@ -54,19 +54,10 @@ class VFlowOpt(TokenMethod):
         "cells", "how many stay: as many as cells are taken, or as --keep says", choices=("cells", "keep")
     )
 
-    def varies(self):
-        """How many cells the lowest scores lie in depends on the image."""
-        return self.counts != "keep"
-
-    def counted(self):
-        """With --keep the numbers are exact."""
-        return replace(self, counts="keep")
-
     def stages(self, shape, knob):
         """round(r · n) at the projector and at the layers, beside cells; --keep takes powers of the fractions."""
         self.check_pairs("decoder", "layers")
-        if knob is None and not self.varies():
-            raise UserError("vflowopt: --set counts=keep leaves the numbers to --keep; give it a budget")
+        self.check_budget(knob)
         counts = [shape.tokens] * (1 + len(self.layers))
         if knob is not None:
             kept = accumulate((fraction ** exponent(knob) for fraction in (self.vision, *self.decoder)), mul)

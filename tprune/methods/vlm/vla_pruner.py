@@ -6,7 +6,7 @@ ones stay. The history of an episode is kept from one control step to the next.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -36,6 +36,7 @@ class VLAPruner(TokenMethod):
     )
     reads = ("attention", "embeddings")
     native = ("reduction",)
+    under_keep = {"warm_up": False}
 
     layer: int = param(3, "K: image tokens leave before this layer, of 32", low=1)
     reduction: float = param(0.5, "r: fraction of the image tokens that leaves", low=0, high=1)
@@ -59,10 +60,6 @@ class VLAPruner(TokenMethod):
                 f"vla-pruner: layer {self.watched} is watched, and tokens leave only before {self.layer}"
             )
         return [Stage(Site(layer), max(1, round(keep * shape.tokens)))]
-
-    def counted(self):
-        """With --keep every prompt keeps what the stages say."""
-        return replace(self, warm_up=False)
 
     def watches(self, depth):
         """One layer."""
