@@ -246,6 +246,9 @@ class TokenMethod(Method):
     under_keep: ClassVar[dict[str, Any]] = {}
     """What hyperparameters are under --keep, so that it fixes all counts; with other values the data decides."""
     positions: ClassVar[str] = "original"
+    """Whether tokens that stay keep their "original" position ids, or are renumbered to be "compact"."""
+    positions_inside: ClassVar[str | None] = None
+    """The same for what leaves inside a VLM's decoder, where it differs from what leaves at the projector."""
     projects: ClassVar[bool] = False
     """Whether tokens are merged before a VLM's projector: the view then holds what the projector makes tokens of, class
     tokens in front, and what is merged is projected again."""

@@ -26,7 +26,7 @@ from tprune.methods.views import TokenView
 from tprune.models.blocks import find_decoder
 from tprune.models.deepstack import Deepstack
 from tprune.models.episode import Episode
-from tprune.models.layer_inputs import LayerInputs
+from tprune.models.layer_inputs import LayerInputs, check_positions
 from tprune.models.run import Inputs, Run, Tally, here, planned, real_tokens
 from tprune.models.signals import Signals, attention_of, watch
 from tprune.models.taps import AttentionCall, Tap
@@ -55,6 +55,7 @@ class DecoderDriver:
         prunable_of: from the inputs of a prompt, by name, to bool [B, N]; None where nothing is to be pruned.
         stages_of: where tokens leave a row with so many prunable tokens, and how many are left.
         positions: "original" keeps the position ids of the tokens that are left, "compact" renumbers them.
+        positions_inside: the same for what leaves inside the decoder; None: as `positions`.
         seeds_of: from the inputs to a seed per row, int64 [B]; called where the method draws at random.
         entrance: what happens before the first layer, for methods with the site `PROJECTOR`.
         cells_of: from the inputs to every token's crop, row and column, int64 [B, N, 3]; called where the method reads
@@ -71,6 +72,7 @@ class DecoderDriver:
         stages_of: Callable[[int], Sequence[Stage]],
         *,
         positions: str = "original",
+        positions_inside: str | None = None,
         seeds_of: Callable[[Inputs], Tensor] | None = None,
         entrance: Entrance | None = None,
         cells_of: Callable[[Inputs], Tensor] | None = None,
@@ -79,14 +81,15 @@ class DecoderDriver:
     ):
         self.model = model
         self.method, self.prunable_of, self.stages_of = method, prunable_of, stages_of
-        self.positions, self.seeds_of, self.entrance = positions, seeds_of, entrance
+        self.seeds_of, self.entrance = seeds_of, entrance
         self.check_later = check_later
         self.hides = method.hides()
         decoder = find_decoder(model)
         self.core, self.layers = decoder.core, decoder.blocks
         self.rejoin = method.rejoins(Shape(len(self.layers), 0))
         self.outer = self.core if outer is None else outer
-        self.inputs = LayerInputs(self.core, positions)
+        self.positions = check_positions(positions, self.core)
+        self.inputs = LayerInputs(self.core, positions_inside or positions)
         self.signals = Signals(self.core, self.layers, self.inputs, cells_of)
         self.tally, self.episode = Tally(len(self.layers)), Episode(method, len(self.layers))
         self.run: Run | None = None

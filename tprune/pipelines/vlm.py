@@ -202,7 +202,7 @@ class VlmPipeline(Pipeline):
         stages_of: Callable[[int], Sequence[Stage]],
     ) -> ImageCaches:
         """What runs `method` behind prompts."""
-        positions = self.positions(parts)
+        positions = self.positions(parts, inside=True)
         return ImageCaches(
             subject.model,
             parts.outer,
@@ -210,7 +210,7 @@ class VlmPipeline(Pipeline):
             partial(adapter.image_tokens, subject.model),
             stages_of,
             exact=self.stage.keep is not None,
-            positions=check_positions("compact" if positions == "compact" else "original", parts.core),
+            positions=check_positions(numbering(positions), parts.core),
             check_later=partial(adapter.check_later, subject.model),
         )
 
@@ -240,7 +240,8 @@ class VlmPipeline(Pipeline):
             method,
             partial(adapter.image_tokens, subject.model),
             stages_of,
-            positions="compact" if positions == "compact" else "original",
+            positions=numbering(positions),
+            positions_inside=numbering(self.positions(parts, inside=True)),
             entrance=projector if PROJECTOR in sites else None,
             outer=parts.outer,
             seeds_of=projector.seeds,
@@ -264,16 +265,21 @@ class VlmPipeline(Pipeline):
         learned = method.varies() and method.learns != "no"
         return solve(method, self.shape(parts, tokens), None if learned else self.stage.keep)
 
-    def positions(self, parts: adapter.Anatomy) -> str:
+    def positions(self, parts: adapter.Anatomy, inside: bool = False) -> str:
         """As asked; else the paper's own, but never renumbered where positions are rows and columns of an image.
 
         "gap" (grounding-aware token pruning, arXiv 2506.21873) is "original" with the tokens in the order of their
         positions even where a method has its own; a merged token has the place of the token it is built on.
+
+        Args:
+            parts: of the model.
+            inside: of what leaves inside the decoder, and not at the projector.
         """
         if self.stage.positions is not None:
             return self.stage.positions
         rotary = getattr(parts.core, "rotary_emb", None)
-        return "original" if hasattr(rotary, "mrope_section") else self.method.positions
+        own = (self.method.positions_inside if inside else None) or self.method.positions
+        return "original" if hasattr(rotary, "mrope_section") else own
 
     def probe(self, subject: Subject) -> dict[str, Tensor]:
         """Two prompts with a noise image each, and the logits behind them."""
@@ -307,6 +313,11 @@ class VlmPipeline(Pipeline):
         found["times"] |= bench_vlm.parts(lambda one: self.apply(one, None), subject, inputs, rounds)
         found["times"]["select 64 of 576"] = bench_vlm.select_alone(self.acting, subject.device, rounds)
         return found | {"items": self.recipe.batch_size, "unit": "prompts"}
+
+
+def numbering(positions: str) -> str:
+    """ "compact" or "original", which "gap" is too but for the order."""
+    return "compact" if positions == "compact" else "original"
 
 
 def plain(text: str) -> str:

@@ -54,6 +54,15 @@ class VlmHandle(Handle):
             return "head"
         return self.driver.method.unit if self.driver.entrance else "prompt"
 
+    def positions(self) -> str:
+        """Of the tokens that are left."""
+        if self.projector is None:
+            return self.driver.positions
+        if self.projector.ascending:
+            return "gap"
+        outer, inner = self.driver.positions, self.driver.inputs.positions
+        return outer if outer == inner else f"{outer}, {inner} inside the decoder"
+
     def reset(self) -> None:
         """Begin a new episode, for methods that keep something from prompt to prompt."""
         self.driver.episode.reset()
@@ -78,7 +87,7 @@ class VlmHandle(Handle):
             "tokens_entering_mean": mean,
             "tokens_leaving_mean": (sum(entering[1:]) + entering[-1]) / len(entering),
             "kept_per": self.kept_per(),
-            "positions": "gap" if self.projector and self.projector.ascending else self.driver.positions,
+            "positions": self.positions(),
         }
         return Achieved(mean / tokens, details)
 

@@ -33,6 +33,7 @@ class ToDRE(TokenMethod):
     )
     reads = ("encoder", "attention", "seeds")
     positions = "compact"
+    positions_inside = "original"
     native = ("ratio",)
     under_keep = {"tau": 0.0}
 

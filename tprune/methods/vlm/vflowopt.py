@@ -37,6 +37,7 @@ class VFlowOpt(TokenMethod):
     )
     reads = ("encoder", "attention")
     positions = "compact"
+    positions_inside = "original"
     native = ("vision", "decoder")
     under_keep = {"counts": "keep"}
 
