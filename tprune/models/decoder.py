@@ -25,23 +25,13 @@ from tprune.methods.base import Shape, TokenMethod
 from tprune.methods.views import TokenView
 from tprune.models.blocks import find_decoder
 from tprune.models.deepstack import Deepstack
+from tprune.models.entrance import Entrance, fill_up, place_behind, shorten
 from tprune.models.episode import Episode
 from tprune.models.layer_inputs import LayerInputs, check_positions
 from tprune.models.run import Inputs, Run, Tally, here, planned, real_tokens
 from tprune.models.signals import Signals, attention_of, watch
 from tprune.models.taps import AttentionCall, Tap
-from tprune.models.track import (
-    Kept,
-    Track,
-    check_cache,
-    gather_any_mask,
-    gather_last,
-    restore,
-    restored,
-)
-
-Entrance = Callable[[Run, Tensor], tuple[Tensor, Tensor, Tensor | None]]
-"""What happens at `PROJECTOR`: (run, embeddings [B, N, D]) -> embeddings [B, K, D], slots [B, K], valid [B, K]."""
+from tprune.models.track import Kept, Track, check_cache, restored
 
 
 class DecoderDriver:
@@ -180,54 +170,24 @@ class DecoderDriver:
             return None
         given = dict(zip(self.names[module], args, strict=False)) | kwargs
         if run.is_prompt and PROJECTOR in run.counts:
-            self._shorten(run, given)
+            shorten(run, given, self.entrance, self.positions)
         elif run.track.entry is not None:
-            self._continue(run, given, run.track.entry)
+            place_behind(run, given, run.track.entry, self.positions)
         if run.is_prompt and "embeddings" in self.method.reads:
             run.embeddings = given["inputs_embeds"]
         mask = given.get("attention_mask")
         run.padding = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         first = run.track.layers.get(0)
         if first is not None:
-            self._continue(run, given, first)
+            place_behind(run, given, first, self.positions)
         return ((), given) if run.track.entry is not None or first is not None else None
-
-    def _shorten(self, run: Run, given: Inputs) -> None:
-        """A prompt: let tokens leave, and take their places out of mask and positions."""
-        mask, ids = given.get("attention_mask"), given.get("position_ids")
-        given["inputs_embeds"], index, valid = self.entrance(run, given["inputs_embeds"])
-        kept = run.track.entry = Kept.of(index, valid, run.length)
-        ids = torch.arange(run.length, device=index.device)[None] if ids is None else ids
-        given["position_ids"] = gather_last(ids, index)
-        if self.positions == "compact":
-            given["position_ids"] = given["position_ids"] - kept.shift()
-        # Without a mask transformers takes gaps in the positions for the seams of packed sequences.
-        mask = torch.ones_like(run.prunable, dtype=torch.int64) if mask is None else mask
-        given["attention_mask"] = gather_any_mask(mask, index, kept, run.length)
-
-    def _continue(self, run: Run, given: Inputs, kept: Kept) -> None:
-        """Tokens behind a prompt of which the first layer has only `kept`: their mask, and their positions."""
-        ids = given.get("position_ids")
-        batch, device = kept.index.shape[0], kept.index.device
-        rows = torch.arange(run.length, device=device).expand(batch, -1)
-        if ids is None:
-            ids = rows + run.start
-        elif run.inputs.get("position_ids") is None:
-            # The model counted from the length of a cache that is shorter than what it has seen.
-            ids = ids + (run.track.length - run.track.held)
-        # Where tokens left inside the decoder, every layer closes its own gaps.
-        closes = self.positions == "compact" and run.track.entry is not None
-        given["position_ids"] = ids - kept.gone[:, None] if closes else ids
-        mask = given.get("attention_mask")
-        given["attention_mask"] = gather_any_mask(mask, rows, kept, run.track.length)
 
     def _close(self, module: nn.Module, args: tuple, output: Any) -> Any:
         """After the last layer: as many tokens as entered the first."""
         run = self.run
         if run is None or not run.is_prompt or not run.track.layers:
             return output
-        kept = run.track.at(len(self.layers))
-        return _first(output, lambda hidden: restore(hidden, kept.index, kept.valid, run.track.entered))
+        return fill_up(output, run.track.at(len(self.layers)), run.track.entered)
 
     def _leave(self, module: nn.Module, args: tuple, output: Any) -> Any:
         """After the decoder: as many tokens as the caller gave; and the record travels with the cache."""
@@ -238,11 +198,7 @@ class DecoderDriver:
         track, cache = run.track, getattr(output, "past_key_values", None)
         if cache is not None:
             cache.tprune_track = track
-        if track.entry is None:
-            return output
-        return _first(
-            output, lambda hidden: restore(hidden, track.entry.index, track.entry.valid, run.length)
-        )
+        return output if track.entry is None else fill_up(output, track.entry, run.length)
 
     def _observe(self, call: AttentionCall) -> None:
         """Keep the attention of a layer that a site follows; show that of a layer the method watches."""
@@ -286,7 +242,7 @@ class DecoderDriver:
         before, hidden = run.track.at(site.layer), given["hidden_states"]
         slots = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[:2])
         slots = slots if before is None else before.index
-        valid = self._valid(run, site, slots)
+        valid = run.track.valid(site.layer, slots)
         position = slots if run.track.entry is None else run.track.entry.index.gather(1, slots)
         view = TokenView(
             hidden,
@@ -313,15 +269,6 @@ class DecoderDriver:
             run.trace.append((site, slots if run.track.entry is None else run.track.entry.index))
         return restored(hidden, before, run.full)
 
-    def _valid(self, run: Run, site: Site, slots: Tensor) -> Tensor | None:
-        """Which of the tokens before a layer are no fillers, bool [B, N]; None where all are."""
-        before, entry = run.track.at(site.layer), run.track.entry
-        valid = None if before is None else before.valid
-        if entry is not None and entry.valid is not None:
-            there = entry.valid.gather(1, slots)
-            valid = there if valid is None else valid & there
-        return valid
-
     def _take(
         self, run: Run, site: Site, view: TokenView, slots: Tensor, reduction: Reduction | None
     ) -> Tensor:
@@ -329,7 +276,7 @@ class DecoderDriver:
         run.attention, run.neurons, run.sublayers = None, None, {}
         if reduction is None:
             return view.hidden
-        before, valid = run.track.at(site.layer), self._valid(run, site, slots)
+        before, valid = run.track.at(site.layer), run.track.valid(site.layer, slots)
         if run.trace is not None:
             run.note(site, view.position, reduction.heirs(view.position), valid)
         left = reduction.valid
@@ -346,13 +293,3 @@ class DecoderDriver:
             slots.gather(1, reduction.index), left, run.track.entered, ascending
         )
         return reduction.apply(view.hidden)
-
-
-def _first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A module's output with its hidden states changed, whatever it wraps them in."""
-    if isinstance(output, Tensor):
-        return change(output)
-    if isinstance(output, tuple):
-        return (change(output[0]), *output[1:])
-    output.last_hidden_state = change(output.last_hidden_state)
-    return output

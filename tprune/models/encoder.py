@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from tprune.errors import UserError
 from tprune.methods.views import Attention, TokenView
-from tprune.models.decoder import attention_of
 from tprune.models.layout import packed_crops, pair
 from tprune.models.run import Inputs
+from tprune.models.signals import attention_of
 from tprune.models.taps import AttentionCall, Tap
 from tprune.models.vlm import Anatomy
 

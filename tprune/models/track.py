@@ -136,6 +136,15 @@ class Track:
         before = [place for place in self.layers if place <= layer]
         return self.layers[max(before)] if before else None
 
+    def valid(self, layer: int, slots: Tensor) -> Tensor | None:
+        """Which of the tokens [B, T] of the entering sequence before a layer are no fillers; None where all are."""
+        before, entry = self.at(layer), self.entry
+        valid = None if before is None else before.valid
+        if entry is not None and entry.valid is not None:
+            there = entry.valid.gather(1, slots)
+            valid = there if valid is None else valid & there
+        return valid
+
     def final(self) -> tuple[Tensor, Tensor | None] | None:
         """What is left of a prompt at the end: slots [B, K] of the caller's sequence, valid [B, K] or None.
 

@@ -20,7 +20,8 @@ from tprune.evaluate.stopwatch import Stopwatch
 from tprune.methods.base import CacheMethod, Shape
 from tprune.models import load as loaders
 from tprune.models.compress import Compression
-from tprune.models.decoder import DecoderDriver, Inputs
+from tprune.models.decoder import DecoderDriver
+from tprune.models.run import Inputs
 from tprune.models.subject import Subject, twin
 from tprune.pipelines.base import Achieved, Handle, Pipeline, Quality, Sample, Workload
 from tprune.pipelines.tokens import solve

@@ -1,0 +1,63 @@
+"""Where a sequence enters a decoder shortened, what then follows it, and where it leaves at its full length again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tprune.models.run import Inputs, Run
+from tprune.models.track import Kept, gather_any_mask, gather_last, restore
+
+Entrance = Callable[[Run, Tensor], tuple[Tensor, Tensor, Tensor | None]]
+"""What happens at `PROJECTOR`: (run, embeddings [B, N, D]) -> embeddings [B, K, D], slots [B, K], valid [B, K]."""
+
+
+def shorten(run: Run, given: Inputs, entrance: Entrance, positions: str) -> None:
+    """A prompt: let tokens leave, and take their places out of mask and positions.
+
+    Args:
+        run: of the prompt.
+        given: what the decoder is called with, by name; changed.
+        entrance: what chooses.
+        positions: "compact" renumbers the tokens that are left.
+    """
+    mask, ids = given.get("attention_mask"), given.get("position_ids")
+    given["inputs_embeds"], index, valid = entrance(run, given["inputs_embeds"])
+    kept = run.track.entry = Kept.of(index, valid, run.length)
+    ids = torch.arange(run.length, device=index.device)[None] if ids is None else ids
+    given["position_ids"] = gather_last(ids, index)
+    if positions == "compact":
+        given["position_ids"] = given["position_ids"] - kept.shift()
+    # Without a mask transformers takes gaps in the positions for the seams of packed sequences.
+    mask = torch.ones_like(run.prunable, dtype=torch.int64) if mask is None else mask
+    given["attention_mask"] = gather_any_mask(mask, index, kept, run.length)
+
+
+def place_behind(run: Run, given: Inputs, kept: Kept, positions: str) -> None:
+    """Tokens behind a prompt of which the first layer has only `kept`: their mask, and their positions."""
+    ids = given.get("position_ids")
+    batch, device = kept.index.shape[0], kept.index.device
+    rows = torch.arange(run.length, device=device).expand(batch, -1)
+    if ids is None:
+        ids = rows + run.start
+    elif run.inputs.get("position_ids") is None:
+        # The model counted from the length of a cache that is shorter than what it has seen.
+        ids = ids + (run.track.length - run.track.held)
+    # Where tokens left inside the decoder, every layer closes its own gaps.
+    closes = positions == "compact" and run.track.entry is not None
+    given["position_ids"] = ids - kept.gone[:, None] if closes else ids
+    mask = given.get("attention_mask")
+    given["attention_mask"] = gather_any_mask(mask, rows, kept, run.track.length)
+
+
+def fill_up(output: Any, kept: Kept, length: int) -> Any:
+    """A module's output with its hidden states at the slots of what is `kept` of `length`, zeros elsewhere."""
+    if isinstance(output, Tensor):
+        return restore(output, kept.index, kept.valid, length)
+    if isinstance(output, tuple):
+        return (restore(output[0], kept.index, kept.valid, length), *output[1:])
+    output.last_hidden_state = restore(output.last_hidden_state, kept.index, kept.valid, length)
+    return output
