@@ -15,8 +15,8 @@ from tprune.methods import registry
 from tprune.methods.llm_context.kvcrush import anchor_of
 from tprune.methods.views import Attention, LayerView, TokenView
 from tprune.models.cache_layer import Owner, PrunedLayer
-from tprune.models.compress import biased
 from tprune.models.decoder import DecoderDriver
+from tprune.models.held import biased
 from tprune.models.prompt_cache import hold
 from tprune.models.room import Arrival, make_room
 from tprune.models.rope import Rotation

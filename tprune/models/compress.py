@@ -12,25 +12,22 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from tprune.core.score import attend
-from tprune.core.stored import attend_tiles
 from tprune.errors import BudgetError, UserError
 from tprune.methods.base import CacheMethod
 from tprune.methods.views import Attention
 from tprune.models.cache import prunable_layers, take_over
 from tprune.models.cache_layer import Owner, PrunedLayer, Turn
+from tprune.models.held import attend_by_map, attend_held, attend_stored, biased
 from tprune.models.prompt_cache import hold, prompt_views
 from tprune.models.room import Arrival, make_room
 from tprune.models.rope import Rotation
 from tprune.models.taps import AttentionCall, Output, Tap
-from tprune.models.threads import FewThreads
 
 ASKED = 256
 """Of a cache that is pruned again, how many of the latest queries are kept to choose by."""
@@ -142,7 +139,7 @@ class Compression:
             return self._answer(layer, call)
         if layer.coming is None:
             if layer.window is not None:
-                return self._read(layer, call, call.query), None
+                return attend_stored(layer, call, call.query), None
             arrival, output = self._arrive(place, layer, call, call.query)
             self.waiting.append(arrival)
             return output, None
@@ -153,7 +150,7 @@ class Compression:
             real = None if self.arriving is None else self.arriving[:, one]
             layer.append(keys[:, :, one], values[:, :, one], real)
             if layer.window is not None:
-                outputs.append(self._read(layer, call, call.query[:, :, one]))
+                outputs.append(attend_stored(layer, call, call.query[:, :, one]))
                 continue
             arrival, output = self._arrive(place, layer, call, call.query[:, :, one])
             outputs.append(output)
@@ -162,22 +159,12 @@ class Compression:
 
     def _answer(self, layer: PrunedLayer, call: AttentionCall) -> Output:
         """Attention of the latest tokens over what the layer holds, where nothing leaves for them."""
-        queries = call.query.shape[2]
         if self.method.interval is not None:
             layer.asked = torch.cat([layer.asked, call.query], dim=2)[:, :, -ASKED:]
         if layer.stored is not None:
-            return self._read(layer, call, call.query), None
-        mask = self._mask(biased(layer.visible(queries), layer, call.query), call.query)
-        with FewThreads(queries * layer.keys.numel(), layer.keys.device):
-            return call.attend(call.query, layer.keys, layer.values, mask)
-
-    def _read(self, layer: PrunedLayer, call: AttentionCall, query: Tensor) -> Tensor:
-        """Attention [B, q, H, d] over dense entries and stored ones; what then leaves the dense window is stored."""
-        tiles = chain([(layer.keys, layer.values, layer.visible(query.shape[2]))], layer.stored.tiles())
-        output = attend_tiles(query, tiles, call.scale, call.softcap).transpose(1, 2)
-        if layer.window is not None:
-            layer.store_oldest()
-        return output
+            return attend_stored(layer, call, call.query), None
+        mask = biased(layer.visible(call.query.shape[2]), layer, call.query)
+        return attend_held(layer, call, call.query, mask, self.additive)
 
     def _arrive(
         self, place: int, layer: PrunedLayer, call: AttentionCall, query: Tensor
@@ -185,21 +172,11 @@ class Compression:
         """One token's attention [B, 1, H, d], where something will leave for it; its row is computed once for both."""
         mask = biased(layer.visible(1), layer, query)
         attention = Attention(query, layer.keys, layer.values, call.scale, bias=mask, softcap=call.softcap)
-        with FewThreads(layer.keys.numel(), layer.keys.device):
-            if "attention" in self.method.reads:
-                attention.map = attention.rows()
-                output = attend(attention.map, layer.values).transpose(1, 2)
-            else:
-                output = call.attend(query, layer.keys, layer.values, self._mask(mask, query))[0]
+        if "attention" in self.method.reads:
+            output = attend_by_map(layer, attention)
+        else:
+            output = attend_held(layer, call, query, mask, self.additive)[0]
         return Arrival(layer, attention, self.turns[self.kinds[place]]), output
-
-    def _mask(self, visible: Tensor | None, query: Tensor) -> Tensor | None:
-        """A mask as the implementation takes it."""
-        if visible is None or visible.dtype != torch.bool or not self.additive:
-            return visible
-        return torch.zeros_like(visible, dtype=query.dtype).masked_fill_(
-            ~visible, torch.finfo(query.dtype).min
-        )
 
     def prune_prompt(self, place: int, layer: PrunedLayer, call: AttentionCall) -> None:
         """Prune what the prompt left: all rows at once, or row by row without their padding."""
@@ -288,17 +265,6 @@ def _attention_modules(base: nn.Module) -> tuple[list[int], list[str | None], di
     depth = text.num_hidden_layers
     kinds = getattr(text, "layer_types", None) or [None] * depth
     return places, kinds, modules
-
-
-def biased(visible: Tensor | None, layer: PrunedLayer, query: Tensor) -> Tensor | None:
-    """What is `visible`, with what the method adds to the logits of entries: float [B, H, 1, T]."""
-    bias = layer.state.get("bias")
-    if bias is None:
-        return visible
-    later = layer.length - bias.shape[-1]
-    bias = torch.nn.functional.pad(bias, (0, later)).repeat_interleave(query.shape[1] // bias.shape[1], dim=1)
-    bias = bias.unsqueeze(2).to(query.dtype)
-    return bias if visible is None else bias.masked_fill(~visible, -torch.inf)
 
 
 def _padding(mask: Any, seen: int, coming: int) -> Tensor | None:
