@@ -29,10 +29,10 @@ from tprune.pipelines import bench_vlm
 from tprune.pipelines.base import Handle, Pipeline, Quality, Sample, Workload
 from tprune.pipelines.learned import untuned
 from tprune.pipelines.tokens import solve
+from tprune.pipelines.vlm_answers import LONGEST_ANSWER, plain, question_inputs, told
 from tprune.pipelines.vlm_handle import VlmHandle
 
 NOMINAL_TOKENS = 576
-LONGEST_ANSWER = 16
 
 
 class VlmPipeline(Pipeline):
@@ -124,42 +124,8 @@ class VlmPipeline(Pipeline):
     def answers(self, subject: Subject, places: range, longest: int) -> list[str]:
         """What the model says to some of the questions, greedily, at most `longest` tokens."""
         asked = [self.questions.items[place].prompt for place in places]
-        inputs = self.inputs(subject, [self.questions.open(place) for place in places], asked)
-        return self.said(subject, inputs, longest)
-
-    def inputs(self, subject: Subject, images: list[Any], asked: list[str]) -> dict[str, Tensor]:
-        """What the model is called with to be asked this about these images."""
-        processor = subject.processor
-        inputs = processor(
-            images=images,
-            text=[self.prompt(processor, question) for question in asked],
-            padding=True,
-            return_tensors="pt",
-        )
-        parameter = next(subject.model.parameters())
-        return {
-            name: value.to(parameter.device, parameter.dtype)
-            if value.is_floating_point()
-            else value.to(parameter.device)
-            for name, value in inputs.items()
-        }
-
-    def said(self, subject: Subject, inputs: dict[str, Tensor], longest: int) -> list[str]:
-        """What the model says, greedily, at most `longest` tokens."""
-        if longest == 1:
-            tokens = subject.model(**inputs, logits_to_keep=1).logits[:, -1:].argmax(-1)
-        else:
-            told = subject.model.generate(**inputs, max_new_tokens=longest, do_sample=False)
-            tokens = told[:, inputs["input_ids"].shape[1] :]
-        return subject.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-
-    def prompt(self, processor: Any, question: str) -> str:
-        """A question behind an image, as the model's own template has it."""
-        if getattr(processor, "chat_template", None):
-            content = [{"type": "image"}, {"type": "text", "text": question}]
-            turn = [{"role": "user", "content": content}]
-            return processor.apply_chat_template(turn, add_generation_prompt=True)
-        return f"{processor.image_token}\n{question}"
+        inputs = question_inputs(subject, [self.questions.open(place) for place in places], asked)
+        return told(subject, inputs, longest)
 
     def workload(self, subject: Subject) -> Workload:
         """The prefill of one batch of prompts with a noise image each."""
@@ -318,11 +284,6 @@ class VlmPipeline(Pipeline):
 def numbering(positions: str) -> str:
     """ "compact" or "original", which "gap" is too but for the order."""
     return "compact" if positions == "compact" else "original"
-
-
-def plain(text: str) -> str:
-    """An answer without case, surrounding space and the full stop."""
-    return text.strip().strip(".").strip().lower()
 
 
 PIPELINE = VlmPipeline

@@ -22,6 +22,7 @@ from tprune.models.projector import Projector
 from tprune.models.subject import Subject
 from tprune.pipelines.course import Course
 from tprune.pipelines.fit_loop import Batches
+from tprune.pipelines.vlm_answers import question_inputs
 
 if TYPE_CHECKING:
     from tprune.pipelines.vlm import VlmPipeline
@@ -99,7 +100,7 @@ class VlmCourse(Course):
     def collated(self, samples: Sequence[tuple[Any, tuple[str, str]]]) -> tuple[dict[str, Tensor], Tensor]:
         """What the model is called with, `ANSWERS` beside it, and the answers' tokens int64 [n], row by row."""
         images, texts = [image for image, _ in samples], [text for _, text in samples]
-        inputs = self.pipeline.inputs(self.subject, images, [prompt for prompt, _ in texts])
+        inputs = question_inputs(self.subject, images, [prompt for prompt, _ in texts])
         tokenizer = self.subject.processor.tokenizer
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         said = [tokenizer(f" {answer}", add_special_tokens=False)["input_ids"] + end for _, answer in texts]

@@ -20,7 +20,8 @@ from tprune.models.subject import Subject
 from tprune.models.vlm import anatomy, image_tokens
 from tprune.pipelines.base import Sample
 from tprune.pipelines.pictures import heading, opened, panels, undisturbed
-from tprune.pipelines.vlm import LONGEST_ANSWER, VlmHandle, VlmPipeline
+from tprune.pipelines.vlm import VlmHandle, VlmPipeline
+from tprune.pipelines.vlm_answers import LONGEST_ANSWER, question_inputs, told
 
 QUESTION = "What is in this image?"
 """What is asked about an image of one's own."""
@@ -48,16 +49,16 @@ def of_vlm(driver: VlmPipeline, subject: Subject, handle: VlmHandle, sample: Sam
     An image that is cut into crops is a picture per crop.
     """
     image, asked, expected = question(driver, sample)
-    inputs = driver.inputs(subject, [image], [asked])
+    inputs = question_inputs(subject, [image], [asked])
     longest = LONGEST_ANSWER
     if expected is not None:
         tokens = subject.processor.tokenizer(expected, add_special_tokens=False)["input_ids"]
         longest = min(len(tokens), LONGEST_ANSWER)
     with torch.no_grad(), undisturbed(handle.driver) as inner:
         inner.trace = steps = []
-        pruned = driver.said(subject, inputs, longest)[0].strip()
+        pruned = told(subject, inputs, longest)[0].strip()
         inner.trace, inner.prunable_of = None, lambda inputs: None
-        dense = driver.said(subject, inputs, longest)[0].strip()
+        dense = told(subject, inputs, longest)[0].strip()
     answers = {"question": asked, "expected": expected, "dense": dense, "pruned": pruned}
     line = f"{asked}   dense: {dense or NOTHING}   pruned: {pruned or NOTHING}"
     line += f"   expected: {expected}" if expected else ""
