@@ -53,8 +53,8 @@ def prune(
         settings: the method's own hyperparameters.
 
     Returns:
-        A handle: a context manager that restores the model exactly (tokens, caches), with `achieved()` and
-        `per_layer()`.
+        A handle: a context manager that restores the model exactly (tokens, caches; weights that `fit` trained stay
+        as they are), with `achieved()` and `per_layer()`.
 
     Raises:
         UserError: anything that does not fit.

@@ -34,7 +34,7 @@ def gaussian_entropy(outputs: Tensor) -> float:
 class Norm:
     """`norm` [C]: the L2 norm of every input over all tokens."""
 
-    strip = 512
+    strip = 256
     """Tokens squared at once, so that the squares take little memory."""
 
     def __init__(self) -> None:
@@ -43,10 +43,9 @@ class Norm:
     def add(self, x: Tensor) -> None:
         """Take in x [N, L, C]."""
         for part in x.flatten(0, -2).split(self.strip):
-            # A product sums down the tokens in a quarter of the time that `sum` takes.
-            self.total = (
-                self.total + (part.new_ones(1, len(part), dtype=torch.float32) @ part.float().square())[0]
-            )
+            # A product sums down the tokens in a third of the time that `sum` takes.
+            square = part.float().square()
+            self.total = self.total + (square.new_ones(1, len(square)) @ square)[0]
 
     def result(self) -> dict[str, Tensor]:
         """{"norm": [C]}."""

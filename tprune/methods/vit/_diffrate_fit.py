@@ -88,7 +88,8 @@ class Rates(Fit):
         for pruned, merged in self.counts():
             entering.append(left)
             both = pruned + merged
-            left = both - both.detach() + min(float(left), float(pruned), float(merged))
+            smallest = min(float(torch.as_tensor(count).detach()) for count in (left, pruned, merged))
+            left = both - both.detach() + smallest
             entering.append(left)
         missed = sum(entering) / (2 * self.depth * self.tokens) - self.keep
         return super().losses(outputs, labels, memory, dense) | {"budget": self.method.penalty * missed**2}
