@@ -34,8 +34,8 @@ def gaussian_entropy(outputs: Tensor) -> float:
 class Norm:
     """`norm` [C]: the L2 norm of every input over all tokens."""
 
-    strip = 256
-    """Tokens squared at once, so that the squares take little memory."""
+    strip = 128
+    """Tokens squared at once, so that the squares stay in the processor's cache."""
 
     def __init__(self) -> None:
         self.total: Tensor | float = 0.0
@@ -43,9 +43,7 @@ class Norm:
     def add(self, x: Tensor) -> None:
         """Take in x [N, L, C]."""
         for part in x.flatten(0, -2).split(self.strip):
-            # A product sums down the tokens in a third of the time that `sum` takes.
-            square = part.float().square()
-            self.total = self.total + (square.new_ones(1, len(square)) @ square)[0]
+            self.total = self.total + part.float().square().sum(0)
 
     def result(self) -> dict[str, Tensor]:
         """{"norm": [C]}."""
