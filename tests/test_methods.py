@@ -9,7 +9,7 @@ import tprune
 from tprune.cli import command
 from tprune.errors import UserError
 from tprune.methods import registry
-from tprune.methods.base import Shape
+from tprune.methods.tokens import Shape
 
 FACTS = registry.facts()
 

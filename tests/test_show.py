@@ -18,7 +18,7 @@ from tprune.core.budget import Site, Stage
 from tprune.core.reduction import Reduction, follow_all
 from tprune.errors import UserError
 from tprune.evaluate.pictures import Panel, draw_patches, enlarge, fit, patches
-from tprune.methods.base import TokenMethod
+from tprune.methods.tokens import TokenMethod
 from tprune.models.prompts import noise_prompts
 from tprune.models.source import Source
 from tprune.models.subject import Subject

@@ -12,7 +12,7 @@ import tprune
 from tests.decoders import NO_ROPE, decoder, tokens
 from tprune.core.cache import Evict
 from tprune.errors import UserError
-from tprune.methods.base import CacheMethod
+from tprune.methods.cache import CacheMethod
 from tprune.models.cache import fork
 from tprune.models.cache_layer import PrunedLayer
 from tprune.models.compress import Compression

@@ -10,7 +10,7 @@ import tprune
 from tests.decoders import CONFIGS, NO_ROPE, decoder, tokens
 from tprune.evaluate.context import layer_bytes
 from tprune.methods import registry
-from tprune.methods.base import CacheMethod
+from tprune.methods.cache import CacheMethod
 
 METHODS = [fact.id for fact in registry.facts("llm-context")]
 CACHE_METHODS = [name for name in METHODS if issubclass(registry.load(name, "llm-context"), CacheMethod)]

@@ -11,7 +11,7 @@ from tests.decoders import decoder, tokens
 from tprune.core.cache import Evict, Replace, per_entry
 from tprune.core.select import worst_between
 from tprune.methods import registry
-from tprune.methods.base import CacheMethod
+from tprune.methods.cache import CacheMethod
 from tprune.models.cache import fork
 from tprune.models.room import Shelf
 

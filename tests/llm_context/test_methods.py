@@ -8,7 +8,7 @@ from tests.decoders import decoder, tokens
 from tprune.core.budget import Site
 from tprune.core.sparse import Elements
 from tprune.methods import registry
-from tprune.methods.base import CacheMethod
+from tprune.methods.cache import CacheMethod
 from tprune.methods.llm_context.agile_quant import paid_to
 from tprune.methods.views import Attention, LayerView, TokenView
 

@@ -13,7 +13,7 @@ from tprune.errors import UserError
 from tprune.evaluate.context import score_continuations
 from tprune.evaluate.perplexity import perplexity
 from tprune.methods import registry
-from tprune.methods.base import CacheMethod
+from tprune.methods.cache import CacheMethod
 from tprune.models.load import load
 from tprune.models.source import resolve
 from tprune.pipelines.llm_context import twin

@@ -9,8 +9,8 @@ from tests.llm_weights.tiny import logits, prune
 from tprune.core.statistics import Norm
 from tprune.errors import UserError
 from tprune.methods import allocate, registry
-from tprune.methods.base import WeightBudget
 from tprune.methods.views import LinearView
+from tprune.methods.weights import WeightBudget
 from tprune.models.blocks import find_decoder
 
 

@@ -10,8 +10,8 @@ from tprune.core import solve
 from tprune.core.select import cumulative_mask, inclusive_mask, nm_mask
 from tprune.core.statistics import Gram, Moments, Norm, token_cosine
 from tprune.methods import registry
-from tprune.methods.base import WeightBudget
 from tprune.methods.views import BlockView, LinearView, ModelView, UnitView
+from tprune.methods.weights import WeightBudget
 from tprune.models.blocks import find_decoder
 from tprune.models.calibrate import Stream
 from tprune.pipelines.journal import Journal

@@ -11,8 +11,8 @@ from tests.decoders import decoder, tokens
 from tests.golden_values import golden
 from tests.llm_weights.tiny import prune
 from tprune.methods import registry
-from tprune.methods.base import WeightBudget
 from tprune.methods.views import LinearView
+from tprune.methods.weights import WeightBudget
 from tprune.models.blocks import find_decoder
 from tprune.models.calibrate import Stream
 from tprune.models.gradients import gradient_norms

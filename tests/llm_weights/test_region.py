@@ -10,7 +10,7 @@ from tests.decoders import decoder, tokens
 from tests.golden_values import golden
 from tests.llm_weights.tiny import prune
 from tprune.methods import registry
-from tprune.methods.base import WeightBudget
+from tprune.methods.weights import WeightBudget
 from tprune.models.blocks import find_decoder
 from tprune.models.calibrate import Stream
 from tprune.pipelines.journal import Journal

@@ -174,7 +174,7 @@ def test_gtp_without_a_grid_asks_for_the_semantic_graph():
 
 
 def shape(**changes):
-    from tprune.methods.base import Shape
+    from tprune.methods.tokens import Shape
 
     return Shape(**({"depth": 4, "tokens": 36, "prefix": 1, "has_cls": True, "grid": (6, 6)} | changes))
 

@@ -11,7 +11,7 @@ from tests.golden_values import HERE, golden, under
 from tprune.core import match
 from tprune.core.budget import Site
 from tprune.methods import registry
-from tprune.methods.base import Shape
+from tprune.methods.tokens import Shape
 from tprune.methods.views import Attention, TokenView
 
 

@@ -13,7 +13,7 @@ from tprune.core.budget import Site
 from tprune.core.score import cls_times_head_norm
 from tprune.errors import UserError
 from tprune.methods import registry
-from tprune.methods.base import Shape
+from tprune.methods.tokens import Shape
 from tprune.models.anatomy import anatomy
 from tprune.models.relaxed import FitDriver
 

@@ -5,7 +5,7 @@ import torch
 from tests.vlm.test_golden import prompt
 from tprune.core.budget import PROJECTOR
 from tprune.methods import registry
-from tprune.methods.base import Shape
+from tprune.methods.tokens import Shape
 from tprune.methods.views import Attention, TokenView
 
 

@@ -10,7 +10,7 @@ from tests.vlm.tiny import tiny
 from tprune.core import match
 from tprune.core.budget import PROJECTOR, Site, Stage
 from tprune.methods import registry
-from tprune.methods.base import Shape
+from tprune.methods.tokens import Shape
 from tprune.methods.views import Attention, TokenView
 from tprune.models.encoder import Sight
 from tprune.models.layout import packed_crops

@@ -9,7 +9,7 @@ from tests.golden_values import golden
 from tests.vlm.tiny import IMAGE, TEXT
 from tprune.core.budget import PROJECTOR
 from tprune.methods import registry
-from tprune.methods.base import Shape
+from tprune.methods.tokens import Shape
 from tprune.methods.views import Attention, TokenView
 from tprune.methods.vlm.mmtok import keywords
 

@@ -10,7 +10,7 @@ from tests.vlm.test_golden import prompt
 from tprune.core.budget import PROJECTOR, Site, mean_leaving
 from tprune.core.grid import far_apart
 from tprune.methods import registry
-from tprune.methods.base import Shape
+from tprune.methods.tokens import Shape
 from tprune.methods.views import Attention, TokenView
 
 

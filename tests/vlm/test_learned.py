@@ -6,7 +6,7 @@ import torch
 from tprune.core.budget import Site
 from tprune.core.relax import gumbel
 from tprune.methods import registry
-from tprune.methods.base import Shape
+from tprune.methods.tokens import Shape
 from tprune.methods.views import Attention, TokenView
 from tprune.methods.vlm._guided import Guided, guided
 

@@ -12,8 +12,9 @@ from typing import ClassVar
 
 from tprune.core.allocate import erk, smallest_of_all, spread_by_outliers
 from tprune.errors import UserError
-from tprune.methods.base import Method, Paper, WeightMethod, param
+from tprune.methods.base import Method, Paper, param
 from tprune.methods.views import LinearView
+from tprune.methods.weights import WeightMethod
 
 Views = Callable[[], Iterable[LinearView]]
 """Gives all matrices of the dense model in order, with the statistics that were asked for, at every call."""

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from tprune.core.budget import Site, mean_entering
 from tprune.core.reduction import Reduction
-from tprune.methods.base import Shape
+from tprune.methods.tokens import Shape
 from tprune.methods.views import TokenView
 
 

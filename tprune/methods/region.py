@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from tprune.methods.base import WeightBudget, WeightMethod
+from tprune.methods.weights import WeightBudget, WeightMethod
 
 if TYPE_CHECKING:
     import torch

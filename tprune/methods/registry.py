@@ -16,12 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from tprune.errors import UserError
-from tprune.methods import base
 from tprune.methods.answer import NotAMethod
 from tprune.methods.base import Method, Paper
+from tprune.methods.cache import CacheMethod
+from tprune.methods.tokens import TokenMethod
+from tprune.methods.weights import WeightMethod
 
 FAMILIES = ("vit", "vlm", "llm-context", "llm-weights")
 ENTRY_POINTS = "tprune.methods"
+KINDS = {kind.__name__: kind for kind in (TokenMethod, CacheMethod, WeightMethod)}
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,7 @@ def build(
 
 
 def running_on(kind: str) -> list[str]:
-    """The ids of the vit methods that work in this kind of vision model (`base.Shape.kind`)."""
+    """The ids of the vit methods that work in this kind of vision model (`tokens.Shape.kind`)."""
     return [entry.id for entry in facts("vit") if kind in load(entry.id, "vit").runs_on]
 
 
@@ -217,8 +220,8 @@ def _constants(node: ast.ClassDef) -> Iterator[tuple[str, ast.expr]]:
 def _inherited(node: ast.ClassDef) -> Iterator[Parameter]:
     """The hyperparameters that every method of the kind has."""
     for name in node.bases:
-        kind = getattr(base, name.id, None) if isinstance(name, ast.Name) else None
-        for field in kind.hyperparameters() if isinstance(kind, type) else ():
+        kind = KINDS.get(name.id) if isinstance(name, ast.Name) else None
+        for field in kind.hyperparameters() if kind else ():
             yield Parameter(field.name, field.type, field.default, field.metadata["help"])
 
 

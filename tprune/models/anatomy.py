@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tprune.errors import UserError
-from tprune.methods.base import Shape
+from tprune.methods.tokens import Shape
 
 TIMM_KINDS = ("VisionTransformer", "VisionTransformerDistilled", "Eva")
 DENSE_HEADS = ("Segmentation", "DepthEstimation", "Detection", "Backbone")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from tprune.errors import BudgetError, UserError
-from tprune.methods.base import CacheMethod
+from tprune.methods.cache import CacheMethod
 from tprune.methods.views import Attention
 from tprune.models.cache import prunable_layers, take_over
 from tprune.models.cache_layer import Owner, PrunedLayer, Turn

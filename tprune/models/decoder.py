@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tprune.core.budget import PROJECTOR, Site, Stage
 from tprune.core.reduction import Reduction
 from tprune.errors import UserError
-from tprune.methods.base import Shape, TokenMethod
+from tprune.methods.tokens import Shape, TokenMethod
 from tprune.methods.views import TokenView
 from tprune.models.blocks import find_decoder
 from tprune.models.deepstack import Deepstack

@@ -13,8 +13,8 @@ from tprune.core.budget import PROJECTOR, Site, Stage
 from tprune.core.reduction import Reduction
 from tprune.core.relax import mask_attention
 from tprune.core.score import attend
-from tprune.methods.base import TokenMethod
 from tprune.methods.fit import Fit, Relaxed
+from tprune.methods.tokens import TokenMethod
 from tprune.methods.views import Attention, TokenView
 from tprune.models.decoder import DecoderDriver
 from tprune.models.run import Inputs, Run

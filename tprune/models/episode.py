@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tprune.methods.base import TokenMethod
+from tprune.methods.tokens import TokenMethod
 from tprune.models.run import Run
 from tprune.models.taps import AttentionCall
 from tprune.models.track import Track

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from tprune.core import select
 from tprune.core.budget import Site, Stage
 from tprune.core.cache import Evict
-from tprune.methods.base import CacheMethod, TokenMethod
+from tprune.methods.cache import CacheMethod
+from tprune.methods.tokens import TokenMethod
 from tprune.models.cache_layer import PrunedLayer
 from tprune.models.compress import Compression
 from tprune.models.episode import Episode

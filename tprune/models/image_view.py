@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tprune.core.reduction import gather_tokens
 from tprune.errors import UserError
-from tprune.methods.base import TokenMethod
+from tprune.methods.tokens import TokenMethod
 from tprune.methods.views import TokenView
 from tprune.models.clip import Clip
 from tprune.models.encoder import Sight

@@ -11,8 +11,8 @@ from torch import nn
 from tprune.core.budget import Stage
 from tprune.errors import UserError
 from tprune.methods import registry
-from tprune.methods.base import TokenMethod
 from tprune.methods.fit import Fit
+from tprune.methods.tokens import TokenMethod
 from tprune.models.anatomy import WINDOWED, Anatomy, anatomy
 from tprune.models.relaxed import FitDriver
 from tprune.models.state_space import StateSpaceDriver, StateSpaceFitDriver, vim

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tprune.core.budget import PROJECTOR, Stage
 from tprune.core.reduction import Reduction, gather_tokens
-from tprune.methods.base import TokenMethod
+from tprune.methods.tokens import TokenMethod
 from tprune.methods.views import TokenView
 from tprune.models.clip import Clip
 from tprune.models.encoder import Sight, Watch

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tprune.core.budget import Site
 from tprune.core.reduction import Reduction
-from tprune.methods.base import Shape
+from tprune.methods.tokens import Shape
 from tprune.methods.views import TokenView
 from tprune.models.anatomy import Anatomy, classes
 from tprune.models.relaxed import FitDriver

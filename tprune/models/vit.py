@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tprune.core.budget import Site, Stage, counts_entering
 from tprune.core.reduction import Reduction
 from tprune.errors import UserError
-from tprune.methods.base import TokenMethod
+from tprune.methods.tokens import TokenMethod
 from tprune.methods.views import TokenView
 from tprune.models.anatomy import Anatomy, halves
 from tprune.models.dense import Canvas

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tprune.core.budget import Site
 from tprune.errors import UserError
-from tprune.methods.base import Shape
+from tprune.methods.tokens import Shape
 from tprune.models.anatomy import Anatomy, classes, halves
 from tprune.models.relaxed import FitDriver
 from tprune.models.vit import TokenDriver

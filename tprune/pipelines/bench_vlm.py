@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tprune.evaluate.cost import synchronise, timed
-from tprune.methods.base import TokenMethod
+from tprune.methods.tokens import TokenMethod
 from tprune.models.subject import Subject, twin
 from tprune.models.vlm import anatomy
 from tprune.pipelines.base import Handle

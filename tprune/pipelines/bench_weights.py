@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tprune.evaluate.cost import PeakMemory, peak_tensors, quartiles, timed
-from tprune.methods.base import WeightBudget
+from tprune.methods.weights import WeightBudget
 from tprune.models import masks
 from tprune.models.blocks import find_decoder
 from tprune.models.calibrate import MANY_TOKENS

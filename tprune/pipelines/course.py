@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tprune.methods.base import Shape, TokenMethod
 from tprune.methods.fit import Fit
+from tprune.methods.tokens import Shape, TokenMethod
 from tprune.pipelines.fit_loop import Batches
 
 

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from tprune.errors import UserError
-from tprune.methods.base import TokenMethod
+from tprune.methods.tokens import TokenMethod
 from tprune.pipelines.course import Course
 from tprune.pipelines.fit_loop import Learner, Loop
 from tprune.progress import Progress

@@ -11,7 +11,8 @@ from typing import Any
 from tprune.errors import UserError
 from tprune.evaluate.points import FLOOR
 from tprune.methods import registry
-from tprune.methods.base import Method, TokenMethod
+from tprune.methods.base import Method
+from tprune.methods.tokens import TokenMethod
 from tprune.recipe import Recipe, Stage, check_budget
 
 BUDGETS = ("keep", "sparsity", "pattern")

@@ -11,7 +11,7 @@ from torch import nn
 from tprune.core import select
 from tprune.core.budget import PROJECTOR
 from tprune.core.reduction import Reduction
-from tprune.methods.base import Shape, TokenMethod
+from tprune.methods.tokens import Shape, TokenMethod
 from tprune.methods.views import Attention, TokenView
 
 IMAGE, WIDTH, HEADS, BEFORE, BEHIND, KEPT = 576, 4096, 32, 35, 41, 64

@@ -17,7 +17,8 @@ from tprune.evaluate.cost import flops, interleaved, peak_memory
 from tprune.evaluate.passkey import accuracy, retrieve
 from tprune.evaluate.perplexity import perplexity
 from tprune.evaluate.stopwatch import Stopwatch
-from tprune.methods.base import CacheMethod, Shape
+from tprune.methods.cache import CacheMethod
+from tprune.methods.tokens import Shape
 from tprune.models import load as loaders
 from tprune.models.compress import Compression
 from tprune.models.decoder import DecoderDriver

@@ -14,7 +14,7 @@ from tprune.data import text
 from tprune.errors import BudgetError, UserError
 from tprune.evaluate.perplexity import perplexity, score_windows
 from tprune.methods.allocate import Allocation, parse
-from tprune.methods.base import WeightBudget
+from tprune.methods.weights import WeightBudget
 from tprune.models import load as loaders
 from tprune.models import masks, shapes
 from tprune.models.blocks import Decoder, find_decoder

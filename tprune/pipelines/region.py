@@ -9,8 +9,8 @@ from torch import Tensor
 
 from tprune.core.statistics import Inputs
 from tprune.core.weights import WeightEdit
-from tprune.methods.base import WeightBudget
 from tprune.methods.views import LinearView
+from tprune.methods.weights import WeightBudget
 from tprune.models.blocks import Matrix
 from tprune.models.calibrate import Stream
 from tprune.models.regional import BlockStream

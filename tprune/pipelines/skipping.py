@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tprune.core.budget import Site, Stage
 from tprune.data import images
-from tprune.methods.base import TokenMethod
+from tprune.methods.tokens import TokenMethod
 from tprune.models.anatomy import Anatomy
 from tprune.models.subject import Subject
 from tprune.models.vit import TokenDriver

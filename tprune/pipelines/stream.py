@@ -12,9 +12,9 @@ from torch import Tensor
 from tprune.core.statistics import Inputs, white
 from tprune.core.weights import WeightEdit
 from tprune.errors import UserError
-from tprune.methods.base import WeightBudget, WeightMethod
 from tprune.methods.region import RegionMethod
 from tprune.methods.views import LinearView
+from tprune.methods.weights import WeightBudget, WeightMethod
 from tprune.models import masks
 from tprune.models.blocks import Decoder, Matrix
 from tprune.models.calibrate import Stream

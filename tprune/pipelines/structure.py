@@ -9,8 +9,8 @@ from torch import Tensor
 
 from tprune.core.weights import StructureEdit
 from tprune.errors import UserError
-from tprune.methods.base import WeightBudget, WeightMethod
 from tprune.methods.views import BlockView, ModelView, UnitView
+from tprune.methods.weights import WeightBudget, WeightMethod
 from tprune.models import shapes, units
 from tprune.models.blocks import Decoder
 from tprune.models.calibrate import Stream

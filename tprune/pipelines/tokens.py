@@ -6,7 +6,7 @@ from functools import lru_cache
 
 from tprune.core.budget import Stage, bisect, counts_entering, mean_entering
 from tprune.errors import BudgetError
-from tprune.methods.base import Shape, TokenMethod
+from tprune.methods.tokens import Shape, TokenMethod
 
 
 @lru_cache(maxsize=4096)

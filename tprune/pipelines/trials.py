@@ -10,7 +10,7 @@ from typing import Any
 
 from tprune.evaluate.cost import flops, interleaved, nonzero_bytes, quartiles
 from tprune.evaluate.protocol import protocol
-from tprune.methods.base import WeightMethod
+from tprune.methods.weights import WeightMethod
 from tprune.models.subject import Subject, twin
 from tprune.pipelines.base import Handle, Pipeline, Quality
 from tprune.pipelines.run import agreement, check_device, describe, pipeline, warn_if_silly

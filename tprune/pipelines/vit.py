@@ -16,7 +16,7 @@ from tprune.core.budget import Stage, counts_entering
 from tprune.data import images, regions
 from tprune.errors import UserError
 from tprune.evaluate.stopwatch import Stopwatch
-from tprune.methods.base import Shape, TokenMethod
+from tprune.methods.tokens import Shape, TokenMethod
 from tprune.models import load as loaders
 from tprune.models import vit as adapter
 from tprune.models.anatomy import Anatomy, classes, detects

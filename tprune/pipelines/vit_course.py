@@ -11,8 +11,8 @@ from torch import Tensor
 from tprune.data.images import Images, TrainingScenes
 from tprune.data.regions import Covering, Regions
 from tprune.errors import UserError
-from tprune.methods.base import TokenMethod
 from tprune.methods.fit import Fit
+from tprune.methods.tokens import TokenMethod
 from tprune.models.anatomy import Anatomy
 from tprune.models.kinds import fit_driver, token_driver
 from tprune.models.ragged import check_head

@@ -15,7 +15,7 @@ from torch import Tensor
 from tprune.core.budget import PROJECTOR, Stage
 from tprune.data import questions
 from tprune.errors import UserError
-from tprune.methods.base import Shape, TokenMethod
+from tprune.methods.tokens import Shape, TokenMethod
 from tprune.models import load as loaders
 from tprune.models import vlm as adapter
 from tprune.models.clip import load_clip

@@ -14,8 +14,8 @@ from torch.nn import functional
 from tprune.core.budget import Stage
 from tprune.data.questions import Questions, TrainingQuestions
 from tprune.errors import UserError
-from tprune.methods.base import TokenMethod
 from tprune.methods.fit import Fit
+from tprune.methods.tokens import TokenMethod
 from tprune.models import vlm as adapter
 from tprune.models.decoder_fit import DecoderFitDriver, Learning
 from tprune.models.projector import Projector

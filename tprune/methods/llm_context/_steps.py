@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from tprune.core.budget import exponent, staircase
 from tprune.errors import UserError
-from tprune.methods.base import TokenMethod, param
+from tprune.methods.base import param
+from tprune.methods.tokens import TokenMethod
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from tprune.core.score import sum_over_group
 from tprune.core.select import worst_between
 from tprune.core.stored import Encode
 from tprune.errors import UserError
-from tprune.methods.base import CacheMethod, Paper, param
+from tprune.methods.base import Paper, param
+from tprune.methods.cache import CacheMethod
 from tprune.methods.views import LayerView, StepView
 
 

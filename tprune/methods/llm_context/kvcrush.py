@@ -17,7 +17,8 @@ from tprune.core.cache import Evict
 from tprune.core.score import mean_over_group, pool_neighbours, sum_over_group, uniform
 from tprune.core.select import keep_ends_and_top, representatives, top
 from tprune.errors import UserError
-from tprune.methods.base import CacheMethod, Paper, param
+from tprune.methods.base import Paper, param
+from tprune.methods.cache import CacheMethod
 from tprune.methods.views import LayerView
 
 WINDOW, KERNEL = 32, 5

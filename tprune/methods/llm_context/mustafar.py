@@ -12,7 +12,8 @@ from tprune.core.cache import Evict
 from tprune.core.sparse import Sparse, bitmap_bytes
 from tprune.core.stored import Encode, Stored
 from tprune.errors import UserError
-from tprune.methods.base import CacheMethod, Paper, param
+from tprune.methods.base import Paper, param
+from tprune.methods.cache import CacheMethod
 from tprune.methods.views import LayerView
 
 

@@ -14,7 +14,8 @@ from tprune.core.cache import Evict
 from tprune.core.score import mean_over_group, pool_neighbours
 from tprune.core.stored import Encode
 from tprune.errors import UserError
-from tprune.methods.base import CacheMethod, Paper, param
+from tprune.methods.base import Paper, param
+from tprune.methods.cache import CacheMethod
 from tprune.methods.views import LayerView
 
 

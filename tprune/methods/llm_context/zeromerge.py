@@ -16,7 +16,8 @@ from tprune.core.cache import Evict, Fold, Merge
 from tprune.core.score import sum_over_group
 from tprune.core.select import complement, top, worst_between
 from tprune.errors import UserError
-from tprune.methods.base import CacheMethod, Paper, param
+from tprune.methods.base import Paper, param
+from tprune.methods.cache import CacheMethod
 from tprune.methods.views import LayerView, StepView
 
 

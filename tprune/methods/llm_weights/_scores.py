@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tprune.core.select import cumulative_mask, weight_mask
 from tprune.core.weights import WeightEdit
-from tprune.methods.base import WeightBudget
+from tprune.methods.weights import WeightBudget
 
 
 def lowest(score: Tensor, budget: WeightBudget, group: str, variant: bool) -> WeightEdit:

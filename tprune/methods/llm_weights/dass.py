@@ -14,8 +14,9 @@ from torch import Tensor
 
 from tprune.core.select import weight_mask
 from tprune.core.weights import WeightEdit
-from tprune.methods.base import Paper, WeightBudget, WeightMethod, param
+from tprune.methods.base import Paper, param
 from tprune.methods.views import LinearView
+from tprune.methods.weights import WeightBudget, WeightMethod
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from tprune.core.budget import bisect
 from tprune.core.select import floor_count, keep_by_cost, top
 from tprune.core.weights import StructureEdit
 from tprune.errors import BudgetError
-from tprune.methods.base import Paper, WeightBudget, WeightMethod, param
+from tprune.methods.base import Paper, param
 from tprune.methods.views import ModelView, UnitView
+from tprune.methods.weights import WeightBudget, WeightMethod
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from tprune.core.weights import WeightEdit
-from tprune.methods.base import Paper, WeightBudget, WeightMethod, param
+from tprune.methods.base import Paper, param
 from tprune.methods.llm_weights._scores import lowest
 from tprune.methods.views import LinearView
+from tprune.methods.weights import WeightBudget, WeightMethod
 
 
 @dataclass(frozen=True)

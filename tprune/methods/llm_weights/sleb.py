@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 
 from tprune.core.weights import StructureEdit
-from tprune.methods.base import Paper, WeightBudget, WeightMethod, param
+from tprune.methods.base import Paper, param
 from tprune.methods.llm_weights._depth import blocks_to_remove
 from tprune.methods.views import ModelView
+from tprune.methods.weights import WeightBudget, WeightMethod
 
 
 @dataclass(frozen=True)

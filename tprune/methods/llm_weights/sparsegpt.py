@@ -15,8 +15,9 @@ from tprune.core.select import floor_count, inclusive_mask, layer_mask, nm_mask
 from tprune.core.solve import dead_inputs, inverse_factor, obs_prune
 from tprune.core.weights import WeightEdit
 from tprune.errors import UserError
-from tprune.methods.base import Paper, WeightBudget, WeightMethod, param
+from tprune.methods.base import Paper, param
 from tprune.methods.views import LinearView
+from tprune.methods.weights import WeightBudget, WeightMethod
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from tprune.core import match, select
 from tprune.core.budget import Site, Stage, even_stages, scale_layer
 from tprune.core.reduction import Reduction
 from tprune.core.score import cosine_normalise
-from tprune.methods.base import Paper, TokenMethod, param
+from tprune.methods.base import Paper, param
+from tprune.methods.tokens import TokenMethod
 
 
 @dataclass(frozen=True)

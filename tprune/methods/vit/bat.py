@@ -13,7 +13,8 @@ import torch
 from tprune.core import match, select
 from tprune.core.budget import ratio_stages
 from tprune.core.reduction import Reduction, gather_tokens
-from tprune.methods.base import Paper, TokenMethod, param
+from tprune.methods.base import Paper, param
+from tprune.methods.tokens import TokenMethod
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from tprune.core import select
 from tprune.core.budget import Site, Stage, knob_at, whole_steps
 from tprune.core.reduction import Reduction
 from tprune.errors import UserError
-from tprune.methods.base import Paper, TokenMethod, param
+from tprune.methods.base import Paper, param
+from tprune.methods.tokens import TokenMethod
 from tprune.methods.vit._cropr_fit import Croppers
 
 

@@ -16,7 +16,8 @@ from tprune.core import select
 from tprune.core.budget import ratio_stages
 from tprune.core.reduction import Reduction
 from tprune.errors import UserError
-from tprune.methods.base import Paper, TokenMethod, param
+from tprune.methods.base import Paper, param
+from tprune.methods.tokens import TokenMethod
 from tprune.methods.vit._dtop_fit import Exits
 from tprune.methods.vit._dtop_heads import likelihood, of
 

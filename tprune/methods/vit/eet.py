@@ -16,7 +16,8 @@ from tprune.core import score, select
 from tprune.core.budget import Site, Stage, knob_at, scale_layer
 from tprune.core.reduction import Reduction
 from tprune.errors import UserError
-from tprune.methods.base import Paper, TokenMethod, param
+from tprune.methods.base import Paper, param
+from tprune.methods.tokens import TokenMethod
 from tprune.methods.vit._eet_fit import Distilled
 
 DEPTH, PATCHES = 12, 196

@@ -15,7 +15,8 @@ from tprune.core.budget import Site, Stage, even_stages
 from tprune.core.graph import neighbours_on_grid, normalised, similar_neighbours
 from tprune.core.reduction import Reduction
 from tprune.errors import UserError
-from tprune.methods.base import Paper, TokenMethod, param
+from tprune.methods.base import Paper, param
+from tprune.methods.tokens import TokenMethod
 
 GRAPHS = ("mixed", "spatial", "semantic")
 SCORES = ("mixed", "sum", "received", "diagonal", "cls")

@@ -17,7 +17,8 @@ from tprune.core import match, score, select
 from tprune.core.budget import Site, Stage
 from tprune.core.reduction import Reduction
 from tprune.errors import UserError
-from tprune.methods.base import Paper, TokenMethod, param
+from tprune.methods.base import Paper, param
+from tprune.methods.tokens import TokenMethod
 from tprune.methods.vit._ltmp_fit import Thresholds, even_odd
 
 

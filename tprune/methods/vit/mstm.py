@@ -13,8 +13,9 @@ import torch
 from tprune.core import match, select
 from tprune.core.budget import ratio_stages
 from tprune.core.reduction import Reduction
-from tprune.methods.base import Paper, TokenMethod, param
+from tprune.methods.base import Paper, param
 from tprune.methods.fit import Plan
+from tprune.methods.tokens import TokenMethod
 from tprune.methods.vit._tuned import Tuned
 
 

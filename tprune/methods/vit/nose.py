@@ -14,7 +14,8 @@ import torch
 from tprune.core.budget import Site, Stage, bisect, mean_entering, scale_layer
 from tprune.core.statistics import gaussian_entropy
 from tprune.errors import UserError
-from tprune.methods.base import Paper, TokenMethod, param
+from tprune.methods.base import Paper, param
+from tprune.methods.tokens import TokenMethod
 from tprune.methods.vit._nose_fit import Dilution
 
 DEPTH = 12

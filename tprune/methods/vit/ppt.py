@@ -14,7 +14,8 @@ from tprune.core import match, select
 from tprune.core.budget import Site, Stage, scale_layer
 from tprune.core.reduction import Reduction
 from tprune.core.score import cls_times_value_norm
-from tprune.methods.base import Paper, TokenMethod, param
+from tprune.methods.base import Paper, param
+from tprune.methods.tokens import TokenMethod
 
 PATCHES = 196
 """The paper's threshold is for the variance of this many scores that sum to 1."""

@@ -16,7 +16,8 @@ from tprune.core.alike import redundancy_of_evens
 from tprune.core.budget import Site, Stage
 from tprune.core.reduction import Reduction
 from tprune.core.score import cosine_normalise
-from tprune.methods.base import Paper, TokenMethod, param
+from tprune.methods.base import Paper, param
+from tprune.methods.tokens import TokenMethod
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from tprune.core import score, select
 from tprune.core.budget import Site, Stage
 from tprune.core.reduction import Reduction, gather_tokens
 from tprune.errors import UserError
-from tprune.methods.base import Paper, TokenMethod, param
+from tprune.methods.base import Paper, param
+from tprune.methods.tokens import TokenMethod
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from tprune.core.budget import Site, Stage, mean_entering, scale_layer
 from tprune.core.reduction import Reduction, Sight
 from tprune.core.select import with_prefix
 from tprune.errors import UserError
-from tprune.methods.base import Paper, TokenMethod, param
+from tprune.methods.base import Paper, param
+from tprune.methods.tokens import TokenMethod
 from tprune.methods.vit._stvit_fit import Semantics
 from tprune.methods.vit._stvit_places import laid_out, resized, sizes, unmoved
 

@@ -14,7 +14,8 @@ import torch
 from tprune.core import score, select
 from tprune.core.budget import Site, Stage, scale_layer
 from tprune.core.reduction import Reduction, gather_tokens
-from tprune.methods.base import Paper, TokenMethod, param
+from tprune.methods.base import Paper, param
+from tprune.methods.tokens import TokenMethod
 from tprune.methods.vit._tnt_fit import Noise
 
 DEPTH, PATCHES, HEADS = 12, 196, 5

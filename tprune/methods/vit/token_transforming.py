@@ -14,7 +14,8 @@ from tprune.core import select
 from tprune.core.budget import ratio_stages
 from tprune.core.reduction import Reduction
 from tprune.core.score import transform_weights
-from tprune.methods.base import Paper, TokenMethod, param
+from tprune.methods.base import Paper, param
+from tprune.methods.tokens import TokenMethod
 
 
 @dataclass(frozen=True)

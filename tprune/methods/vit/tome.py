@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from tprune.core import match
 from tprune.core.budget import Site, Stage, whole_steps
 from tprune.core.reduction import Reduction
-from tprune.methods.base import Paper, TokenMethod, param
+from tprune.methods.base import Paper, param
+from tprune.methods.tokens import TokenMethod
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from typing import Any, ClassVar
 from tprune.core import select
 from tprune.core.budget import Site, Stage, scale_layer
 from tprune.core.reduction import Reduction
-from tprune.methods.base import Paper, TokenMethod, param
+from tprune.methods.base import Paper, param
 from tprune.methods.fit import Plan
+from tprune.methods.tokens import TokenMethod
 from tprune.methods.vit._tuned import Tuned
 
 DEPTH = 24

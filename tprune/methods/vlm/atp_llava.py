@@ -16,8 +16,9 @@ from torch.nn import functional
 from tprune.core import score, select
 from tprune.core.budget import staircase
 from tprune.core.reduction import Reduction
-from tprune.methods.base import Paper, TokenMethod, param
+from tprune.methods.base import Paper, param
 from tprune.methods.fit import Fit, Plan, Relaxed
+from tprune.methods.tokens import TokenMethod
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ import torch
 from tprune.core import grid, match, ranks, select
 from tprune.core.budget import exponent, scale_layer, staircase
 from tprune.core.reduction import Reduction
-from tprune.methods.base import Paper, TokenMethod, param
+from tprune.methods.base import Paper, param
+from tprune.methods.tokens import TokenMethod
 
 PARTS = (0.3, 0.1, 0.0), (0.3, 0.9, 1.0), (3.7, 1.5, 1.2)
 """Of the tokens that a stage leaves: the diverse, the attended; and how many times the latter are candidates."""

@@ -15,7 +15,8 @@ from tprune.core.budget import PROJECTOR, Site, Stage, exponent, scale_layer
 from tprune.core.reduction import Reduction, gather_tokens
 from tprune.core.score import cosine_normalise, min_max
 from tprune.errors import UserError
-from tprune.methods.base import Paper, TokenMethod, param
+from tprune.methods.base import Paper, param
+from tprune.methods.tokens import TokenMethod
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ import torch
 from tprune.core import match, select
 from tprune.core.budget import PROJECTOR, Stage
 from tprune.core.reduction import Reduction
-from tprune.methods.base import Paper, TokenMethod, param
+from tprune.methods.base import Paper, param
+from tprune.methods.tokens import TokenMethod
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from tprune.core.budget import PROJECTOR, Stage
 from tprune.core.reduction import Reduction
 from tprune.core.score import min_max
 from tprune.errors import UserError
-from tprune.methods.base import Paper, TokenMethod, param
+from tprune.methods.base import Paper, param
+from tprune.methods.tokens import TokenMethod
 
 
 @dataclass(frozen=True)

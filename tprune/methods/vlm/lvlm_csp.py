@@ -14,7 +14,8 @@ from tprune.core import select
 from tprune.core.budget import Site, Stage, exponent, scale_layer
 from tprune.core.reduction import Reduction
 from tprune.errors import UserError
-from tprune.methods.base import Paper, TokenMethod, param
+from tprune.methods.base import Paper, param
+from tprune.methods.tokens import TokenMethod
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from torch.nn import functional
 from tprune.core import relax, select
 from tprune.core.budget import exponent, knob_at, staircase
 from tprune.core.reduction import Reduction
-from tprune.methods.base import Paper, TokenMethod, param
+from tprune.methods.base import Paper, param
 from tprune.methods.fit import Fit, Plan, Relaxed
+from tprune.methods.tokens import TokenMethod
 from tprune.methods.vlm._guided import Guided, guided, spoken
 
 

@@ -15,8 +15,9 @@ from tprune.core.budget import PROJECTOR, Stage
 from tprune.core.grid import even_cells
 from tprune.core.reduction import Reduction
 from tprune.errors import UserError
-from tprune.methods.base import Paper, TokenMethod, param
+from tprune.methods.base import Paper, param
 from tprune.methods.fit import Fit, Plan
+from tprune.methods.tokens import TokenMethod
 
 
 @dataclass(frozen=True)

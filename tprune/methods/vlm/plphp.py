@@ -13,7 +13,8 @@ import torch
 from tprune.core.allocate import share_out
 from tprune.core.budget import Site, Stage, scale_layer
 from tprune.core.score import mean_over_group
-from tprune.methods.base import Paper, TokenMethod, param
+from tprune.methods.base import Paper, param
+from tprune.methods.tokens import TokenMethod
 
 
 @dataclass(frozen=True)

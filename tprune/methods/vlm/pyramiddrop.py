@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from tprune.core import select
 from tprune.core.budget import staircase
 from tprune.core.reduction import Reduction
-from tprune.methods.base import Paper, TokenMethod, param
+from tprune.methods.base import Paper, param
+from tprune.methods.tokens import TokenMethod
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from tprune.core.budget import PROJECTOR, Stage, scale_layer
 from tprune.core.outliers import outlier_share
 from tprune.core.reduction import Reduction, gather_tokens
 from tprune.core.score import cosine_normalise
-from tprune.methods.base import Paper, TokenMethod, param
+from tprune.methods.base import Paper, param
+from tprune.methods.tokens import TokenMethod
 
 
 @dataclass(frozen=True)

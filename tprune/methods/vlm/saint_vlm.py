@@ -16,7 +16,8 @@ from tprune.core import alike, ranks, select
 from tprune.core.budget import PROJECTOR, Site, Stage, scale_layer
 from tprune.core.reduction import Reduction
 from tprune.core.score import cosine_normalise
-from tprune.methods.base import Paper, TokenMethod, param
+from tprune.methods.base import Paper, param
+from tprune.methods.tokens import TokenMethod
 
 LAYER_SHARE = 0.22
 """A budget r keeps r of the patches in the tower and r^0.22 of the tokens at each decoder layer: with the authors'

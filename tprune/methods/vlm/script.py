@@ -14,7 +14,8 @@ from tprune.core import greedy, select
 from tprune.core.budget import PROJECTOR, Stage
 from tprune.core.reduction import Reduction
 from tprune.core.score import cosine_normalise
-from tprune.methods.base import Paper, TokenMethod, param
+from tprune.methods.base import Paper, param
+from tprune.methods.tokens import TokenMethod
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from tprune.core import match, score, select
 from tprune.core.budget import exponent, staircase
 from tprune.core.join import join
 from tprune.core.reduction import Reduction, gather_tokens
-from tprune.methods.base import Paper, TokenMethod, param
+from tprune.methods.base import Paper, param
+from tprune.methods.tokens import TokenMethod
 
 KEPT = {
     "v1": {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)},

@@ -14,7 +14,8 @@ import torch
 
 from tprune.core import alike, select
 from tprune.core.budget import PROJECTOR, Stage, scale_layer
-from tprune.methods.base import Paper, TokenMethod, param
+from tprune.methods.base import Paper, param
+from tprune.methods.tokens import TokenMethod
 
 
 @dataclass(frozen=True)

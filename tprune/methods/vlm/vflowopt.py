@@ -16,7 +16,8 @@ import torch
 from tprune.core import fold, ranks, score, select
 from tprune.core.budget import PROJECTOR, Stage, exponent, scale_layer, staircase
 from tprune.core.reduction import Reduction
-from tprune.methods.base import Paper, TokenMethod, param
+from tprune.methods.base import Paper, param
+from tprune.methods.tokens import TokenMethod
 
 
 @dataclass(frozen=True)

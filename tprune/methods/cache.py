@@ -1,0 +1,108 @@
+"""What a method that prunes cached keys and values declares, is given and gives back; without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from tprune.errors import UserError
+from tprune.methods.base import Method, param
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tprune.core.cache import Evict, Replace
+    from tprune.core.stored import Encode
+    from tprune.methods.views import LayerView, StepView
+
+
+@dataclass(frozen=True)
+class CacheMethod(Method):
+    """Units are cached keys and values, per layer and key-value head.
+
+    The budget is set by the first prompt on a cache, which is pruned once it has gone through the model: `count` of
+    its entries stay. All that comes later on the same cache, generated or given (a second turn's question), counts as
+    generated tokens. It is never pruned as a prompt: with methods that evict while decoding every one of these tokens
+    pushes an entry out, of the first prompt or later, and the cache keeps its size; with others they all stay, and
+    it grows. Positions go on from the number of tokens seen.
+    """
+
+    positions: ClassVar[str] = "original"
+    reads: ClassVar[tuple[str, ...]] = ("attention",)
+    """What is read and costs something to provide: "attention" (by `step`), "seeds" (by `start`)."""
+
+    takes: ClassVar[tuple[str, ...]] = ("per_head", "interval")
+    """Which of the hyperparameters of these names make sense: both where entries are chosen by a score alone."""
+    encodes: ClassVar[bool] = False
+    """Whether it holds entries in another form and forgets none; its budget is then bytes."""
+
+    pyramid: float | None = param(
+        None, "budgets fall from layer to layer, to one part in so many of the mean", low=1, kw_only=True
+    )
+    per_head: float | None = param(
+        None,
+        "heads share a layer's budget by their scores, each has this part of an equal share for certain (Ada-KV: "
+        "0.2); nothing leaves while decoding",
+        low=0,
+        high=1,
+        kw_only=True,
+    )
+    interval: int | None = param(
+        None,
+        "after so many generated tokens the cache is pruned again to its budget, by what they looked at, and not at "
+        "each token",
+        low=1,
+        kw_only=True,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("per_head", "interval"):
+            if getattr(self, name) is not None and name not in self.takes:
+                raise UserError(f"--set {name}=…: {self.id} does not go by scores alone; leave it out")
+        if self.per_head is not None and self.interval is not None:
+            raise UserError(
+                "--set per_head=… and interval=…: heads that hold different numbers are pruned once; give one of them"
+            )
+
+    @property
+    def evicts_while_decoding(self) -> bool:
+        """Whether entries leave at each generated token, and not only after the prompt."""
+        return type(self).step is not CacheMethod.step and self.per_head is None and self.interval is None
+
+    def keep_best(
+        self, layer: LayerView, score: Tensor, count: int, first: int = 0, last: int = 0
+    ) -> Evict | Encode:
+        """The `first` and the `last` entries, and those between of the largest scores [B, G, T]: `count` per head.
+
+        With `per_head` the heads share so many each by their scores, which are then not negative.
+        """
+        from tprune.core.cache import Evict
+        from tprune.core.select import keep_ends_and_top
+        from tprune.core.stored import keep_by_head
+
+        if self.per_head is None or count == layer.length:
+            return Evict(keep_ends_and_top(score, count, first, last))
+        return keep_by_head(layer.key, layer.value, score, count, first, last, self.per_head)
+
+    def check_length(self, length: int, count: int) -> None:
+        """Raise UserError where `count` entries of a prompt of `length` tokens are too few; count < length."""
+
+    def counts(self, length: int, layers: int, keep: float) -> list[int]:
+        """How many entries each layer keeps per key-value head, of `length`: the same in all without a pyramid."""
+        from tprune.core.budget import falling_counts
+
+        if self.pyramid is None or keep == 1:
+            return [round(keep * length)] * layers
+        return falling_counts(keep * length, length - 1, layers, self.pyramid)
+
+    def start(self, layer: LayerView, count: int) -> Evict | Encode:
+        """After the prompt went through `layer`: which `count` entries stay (all of them at --keep 1).
+
+        Or in which other form they are held, in the memory of `count` of them.
+        """
+        raise NotImplementedError
+
+    def step(self, view: StepView) -> Replace:
+        """After each later token: which entry leaves for it; never asked at --keep 1. Without it they all stay."""
+        raise NotImplementedError

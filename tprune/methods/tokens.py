@@ -1,0 +1,261 @@
+"""What a method that drops or merges tokens declares, is given and gives back; without torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from tprune.errors import UserError
+from tprune.methods.base import Method
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tprune.core.budget import Site, Stage
+    from tprune.core.reduction import Reduction
+    from tprune.methods.fit import Fit
+    from tprune.methods.views import Attention, TokenView
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a token method may know of a model before it runs.
+
+    Attributes:
+        depth: number of blocks the tokens pass through.
+        tokens: number of prunable tokens of one sequence.
+        prefix: number of tokens that are never pruned (CLS, distillation, registers, a detector's queries); a view
+            shows them in front.
+        heads: attention heads of one block.
+        has_cls: whether the first token is a class token.
+        grid: rows and columns of the prunable tokens, where they form an image.
+        width: of a token's hidden state.
+        classes: how many the model tells apart; 0 for a bare tower.
+        patch: channels, rows and columns of the pixels that one prunable token stands for, where it is an image.
+        names: how many things a patch may show in the data of a fit, the background included; 0 where it does not say.
+        kind: "plain" (every token sees every other), "windows" (attention within windows) or "state-space".
+        window: rows and columns of a window, where `kind` is "windows".
+        span: the first block before which tokens may leave and the one behind the last, where it is not all of them.
+        lengths: how many tokens each block has where nothing leaves, where they differ; `tokens` is what it is in
+            `span`.
+    """
+
+    depth: int
+    tokens: int
+    prefix: int = 0
+    heads: int = 1
+    has_cls: bool = False
+    grid: tuple[int, int] | None = None
+    width: int = 0
+    classes: int = 0
+    patch: tuple[int, int, int] = (0, 0, 0)
+    names: int = 0
+    kind: str = "plain"
+    window: int = 0
+    span: tuple[int, int] | None = None
+    lengths: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class TokenMethod(Method):
+    """Units are tokens of one sequence, in a ViT, before or inside a VLM's decoder, or in an LLM's prefill."""
+
+    needs_cls: ClassVar[bool] = False
+    reads: ClassVar[tuple[str, ...]] = ("attention",)
+    """What of the view is read and costs something to provide: "attention", "encoder", "projector", "seeds",
+    "sublayers", "neurons", "embeddings", "before" (what the layer before a site was given)."""
+    unit: ClassVar[str] = "image"
+    """What a view holds at a VLM's projector: a whole "image", or each "crop" of it by itself."""
+    native: ClassVar[tuple[str, ...]] = ()
+    """The hyperparameters that are themselves a budget; --keep takes their place, so both is a contradiction."""
+    under_keep: ClassVar[dict[str, Any]] = {}
+    """What hyperparameters are under --keep, so that it fixes all counts; with other values the data decides."""
+    positions: ClassVar[str] = "original"
+    """Whether tokens that stay keep their "original" position ids, or are renumbered to be "compact"."""
+    positions_inside: ClassVar[str | None] = None
+    """The same for what leaves inside a VLM's decoder, where it differs from what leaves at the projector."""
+    projects: ClassVar[bool] = False
+    """Whether tokens are merged before a VLM's projector: the view then holds what the projector makes tokens of, class
+    tokens in front, and what is merged is projected again."""
+    calibrates: ClassVar[bool] = False
+    """Whether `state` comes from a look at `images` calibration images, before anything is pruned or fitted."""
+    restores: ClassVar[bool] = False
+    """Whether all that left is back after the last block, with the values it left with; `finish` is called before."""
+    runs_on: ClassVar[tuple[str, ...]] = ("plain",)
+    """The kinds of vision model it works in (`Shape.kind`)."""
+    sees: ClassVar[bool] = False
+    """Whether its reductions may say what the next attention sees (`core.reduction.Sight`)."""
+
+    def check(self, shape: Shape) -> None:
+        """Raise UserError where the model lacks what the method reads."""
+        if self.needs_cls and not shape.has_cls:
+            raise UserError(f"{self.id} reads the attention of the class token, and this model has none")
+
+    def encoder_blocks(self, depth: int) -> Sequence[int]:
+        """The blocks of a vision tower of so many that are seen beside the projected one (reads "encoder")."""
+        return ()
+
+    def tower_blocks(self, depth: int, projected: int) -> Sequence[int]:
+        """The blocks of a vision tower, ascending, behind which leaves what leaves at the projector, where the tower
+        allows it (unit "crop"); none: behind the tower. It has `depth`, and `projected` is the one that is projected.
+
+        `reduce` is asked behind each of them with the same `memory`, and at the projector again, for the same.
+        """
+        return ()
+
+    def stages(self, shape: Shape, knob: float | None) -> list[Stage]:
+        """Where tokens leave and how many are left.
+
+        Args:
+            shape: the model and the number of prunable tokens.
+            knob: 0 to 1, the paper's proportions scaled so that more is kept as it rises and 1 keeps all;
+                None for the hyperparameters as they stand.
+        """
+        raise NotImplementedError
+
+    def weighs_by_size(self) -> bool:
+        """Whether attention after a merge counts a token as often as the tokens it stands for (log-size bias)."""
+        return False
+
+    def watches(self, depth: int) -> Sequence[int]:
+        """The decoder's layers whose attention `watch` is shown, in prompts and behind them (reads "attention")."""
+        return ()
+
+    def watch(
+        self, layer: int, attention: Attention, image: Tensor, total: int, memory: dict[str, Any]
+    ) -> None:
+        """Look at a layer that `watches` names.
+
+        Args:
+            layer: which.
+            attention: of the prompt, or of what came behind it, over all T keys of the layer.
+            image: int64 [B, T], which of its row's image tokens each key is, counted from 0; -1 for all else.
+            total: how many image tokens the row with the most of them had.
+            memory: lasts from prompt to prompt until `reset` of the handle; `reduce` has it as `memory["episode"]`.
+        """
+        raise NotImplementedError
+
+    def hides(self) -> bool:
+        """Whether what leaves inside a decoder is hidden from attention, and goes on being computed and cached."""
+        return False
+
+    def evicts(self) -> bool:
+        """Whether image tokens leave each layer's cache, per key-value head, once the prompt has gone through in full.
+
+        `worth` and `counts` are then asked, and never `reduce`; a stage says how many entries stay from its layer on.
+        """
+        return False
+
+    def worth(self, attention: Attention, image: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+        """What a layer's entries are worth, larger is better: [B, G, T]; and what `counts` wants to know of it: [B].
+
+        Args:
+            attention: of the whole prompt.
+            image: bool [B, T], the image tokens.
+            last: int64 [B, 1], the place of each row's last real token.
+        """
+        raise NotImplementedError
+
+    def counts(self, facts: Tensor, images: Tensor, wanted: Tensor | None) -> Tensor:
+        """How many image entries every head of each layer keeps: int64 [L, B].
+
+        Args:
+            facts: [L, B], of `worth`.
+            images: int64 [B], how many image tokens each row has.
+            wanted: int64 [B], what stays where the stages say so, a mean over the layers from the stage's on; None for
+                the hyperparameters as they stand.
+        """
+        raise NotImplementedError
+
+    def edits_attention(self) -> bool:
+        """Whether blocks that tokens leave use an attention map that the method has changed."""
+        return False
+
+    def edit_attention(self, attention: Tensor) -> Tensor:
+        """The map that such a block uses instead of its own softmaxed one, float32 [B, H, N, N]."""
+        raise NotImplementedError
+
+    def decays(self) -> bool:
+        """Whether a state-space model's state goes on decaying over the places of tokens that have left."""
+        return False
+
+    def skip_scale(self) -> float:
+        """What a block multiplies its input by where a stage skips its attention, before the MLP adds to it."""
+        return 1.0
+
+    def calibrate(
+        self, shape: Shape, keep: float | None, outputs: Callable[[Sequence[int]], Tensor]
+    ) -> dict[str, Tensor]:
+        """What `state` shall be, where `calibrates`.
+
+        Args:
+            shape: of the model.
+            keep: the budget, as `--keep` means it; None for the hyperparameters as they stand.
+            outputs: what the model makes of the calibration images while the attention of these blocks is skipped:
+                float [S, C].
+        """
+        raise NotImplementedError
+
+    def rejoins(self, shape: Shape) -> Site | None:
+        """The site where all that left comes back with the values it left with; None: never.
+
+        In a vision model it is the last of `stages`; in a decoder `reduce` is not asked there.
+        """
+        return None
+
+    def counted(self) -> typing.Self:
+        """The method under --keep, where `stages` fixes all counts: itself, unless the data decides without it."""
+        return dataclasses.replace(self, **self.under_keep) if self.varies() else self
+
+    def varies(self) -> bool:
+        """Whether the data decides how many tokens each image keeps; `stages` then says how many at most."""
+        return any(getattr(self, name) != value for name, value in self.under_keep.items())
+
+    def check_budget(self, knob: float | None) -> None:
+        """Raise UserError where nothing says how many stay: neither the data nor a budget."""
+        if knob is None and not self.varies():
+            fixed = ", ".join(f"{name}={value}" for name, value in self.under_keep.items()).lower()
+            raise UserError(f"{self.id}: --set {fixed} leaves the numbers to --keep; give it a budget")
+
+    def fit(self, shape: Shape, keep: float | None, seed: int) -> Fit:
+        """The method in training (`learns` is not "no").
+
+        Args:
+            shape: of the model.
+            keep: the budget, as `--keep` means it; None for the hyperparameters as they stand.
+            seed: of initial values.
+
+        Raises:
+            UserError: a budget or hyperparameters that cannot be fitted to.
+        """
+        raise NotImplementedError
+
+    def neutral_state(self, shape: Shape, seed: int) -> dict[str, Tensor]:
+        """What `state` is before any step of a fit, for contract tests."""
+        return self.fit(shape, 0.5, seed).state()
+
+    def loosened(self, knob: float, shape: Shape) -> typing.Self:
+        """The fitted method keeping more: 0 keeps least, 0.5 is as learned, 1 keeps all; for counts that vary."""
+        raise NotImplementedError
+
+    def reduce(
+        self, site: Site, view: TokenView, count: int | Tensor, memory: dict[str, Any]
+    ) -> Reduction | None:
+        """What happens at `site`; None inside a decoder where all stay, for methods that only look there.
+
+        Args:
+            site: one of `stages`.
+            view: the tokens and the signals of the block they come from.
+            count: how many prunable tokens shall be left; int64 [B] on the CPU where rows differ.
+            memory: what this forward carries from site to site; empty at its start.
+        """
+        raise NotImplementedError
+
+    def finish(self, view: TokenView, memory: dict[str, Any]) -> None:
+        """After the last block, of a method that `restores`: a look at what is left.
+
+        A map of what all patches show goes into `memory["map"]`, probabilities [B, N, names].
+        """

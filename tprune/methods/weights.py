@@ -1,0 +1,70 @@
+"""What a method that prunes weights, or structures of them, declares, is given and gives back; without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from tprune.methods.base import Method
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from tprune.core.weights import WeightEdit
+    from tprune.methods.views import LinearView, ModelView
+
+
+@dataclass(frozen=True)
+class WeightBudget:
+    """How much of a set of weights goes.
+
+    Attributes:
+        sparsity: fraction of the prunable weights removed, 0 to 1.
+        pattern: (n, m), n kept of every m consecutive inputs; None for unstructured and structured pruning.
+    """
+
+    sparsity: float
+    pattern: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class WeightMethod(Method):
+    """Units are weights, or the structures they form.
+
+    A method of scope "block" is asked once per linear layer while the model streams by, and its decisions need
+    nothing but that layer (`prune`). One of scope "model" is asked once, when the statistics of all
+    blocks are known (`plan`).
+    """
+
+    scope: ClassVar[str] = "block"
+    stats: ClassVar[tuple[str, ...]] = ()
+    """What is gathered at the input of every linear layer: "norm", "gram", "moments"; per block "similarity"; or for
+    every weight of the dense model, before anything is pruned, "gradient"."""
+    units: ClassVar[tuple[str, ...]] = ()
+    """The kinds of unit whose statistics a method of scope "model" reads: "heads", "channels"."""
+    measures: ClassVar[bool] = False
+    """Whether a method of scope "model" asks for the loss without some blocks (`ModelView.losses_without`)."""
+    part: ClassVar[str] = "all"
+    """Which matrices of a block a method of scope "block" prunes and its budget counts: "all", or the "mlp"'s."""
+    groups_outputs: ClassVar[bool] = False
+    """Whether groups of a pattern are consecutive outputs, not inputs, in matrices that feed the channels of an MLP."""
+    propagate: ClassVar[str] = "pruned"
+    """What feeds the next block's statistics: the "pruned" blocks before it, or the "dense" ones."""
+    patterns: ClassVar[bool] = True
+    """Whether n:m patterns are possible."""
+
+    def score(self, linear: LinearView) -> Tensor:
+        """What the weights of one linear layer are compared by, smallest first to go: float32 [out, in].
+
+        For methods of scope "block" whose scores can be compared between layers.
+        """
+        raise NotImplementedError
+
+    def prune(self, linear: LinearView, budget: WeightBudget, generator: torch.Generator) -> WeightEdit:
+        """New weights of one linear layer (scope "block")."""
+        raise NotImplementedError
+
+    def plan(self, model: ModelView, budget: WeightBudget) -> list[WeightEdit]:
+        """The edits of a whole model (scope "model")."""
+        raise NotImplementedError
