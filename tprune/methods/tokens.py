@@ -33,6 +33,7 @@ class Shape:
         has_cls: whether the first token is a class token.
         grid: rows and columns of the prunable tokens, where they form an image.
         width: of a token's hidden state.
+        tower: the width of what a vision-language model's tower makes of a patch.
         classes: how many the model tells apart; 0 for a bare tower.
         patch: channels, rows and columns of the pixels that one prunable token stands for, where it is an image.
         names: how many things a patch may show in the data of a fit, the background included; 0 where it does not say.
@@ -50,6 +51,7 @@ class Shape:
     has_cls: bool = False
     grid: tuple[int, int] | None = None
     width: int = 0
+    tower: int = 0
     classes: int = 0
     patch: tuple[int, int, int] = (0, 0, 0)
     names: int = 0
@@ -66,7 +68,8 @@ class TokenMethod(Method):
     needs_cls: ClassVar[bool] = False
     reads: ClassVar[tuple[str, ...]] = ("attention",)
     """What of the view is read and costs something to provide: "attention", "encoder", "projector", "seeds",
-    "sublayers", "neurons", "embeddings", "before" (what the layer before a site was given)."""
+    "sublayers", "neurons", "embeddings", "before" (what the layer before a site was given), "beside" (what tokens of the
+    method's own become behind the prompt)."""
     unit: ClassVar[str] = "image"
     """What a view holds at a VLM's projector: a whole "image", or each "crop" of it by itself."""
     native: ClassVar[tuple[str, ...]] = ()
@@ -142,6 +145,10 @@ class TokenMethod(Method):
         """Whether what leaves inside a decoder is hidden from attention, and goes on being computed and cached."""
         return False
 
+    def uniform(self) -> bool:
+        """Whether what leaves inside a decoder also leaves the caches of the layers before, behind the prompt."""
+        return False
+
     def evicts(self) -> bool:
         """Whether image tokens leave each layer's cache, per key-value head, once the prompt has gone through in full.
 
@@ -196,6 +203,19 @@ class TokenMethod(Method):
             keep: the budget, as `--keep` means it; None for the hyperparameters as they stand.
             outputs: what the model makes of the calibration images while the attention of these blocks is skipped:
                 float [S, C].
+        """
+        raise NotImplementedError
+
+    def revives(self) -> bool:
+        """Whether tokens that left inside a decoder may come back in calls that follow the prompt: see `recall`."""
+        return False
+
+    def recall(self, attention: Attention, last: Tensor) -> Tensor:
+        """What the tokens of a cache are worth to one that comes after them, larger is better: [B, T].
+
+        Args:
+            attention: of the layer before a site; it looks at no token that an earlier site has hidden.
+            last: int64 [B, 1], the row of the latest token among its queries.
         """
         raise NotImplementedError
 

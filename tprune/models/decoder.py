@@ -29,7 +29,7 @@ from tprune.models.entrance import Entrance, fill_up, place_behind, shorten
 from tprune.models.episode import Episode
 from tprune.models.layer_inputs import LayerInputs, check_positions
 from tprune.models.run import Inputs, Run, Tally, here, planned, real_tokens
-from tprune.models.signals import Signals, attention_of, watch
+from tprune.models.signals import Signals, attention_of
 from tprune.models.taps import AttentionCall, Tap
 from tprune.models.track import Kept, Track, check_cache, restored
 
@@ -48,8 +48,7 @@ class DecoderDriver:
         positions_inside: the same for what leaves inside the decoder; None: as `positions`.
         seeds_of: from the inputs to a seed per row, int64 [B]; called where the method draws at random.
         entrance: what happens before the first layer, for methods with the site `PROJECTOR`.
-        cells_of: from the inputs to every token's crop, row and column, int64 [B, N, 3]; called where the method reads
-            "cells".
+        images: tells of a prompt's images, where the method reads that inside the decoder (`Signals`).
         outer: the module whose call carries the whole prompt; the decoder itself by default.
         check_later: called with the inputs of every later call on a cache; raises UserError for what cannot be right.
     """
@@ -65,7 +64,7 @@ class DecoderDriver:
         positions_inside: str | None = None,
         seeds_of: Callable[[Inputs], Tensor] | None = None,
         entrance: Entrance | None = None,
-        cells_of: Callable[[Inputs], Tensor] | None = None,
+        images: Any = None,
         outer: nn.Module | None = None,
         check_later: Callable[[Inputs], None] | None = None,
     ):
@@ -73,14 +72,14 @@ class DecoderDriver:
         self.method, self.prunable_of, self.stages_of = method, prunable_of, stages_of
         self.seeds_of, self.entrance = seeds_of, entrance
         self.check_later = check_later
-        self.hides = method.hides()
+        self.hides, self.uniform = method.hides(), method.uniform()
         decoder = find_decoder(model)
         self.core, self.layers = decoder.core, decoder.blocks
         self.rejoin = method.rejoins(Shape(len(self.layers), 0))
         self.outer = self.core if outer is None else outer
         self.positions = check_positions(positions, self.core)
         self.inputs = LayerInputs(self.core, positions_inside or positions)
-        self.signals = Signals(self.core, self.layers, self.inputs, cells_of)
+        self.signals = Signals(self.core, self.layers, self.inputs, images)
         self.tally, self.episode = Tally(len(self.layers)), Episode(method, len(self.layers))
         self.run: Run | None = None
         self.trace: list[tuple[Site, Tensor]] | None = None
@@ -101,7 +100,7 @@ class DecoderDriver:
         if "attention" in method.reads:
             self.tap = Tap([attention_of(layer) for layer in self.layers], self._observe)
             self.place = {attention_of(layer): place for place, layer in enumerate(self.layers)}
-        self.handles += watch(self.layers, method.reads, lambda: self.run)
+        self.handles += self.signals.watch(model, method.reads, lambda: self.run)
         self.deepstack = Deepstack(self.core, lambda: self.run, len(self.layers))
 
     def remove(self) -> None:
@@ -197,7 +196,7 @@ class DecoderDriver:
         self.tally.add(run)
         track, cache = run.track, getattr(output, "past_key_values", None)
         if cache is not None:
-            cache.tprune_track = track
+            track.join(cache, self.uniform)
         return output if track.entry is None else fill_up(output, track.entry, run.length)
 
     def _observe(self, call: AttentionCall) -> None:
@@ -269,6 +268,10 @@ class DecoderDriver:
             run.trace.append((site, slots if run.track.entry is None else run.track.entry.index))
         return restored(hidden, before, run.full)
 
+    def _remembers(self, site: Site) -> bool:
+        """Whether what leaves at `site` is kept as it was (`Run.full`)."""
+        return self.rejoin is not None and site < self.rejoin
+
     def _take(
         self, run: Run, site: Site, view: TokenView, slots: Tensor, reduction: Reduction | None
     ) -> Tensor:
@@ -286,7 +289,7 @@ class DecoderDriver:
         if self.hides:
             run.track.layers[site.layer] = Kept.hiding(slots, reduction.index, left, run.track.entered)
             return view.hidden
-        if self.rejoin is not None and site < self.rejoin:
+        if self._remembers(site):
             run.full = view.hidden if run.full is None else restored(view.hidden, before, run.full)
         ascending = reduction.drops_only and (before is None or before.order is None)
         run.track.layers[site.layer] = Kept.of(

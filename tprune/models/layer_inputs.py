@@ -65,7 +65,7 @@ class LayerInputs:
             ids = ids - (kept.shift() if run.is_prompt else kept.gone[:, None])
             given["position_ids"] = ids
             given["position_embeddings"] = run.once(
-                ("turned", id(kept), id(rope)), lambda: self._rotate(place, given["hidden_states"], ids)
+                ("turned", id(kept), id(rope)), lambda: self.rotate(place, given["hidden_states"], ids)
             )
         elif run.is_prompt and isinstance(rope, tuple):
             key = ("rope", id(kept), id(rope))
@@ -98,14 +98,18 @@ class LayerInputs:
         shown = visible(slots, seen, window)
         if padding is not None:
             shown = shown & padding[:, None, None]
-        if implementation != "eager":
+        return self.as_mask(shown)
+
+    def as_mask(self, shown: Tensor) -> Tensor:
+        """What is `shown`, bool [B, 1, q, T], in the form the model's attention takes."""
+        if (self.core.config._attn_implementation or "eager") != "eager":
             return shown
         dtype = next(self.core.parameters()).dtype
         return torch.zeros(shown.shape, dtype=dtype, device=shown.device).masked_fill(
             ~shown, hidden_value(dtype)
         )
 
-    def _rotate(self, place: int, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def rotate(self, place: int, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Rotary embeddings at other positions."""
         if "layer_type" in signature(self.rotary.forward).parameters:
             return self.rotary(hidden, ids, self.core.config.layer_types[place])

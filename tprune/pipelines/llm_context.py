@@ -22,6 +22,7 @@ from tprune.methods.tokens import Shape
 from tprune.models import load as loaders
 from tprune.models.compress import Compression
 from tprune.models.decoder import DecoderDriver
+from tprune.models.revive import RevivingDriver, can_revive
 from tprune.models.run import Inputs
 from tprune.models.subject import Subject, twin
 from tprune.pipelines.base import Achieved, Handle, Pipeline, Quality, Sample, Workload
@@ -91,9 +92,11 @@ class PrefillHandle(Handle):
     def achieved(self) -> Achieved:
         """The mean fraction of prunable prompt tokens that entered a layer."""
         tally = self.driver.tally
+        lost = self.driver.method.revives() and not isinstance(self.driver, RevivingDriver)
+        details = {"tokens_come_back": False} if lost else {}
         if not tally.prompts:
-            return Achieved(self.keep or 1.0)
-        return Achieved((tally.entering.double().mean() / tally.tokens).item())
+            return Achieved(self.keep or 1.0, details)
+        return Achieved((tally.entering.double().mean() / tally.tokens).item(), details)
 
     def per_layer(self) -> list[dict[str, Any]]:
         """Prunable tokens entering each layer, mean over prompts."""
@@ -198,8 +201,11 @@ class ContextPipeline(Pipeline):
         def stages(tokens: int) -> tuple:
             return solve(self.method, Shape(depth, tokens), keep)
 
-        driver = DecoderDriver(subject.model, self.method, prompt_tokens, stages, positions=positions)
-        return PrefillHandle(driver, keep)
+        revives = self.method.revives() and can_revive(subject.model)
+        kind = RevivingDriver if revives else DecoderDriver
+        return PrefillHandle(
+            kind(subject.model, self.method, prompt_tokens, stages, positions=positions), keep
+        )
 
     def probe(self, subject: Subject) -> dict[str, Tensor]:
         """A context of random tokens, and the logits of some tokens after it."""
