@@ -9,6 +9,8 @@ from tests.decoders import CONFIGS, VOCABULARY, decoder
 
 NAMES = sorted(CONFIGS)
 EXPERTS = ("mixtral", "qwen-moe", "qwen3-moe")
+QUICK = {"armor": {"iterations": 3}}
+"""Hyperparameters of methods that would take long."""
 TEXT = "\n\n".join(
     f"{word} {place}: " + " ".join(f"{word[:letter]}{(place * letter) % 7}" for letter in range(40))
     for place, word in enumerate(
@@ -32,7 +34,7 @@ def tokenizer():
 
 def prune(model, method, text, **options):
     """`tprune.prune` with a calibration that takes no time."""
-    options = {"calibration": 4, "length": 24, "batch_size": 2} | options
+    options = {"calibration": 4, "length": 24, "batch_size": 2} | QUICK.get(method, {}) | options
     return tprune.prune(model, f"llm-weights/{method}", tokenizer=tokenizer(), data=str(text), **options)
 
 

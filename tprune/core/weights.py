@@ -15,10 +15,12 @@ class WeightEdit:
     Attributes:
         mask: bool [out, in], True where the weight is removed.
         weight: float32 [out, in], zero under the mask; None keeps the surviving weights as they are.
+        around: blocks of A [out / b, b, b] and B [in / b, b, b], where the layer becomes A W B; the b may differ.
     """
 
     mask: Tensor
     weight: Tensor | None = None
+    around: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -51,6 +51,8 @@ class WeightMethod(Method):
     """Whether groups of a pattern are consecutive outputs, not inputs, in matrices that feed the channels of an MLP."""
     propagate: ClassVar[str] = "pruned"
     """What feeds the next block's statistics: the "pruned" blocks before it, or the "dense" ones."""
+    wraps: ClassVar[bool] = False
+    """Whether a method of scope "block" puts matrices around those it prunes (`WeightEdit.around`)."""
     patterns: ClassVar[bool] = True
     """Whether n:m patterns are possible."""
 

@@ -46,6 +46,7 @@ class Matrix:
         transposed: whether the parameter is stored [in, out].
         rows: its output rows in the parameter, int64, ascending; None for all.
         reader: of a matrix that feeds the channels of an MLP, the `input` of the one that reads them; else None.
+        module: the linear layer that holds it; None for experts.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Matrix:
     transposed: bool = False
     rows: Tensor | None = None
     reader: str | None = None
+    module: nn.Module | None = None
 
     def _view(self, held: Tensor | None = None) -> Tensor:
         """The parameter, or a tensor of its shape, as [all rows, in], sharing its memory."""
@@ -153,6 +155,7 @@ class Decoder:
                 input=name,
                 transposed=isinstance(module, Conv1D),
                 rows=rows,
+                module=module,
             )
 
     def _fused(self, last: str, module: nn.Module) -> list[tuple[str, Tensor | None]]:

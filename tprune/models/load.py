@@ -94,17 +94,18 @@ def _transformers(source: Source, family: str, dtype: torch.dtype, seed: int) ->
 
 
 def _of_own_shapes(kind: Any) -> Any:
-    """The model class `kind`, built with the widths per layer that its configuration's `tprune` section gives.
+    """The model class `kind`, built with the widths and factors per layer of its configuration's `tprune` section.
 
     The shapes are there before weights are loaded, so transformers' own loader does the rest.
     """
-    from tprune.models import shapes
+    from tprune.models import factored, shapes
     from tprune.models.blocks import find_decoder
 
     def __init__(self: Any, config: Any, *more: Any, **named: Any) -> None:  # noqa: N807
         kind.__init__(self, config, *more, **named)
         decoder = find_decoder(self)
-        shapes.resize(decoder, decoder.config.tprune["layers"])
+        shapes.resize(decoder, decoder.config.tprune.get("layers", []))
+        factored.make_room(decoder, decoder.config.tprune.get("wrapped", {}))
 
     return type(kind.__name__, (kind,), {"__init__": __init__, "__module__": kind.__module__, "stock": kind})
 

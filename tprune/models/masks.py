@@ -2,7 +2,7 @@
 
 One format serves three times: as the journal of finished blocks, in an artifact by reference, and as the masks
 beside a masked model. `mask/NAME` holds the mask of the matrix NAME, a bit per weight; `weight/NAME` the new
-values of the parameter NAME where surviving weights changed.
+values of the parameter NAME where surviving weights changed; `outward/NAME` and `inward/NAME` what stands around it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tprune.core.weights import WeightEdit, pack_bits, unpack_bits
 from tprune.errors import UserError
+from tprune.models import factored
 from tprune.models.blocks import Matrix
 
 MASK, WEIGHT = "mask/", "weight/"
@@ -23,6 +24,8 @@ def apply(matrix: Matrix, edit: WeightEdit) -> None:
     if edit.weight is not None:
         matrix.write(edit.weight)
     matrix.remove(edit.mask)
+    if edit.around is not None:
+        factored.wrap(matrix, edit.around)
 
 
 def record(matrices: Iterable[tuple[Matrix, WeightEdit]]) -> dict[str, Tensor]:
@@ -32,6 +35,11 @@ def record(matrices: Iterable[tuple[Matrix, WeightEdit]]) -> dict[str, Tensor]:
         tensors[MASK + matrix.name] = pack_bits(edit.mask).cpu()
         if edit.weight is not None:
             changed[WEIGHT + matrix.parameter_name] = matrix.parameter
+        if edit.around is not None:
+            tensors |= {
+                f"{part}/{matrix.name}": blocks.cpu()
+                for part, blocks in zip(factored.NAMES, edit.around, strict=True)
+            }
         del edit  # before the next one is made
     return tensors | {name: parameter.data.cpu() for name, parameter in changed.items()}
 
@@ -57,6 +65,9 @@ def replay(matrices: Iterable[Matrix], tensors: dict[str, Tensor]) -> None:
             written.add(matrix.parameter_name)
         if mask is not None:
             matrix.remove(unpack_bits(mask.to(matrix.parameter.device), matrix.shape))
+        around = [tensors.get(f"{part}/{matrix.name}") for part in factored.NAMES]
+        if None not in around:
+            factored.wrap(matrix, around)
 
 
 def removed(tensors: dict[str, Tensor], matrix: Matrix) -> int:

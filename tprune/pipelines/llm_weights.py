@@ -15,8 +15,8 @@ from tprune.errors import BudgetError, UserError
 from tprune.evaluate.perplexity import perplexity, score_windows
 from tprune.methods.allocate import Allocation, parse
 from tprune.methods.weights import WeightBudget
+from tprune.models import factored, masks, shapes
 from tprune.models import load as loaders
-from tprune.models import masks, shapes
 from tprune.models.blocks import Decoder, find_decoder
 from tprune.models.calibrate import Stream
 from tprune.models.gradients import gradient_norms
@@ -105,9 +105,14 @@ class LlmWeights(Pipeline):
         """What was asked.
 
         Raises:
-            UserError: nothing, or a pattern from a method that removes structure.
+            UserError: nothing, a pattern from a method that removes structure, or plain shapes from one that wraps.
         """
         stage = self.stage
+        if self.method.wraps and stage.loadable == "plain":
+            raise UserError(
+                f"--loadable plain: {stage.method} puts matrices around those it prunes, which stock "
+                "loaders do not know; leave it out"
+            )
         if stage.pattern is not None:
             if not self.method.patterns:
                 raise UserError(
@@ -172,6 +177,10 @@ class LlmWeights(Pipeline):
         decoder = self.decoder(subject.model)
         if state is not None:
             return self.reload(decoder, state)
+        if factored.sizes(decoder) and (self.method.wraps or self.method.scope == "model"):
+            raise UserError(
+                f"matrices stand around those of this model already; {self.stage.method} does not go with that"
+            )
         budget = self.budget()
         stream.check_pattern(decoder, budget.pattern, self.method.groups_outputs)
         if self.method.scope == "block" and budget.pattern is None:
@@ -216,6 +225,7 @@ class LlmWeights(Pipeline):
                 f"--sparsity {budget.sparsity:g} rounds to no weight at all in this model; its rows are "
                 f"{decoder.matrices(0)[0].shape[1]} wide: ask for more"
             )
+        factored.write_config(decoder)
         everything = sum(parameter.numel() for parameter in decoder.model.parameters())
         details: dict[str, Any] = {"over_all_parameters": gone / everything}
         if budget is not None and budget.pattern:
