@@ -21,6 +21,21 @@ FAMILY_DEFAULTS = {
     "llm-weights": "smollm2-135m",
 }
 """The built-in model of every family."""
+STAGE_OPTIONS = (
+    "keep",
+    "sparsity",
+    "pattern",
+    "positions",
+    "loadable",
+    "fit",
+    "allocate",
+    "recover",
+    "recover_data",
+)
+"""The options that belong to a stage of the recipe, by their names there."""
+
+OUTPUT_OPTIONS = ("out", "force", "by_reference", "no_eval", "dry_run", "as_json", "quiet", "max_minutes")
+"""The options of `launch`."""
 
 
 def model_options(command: Callable) -> Callable:
@@ -91,7 +106,8 @@ def family_command(family: str, help: str) -> click.Command:
         stage = Stage(family, method, set=parse_settings(settings), **budget)
         output = {
             name: options.pop(name)
-            for name in ("out", "force", "by_reference", "no_eval", "dry_run", "as_json", "quiet")
+            for name in OUTPUT_OPTIONS
+            if name in options
         }
         source = ModelSource(
             model, options.pop("revision"), options.pop("weights"), options.pop("random_weights")
@@ -105,6 +121,20 @@ def family_command(family: str, help: str) -> click.Command:
             click.option(
                 "--allocate",
                 default="uniform",
+            click.option(
+                "--max-minutes",
+                type=click.FloatRange(0),
+                metavar="N",
+                help="Stop a search after so long; the same command goes on (needs --out).",
+            ),
+            click.option(
+                "--recover",
+                metavar="HOW",
+                help="Train what is left: lora[:rank=8,epochs=1,lr=1e-4,batch=8] or full[:…].",
+            ),
+            click.option(
+                "--recover-data", metavar="SOURCE", help="Text for it [the calibration part of --data]."
+            ),
                 metavar="RULE",
                 help="How it is shared out: uniform, global, owl[:factor=5,spread=0.08], erk.",
             ),
@@ -150,12 +180,15 @@ def launch(
     out: str | None,
     force: bool,
     by_reference: bool,
+    max_minutes: float | None = None,
     no_eval: bool,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
     """Run a recipe and print its report: a table for people, or one JSON object."""
+    if max_minutes is not None and out is None:
+        raise UserError(f"--max-minutes {max_minutes:g}: what a search found is kept beside --out DIR; give one")
     from tprune.progress import Progress
 
     for stage in recipe.stages:
@@ -173,6 +206,7 @@ def launch(
     report = execute(
         recipe,
         Progress(quiet or as_json),
+        max_minutes=max_minutes,
         out=out,
         force=force,
         by_reference=by_reference,

@@ -23,6 +23,10 @@ class WeightEdit:
     around: tuple[Tensor, Tensor] | None = None
 
 
+HALVES = ("attention", "mlp")
+"""What a decoder block is made of, each half with its norms."""
+
+
 @dataclass(frozen=True, eq=False)
 class StructureEdit:
     """Structure taken out of one block.
@@ -30,14 +34,21 @@ class StructureEdit:
     Attributes:
         block: index of the block.
         removed: the whole block goes.
+        halves: which of its `HALVES` go.
         keep: per kind of unit ("heads", "channels"), the ascending indices of the units that stay.
         bias: per kind, float32 [out], what the output projection adds from now on.
     """
 
     block: int
     removed: bool = False
+    halves: tuple[str, ...] = ()
     keep: dict[str, Tensor] = field(default_factory=dict)
     bias: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def gone(self) -> tuple[str, ...]:
+        """The halves that go, both where the block does."""
+        return HALVES if self.removed else self.halves
 
 
 _PLACES = tuple(1 << place for place in range(8))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tprune.core import score, select
+from tprune.core.weights import StructureEdit
 from tprune.errors import UserError
 
 
@@ -326,6 +327,22 @@ class UnitView:
 class BlockView:
     """One block: its units, its size and how much it changes the residual stream.
 
+@dataclass(eq=False)
+class MemberView:
+    """What the units of one kind in one block have of one matrix of their dependency group: a row per unit.
+
+    Attributes:
+        weight: float32 [U, entries].
+        gradient: float32 [U, entries], the mean over calibration sequences of the dense model's gradient, where
+            "gradient_mean" was asked for.
+        square: float32 [U, entries], the mean of its square, where "gradient_square" was asked for.
+    """
+
+    weight: Tensor
+    gradient: Tensor | None = None
+    square: Tensor | None = None
+
+
     Attributes:
         index: which block.
         parameters: its prunable parameters.
@@ -339,6 +356,8 @@ class BlockView:
     parameters: int
     units: dict[str, UnitView] = field(default_factory=dict)
     similarity: float | None = None
+        members: the matrices that lose entries with a unit, read one by one: those that feed the units in the order of
+            the block's modules (q, k, v; gate, up), at last the output projection.
     entering: Tensor | None = None
     leaving: Tensor | None = None
 
@@ -350,10 +369,16 @@ class ModelView:
     Attributes:
         blocks: in order.
         uniform: whether all blocks must keep the same number of units of a kind (`--loadable plain`).
-        losses_without: (gone, candidates) -> float64 [C], the model's mean loss on the calibration tokens without the
-            blocks `gone` and one more, each of `candidates` (ascending) in turn; for methods with `measures`.
+    members: Callable[[], Iterator[MemberView]] = lambda: iter(())
+
+    @property
+    def count(self) -> int:
+        """U, how many units."""
+        return self.weight.shape[1] // self.width
+        losses_with: (made, candidates) -> float64 [C], the model's mean loss per calibration token with the edits
+            `made` and those of each candidate in turn; for methods with `measures`. Edits of one block add up.
     """
 
     blocks: list[BlockView]
     uniform: bool = False
-    losses_without: Callable[[Collection[int], Sequence[int]], Tensor] | None = None
+    losses_with: Callable[[Sequence[StructureEdit], Sequence[Sequence[StructureEdit]]], Tensor] | None = None

@@ -40,17 +40,21 @@ class WeightMethod(Method):
     scope: ClassVar[str] = "block"
     stats: ClassVar[tuple[str, ...]] = ()
     """What is gathered at the input of every linear layer: "norm", "gram", "moments"; per block "similarity"; or for
-    every weight of the dense model, before anything is pruned, "gradient"."""
+    every weight of the dense model, before anything is pruned, "gradient" (its norm over sequences),
+    "gradient_mean" or "gradient_square" (the mean of its square)."""
     units: ClassVar[tuple[str, ...]] = ()
     """The kinds of unit whose statistics a method of scope "model" reads: "heads", "channels"."""
     measures: ClassVar[bool] = False
-    """Whether a method of scope "model" asks for the loss without some blocks (`ModelView.losses_without`)."""
+    """Whether a method of scope "model" asks for losses of the edited model (`ModelView.losses_with`)."""
+    uniform: ClassVar[bool] = True
+    """Whether a method of scope "model" can choose shapes that stock transformers loads (`--loadable plain`)."""
     part: ClassVar[str] = "all"
     """Which matrices of a block a method of scope "block" prunes and its budget counts: "all", or the "mlp"'s."""
     groups_outputs: ClassVar[bool] = False
     """Whether groups of a pattern are consecutive outputs, not inputs, in matrices that feed the channels of an MLP."""
     propagate: ClassVar[str] = "pruned"
-    """What feeds the next block's statistics: the "pruned" blocks before it, or the "dense" ones."""
+    """What feeds the next block's statistics: the "pruned" blocks before it, or the "dense" ones. A method of scope
+    "model" that lets pruned ones do so is asked for one block at a time."""
     wraps: ClassVar[bool] = False
     """Whether a method of scope "block" puts matrices around those it prunes (`WeightEdit.around`)."""
     patterns: ClassVar[bool] = True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -12,15 +12,23 @@ from tprune.models.blocks import Decoder
 
 
 def gradient_norms(decoder: Decoder, sequences: Iterable[Tensor]) -> dict[str, Tensor]:
-    """The L2 norm of every weight's gradient over sequences: sqrt(Σ_n g_n²), float32, by parameter name.
+    """The L2 norm of every weight's gradient over sequences: sqrt(Σ_n g_n²), float32, by parameter name."""
+    return gradient_statistics(decoder, sequences, ("gradient",))["gradient"]
 
-    One sequence per backward pass, its loss the mean over its predicted tokens; squares are summed as soon as a
-    gradient is there, so that those of one parameter are alive at a time. The sums, as large as the prunable weights,
-    are held on the CPU.
+
+def gradient_statistics(
+    decoder: Decoder, sequences: Iterable[Tensor], kinds: Sequence[str]
+) -> dict[str, dict[str, Tensor]]:
+    """What is asked for of every weight's gradients g_n over N sequences, float32, by kind and parameter name.
+
+    One sequence per backward pass, its loss the mean over its predicted tokens; a gradient is taken in as soon as it
+    is there, so that those of one parameter are alive at a time. The sums, each as large as the prunable weights, are
+    held on the CPU.
 
     Args:
         decoder: dense; its gradients and what asks for them are as before afterwards.
         sequences: int64 [L] each.
+        kinds: "gradient", sqrt(Σ_n g_n²); "gradient_mean", Σ_n g_n / N; "gradient_square", Σ_n g_n² / N.
     """
     parameters = {
         matrix.parameter_name: matrix.parameter
@@ -29,28 +37,57 @@ def gradient_norms(decoder: Decoder, sequences: Iterable[Tensor]) -> dict[str, T
     }
     model = decoder.model
     device = model.get_input_embeddings().weight.device
-    with summing_squares(model, parameters, "cpu") as sums:
+    powers = [POWERS[kind] for kind in kinds]
+    count = 0
+    with summing_powers(model, parameters, "cpu", powers) as sums:
         for sequence in sequences:
             ids = sequence.to(device).unsqueeze(0)
             with torch.enable_grad():
                 model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    return {name: total.sqrt_() for name, total in sums.items()}
+            count += 1
+    found = dict(zip(kinds, sums, strict=True))
+    for kind, totals in found.items():
+        for total in totals.values():
+            total.sqrt_() if kind == "gradient" else total.div_(count)
+    return found
+
+
+POWERS = {"gradient": 2, "gradient_mean": 1, "gradient_square": 2}
+"""To which power gradients are summed."""
 
 
 @contextmanager
 def summing_squares(
     module: nn.Module, parameters: dict[str, nn.Parameter], device: torch.device | str
 ) -> Iterator[dict[str, Tensor]]:
-    """Squares of gradients, float32 on `device`, by the names of `parameters`: each backward pass in here adds its own.
+    """Squares of gradients, as `summing_powers` gives them."""
+    with summing_powers(module, parameters, device, [2]) as (squares,):
+        yield squares
+
+
+@contextmanager
+def summing_powers(
+    module: nn.Module,
+    parameters: dict[str, nn.Parameter],
+    device: torch.device | str,
+    powers: Sequence[int],
+) -> Iterator[list[dict[str, Tensor]]]:
+    """Powers of gradients, float32 on `device`, by the names of `parameters`: each backward pass in here adds its own.
 
     What asks for gradients in `module`, and what they are, is as before afterwards.
     """
-    sums = {
-        name: torch.zeros(held.shape, dtype=torch.float32, device=device) for name, held in parameters.items()
-    }
+    sums = [
+        {
+            name: torch.zeros(held.shape, dtype=torch.float32, device=device)
+            for name, held in parameters.items()
+        }
+        for _ in powers
+    ]
     with asking_for(module, parameters.values()):
         hooks = [
-            parameter.register_post_accumulate_grad_hook(_adding_to(sums[name]))
+            parameter.register_post_accumulate_grad_hook(
+                _adding_to([(total[name], power) for total, power in zip(sums, powers, strict=True)])
+            )
             for name, parameter in parameters.items()
         ]
         try:
@@ -77,11 +114,13 @@ def asking_for(module: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterato
             parameter.grad = gradient
 
 
-def _adding_to(total: Tensor) -> Callable[[nn.Parameter], None]:
-    """A hook that adds the square of a parameter's gradient and lets go of it."""
+def _adding_to(totals: list[tuple[Tensor, int]]) -> Callable[[nn.Parameter], None]:
+    """A hook that adds powers of a parameter's gradient and lets go of it."""
 
     def add(parameter: nn.Parameter) -> None:
-        total.add_(parameter.grad.detach().float().square_().to(total.device))
+        gradient = parameter.grad.detach().float()
+        for total, power in totals:
+            total.add_(gradient.pow(power).to(total.device))
         parameter.grad = None
 
     return add

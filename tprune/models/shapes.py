@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from tprune.core.weights import StructureEdit
+from tprune.core.weights import HALVES, StructureEdit
 from tprune.models.blocks import Decoder, width
+from tprune.models.halves import halves_gone, remove_half
 from tprune.models.units import WIRING, add_bias, put, remove_blocks, shrink, site
 
 
@@ -25,21 +26,29 @@ def apply(decoder: Decoder, edits: list[StructureEdit]) -> None:
             shrink(decoder, edit.block, place, keep)
         for kind, bias in edit.bias.items():
             add_bias(site(decoder, edit.block, kind).reader, bias)
-    gone = sorted(edit.block for edit in edits if edit.removed)
+        for half in edit.halves:
+            remove_half(decoder.blocks[edit.block], half)
+    gone = sorted(edit.block for edit in edits if len(edit.gone) == len(HALVES))
     if gone:
         remove_blocks(decoder, gone)
     write_config(decoder, [row for index, row in enumerate(before) if index not in gone])
 
 
 def shapes(decoder: Decoder) -> list[dict[str, Any]]:
-    """Per block, how many units of each kind there are, and whether their reader has a bias."""
+    """Per block, how many units of each kind there are, whether their reader has a bias, and which halves are gone."""
     rows = []
-    for index in range(len(decoder.blocks)):
+    for index, block in enumerate(decoder.blocks):
         places = {kind: site(decoder, index, kind) for kind in WIRING}
-        rows.append(
-            {kind: [place.count, place.reader.bias is not None] for kind, place in places.items() if place}
-        )
+        row: dict[str, Any] = {
+            kind: [place.count, place.reader.bias is not None] for kind, place in places.items() if place
+        }
+        gone = halves_gone(block)
+        rows.append(row | ({GONE: gone} if gone else {}))
     return rows
+
+
+GONE = "gone"
+"""The name of the missing halves in a row of the table."""
 
 
 SWITCHES = {
@@ -90,7 +99,7 @@ def write_config(decoder: Decoder, before: list[dict[str, Any]]) -> None:
 
 def _plainly(decoder: Decoder, before: list[dict[str, Any]], rows: list[dict[str, Any]]) -> bool:
     """Write equal shapes into the configuration; False where they are not equal, or it has no words for them."""
-    if any(row != rows[0] for row in rows):
+    if any(row != rows[0] or GONE in row for row in rows):
         return False
     changes = []
     for kind, (count, bias) in rows[0].items():
@@ -129,7 +138,9 @@ def _write_bias(decoder: Decoder, kind: str) -> None:
 def resize(decoder: Decoder, rows: list[dict[str, Any]]) -> None:
     """Give a freshly built model (its weights do not matter) the shapes of `rows`."""
     for index, row in enumerate(rows):
-        for kind, (count, bias) in row.items():
+        for half in row.get(GONE, ()):
+            remove_half(decoder.blocks[index], half)
+        for kind, (count, bias) in ((kind, row[kind]) for kind in WIRING if kind in row):
             place = site(decoder, index, kind)
             if count != place.count:
                 shrink(decoder, index, place, torch.arange(count, device="cpu"))

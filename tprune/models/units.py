@@ -95,11 +95,28 @@ def site(decoder: Decoder, index: int, kind: str) -> Site | None:
     return None
 
 
+def members(decoder: Decoder, index: int, place: Site) -> list[tuple[Matrix, int]]:
+    """The dependency group of the units: the matrices they are in, each with the axis of [out, in] that lists them.
+
+    Along it every unit has equally many consecutive entries. The matrices that feed the units come first, the one that
+    reads them last.
+    """
+    names = [*place.feeds, place.reader_name]
+    found = [matrix for matrix in decoder.matrices(index) if matrix.input in names]
+    found.sort(key=lambda matrix: names.index(matrix.input))
+    return [(matrix, int(matrix.input == place.reader_name)) for matrix in found]
+
+
+def by_unit(weight: Tensor, axis: int, count: int) -> Tensor:
+    """What each of `count` units has of a weight [out, in] that lists them along `axis`: [count, entries]."""
+    return (weight.t() if axis else weight).reshape(count, -1)
+
+
 def shrink(decoder: Decoder, index: int, place: Site, keep: Tensor) -> None:
     """Keep only these units, ascending."""
-    matrices = decoder.matrices(index)
+    group = members(decoder, index, place)
     for name, module in place.feeds.items():
-        _keep_outputs(module, _rows(place, [one for one in matrices if one.input == name], keep))
+        _keep_outputs(module, _rows(place, [one for one, axis in group if one.input == name], keep))
     columns = torch.arange(place.count * place.width, device="cpu").view(place.count, place.width)
     _keep_inputs(place.reader, columns[keep.cpu()].flatten())
     if place.kind == "heads":

@@ -19,7 +19,7 @@ from tprune.models import factored, masks, shapes
 from tprune.models import load as loaders
 from tprune.models.blocks import Decoder, find_decoder
 from tprune.models.calibrate import Stream
-from tprune.models.gradients import gradient_norms
+from tprune.models.gradients import POWERS, gradient_statistics
 from tprune.models.subject import Subject
 from tprune.pipelines import allocation, stream, structure
 from tprune.pipelines.base import Achieved, Handle, Pipeline, Quality, Sample, Workload
@@ -53,7 +53,12 @@ class LlmWeights(Pipeline):
         return self.recipe.length or LENGTH
 
     def check(self) -> None:
-        """Refuse a missing budget, a pattern from a method that has none, or an allocation that does not fit."""
+        """Refuse a missing budget, and a pattern, an allocation or a recovery that does not fit."""
+        if self.stage.loadable == "plain" and not self.method.uniform:
+            raise UserError(
+                f"--loadable plain: {self.stage.method} leaves blocks of different shapes, which stock transformers "
+                "cannot load; leave it out, and load the result with tprune.load"
+            )
         self.budget()
         self.allocation()
 
@@ -197,18 +202,22 @@ class LlmWeights(Pipeline):
         try:
             start = partial(Stream, decoder, tokens, self.recipe.batch_size)
             gradients = shares = None
-            if "gradient" in self.method.stats:
-                gradients = gradient_norms(decoder, self.progress.track(tokens, "gradients"))
+            kinds = [kind for kind in self.method.stats if kind in POWERS]
+            measured = {}
+            if kinds:
+                sequences = self.progress.track(tokens, "gradients")
+                measured = gradient_statistics(decoder, sequences, kinds)
+                gradients = measured.get("gradient")
             rule = self.allocation()
             if rule is not None and budget.sparsity > 0:
                 sharing = allocation.Sharing(decoder, rule, self.method, gradients, self.progress)
                 shares = sharing.run(
                     budget.sparsity, start, Journal(journal.folder, f"{journal.name}-shares")
                 )
-            reads = set(self.method.stats) - {"gradient"} or self.method.measures
+            reads = set(self.method.stats) - POWERS.keys() or self.method.measures
             calibration = start() if reads else None
             if self.method.scope == "model":
-                return self._prune_structure(decoder, budget, calibration, journal)
+                return self._prune_structure(decoder, budget, calibration, journal, measured)
             pruner = stream.BlockPruner(
                 decoder, self.method, budget, self.recipe.seed, calibration, self.progress, shares, gradients
             )
@@ -238,7 +247,12 @@ class LlmWeights(Pipeline):
         return WeightHandle(kind, Achieved(gone / weights, details), rows, edits, beside)
 
     def _prune_structure(
-        self, decoder: Decoder, budget: WeightBudget, calibration: Stream | None, journal: Journal
+        self,
+        decoder: Decoder,
+        budget: WeightBudget,
+        calibration: Stream | None,
+        journal: Journal,
+        gradients: dict[str, dict[str, Tensor]],
     ) -> Handle:
         before = sizes(decoder)
         everything = sum(parameter.numel() for parameter in decoder.model.parameters())
@@ -254,6 +268,8 @@ class LlmWeights(Pipeline):
         after = sizes(decoder)
         if budget.sparsity > 0 and after == before:
             least = min(unit.cost for block in view.blocks for unit in block.units.values()) / sum(before)
+            gradients,
+            self.max_minutes,
             raise BudgetError(
                 f"--sparsity {budget.sparsity:g} rounds to no unit at all; one unit is {least:.2g} of the weights",
                 least,

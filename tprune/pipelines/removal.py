@@ -1,55 +1,90 @@
-"""What a language model loses with some of its blocks: its loss without them, on the calibration sequences."""
+"""What a language model loses with some of its structure: its loss without it, on the calibration sequences."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import time
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from tprune.core.weights import StructureEdit
+from tprune.errors import UserError
 from tprune.evaluate.perplexity import logits_in_parts, token_losses
 from tprune.models.calibrate import Stream, answering
+from tprune.models.halves import masked
 from tprune.pipelines.journal import Journal
 from tprune.progress import Progress
 
 
 class Removal:
-    """Losses without blocks, as `ModelView.losses_without` gives them.
+    """Losses with edits, as `ModelView.losses_with` gives them.
 
-    What enters a candidate is the same for all that come later, so the model runs up to it once, and without it only
-    from there on: half the work of a whole pass per candidate. Answers are kept in the journal in the order they are
-    asked for; the same search, started again, finds them there.
+    What enters the first block that a candidate edits is the same for all candidates, so the model runs up to it once,
+    and with the candidate only from there on: half the work of a whole pass per candidate. Answers are kept in the
+    journal in the order they are asked for; the same search, started again, finds them there.
 
     Args:
         stream: the calibration sequences before the first block; it stays there.
         journal: of the answers.
-        progress: a bar per question.
+        progress: a bar per question, and a line when it is answered.
+        max_minutes: after so much time no further question is measured; at least one is.
     """
 
-    def __init__(self, stream: Stream, journal: Journal, progress: Progress):
-        self.stream, self.journal, self.progress = stream, journal, progress
-        self.asked = 0
+    def __init__(
+        self, stream: Stream, journal: Journal, progress: Progress, max_minutes: float | None = None
+    ):
+        self.stream, self.journal, self.progress, self.max_minutes = stream, journal, progress, max_minutes
+        self.asked = self.measured = 0
+        self.started = time.monotonic()
 
     @torch.no_grad()
-    def __call__(self, gone: Collection[int], candidates: Sequence[int]) -> Tensor:
-        """Mean loss per token without `gone` and each of `candidates`, float64 [C]."""
+    def __call__(
+        self, made: Sequence[StructureEdit], candidates: Sequence[Sequence[StructureEdit]]
+    ) -> Tensor:
+        """Mean loss per token with `made` and each of `candidates`, float64 [C].
+
+        Raises:
+            UserError: the time is up.
+        """
         known = self.journal.read(self.asked)
         if known is None:
-            known = {"losses": self._measure(set(gone), list(candidates))}
+            self._check_time()
+            known = {"losses": self._measure(made, candidates)}
             self.journal.write(self.asked, known)
+            self.measured += 1
+            self.progress.say(
+                f"search, step {self.asked + 1}: the best of {len(candidates)} has a loss of "
+                f"{known['losses'].min():.4f}, {self._minutes():.1f} minutes so far"
+            )
         self.asked += 1
         return known["losses"]
 
-    def _measure(self, gone: set[int], candidates: list[int]) -> Tensor:
+    def _minutes(self) -> float:
+        return (time.monotonic() - self.started) / 60
+
+    def _check_time(self) -> None:
+        if self.max_minutes is not None and self.measured and self._minutes() >= self.max_minutes:
+            raise UserError(
+                f"--max-minutes {self.max_minutes:g}: the search stopped behind step {self.asked}; what it found is "
+                "kept, and the same command goes on there"
+            )
+
+    def _measure(
+        self, made: Sequence[StructureEdit], candidates: Sequence[Sequence[StructureEdit]]
+    ) -> Tensor:
         stream = self.stream
-        alive = [index for index in range(len(stream.decoder.blocks)) if index not in gone]
+        depth = len(stream.decoder.blocks)
+        first = [min((edit.block for edit in candidate), default=0) for candidate in candidates]
         total = torch.zeros(len(candidates), dtype=torch.float64)
         pairs = list(zip(stream.hidden.split(stream.rows), stream.tokens.split(stream.rows), strict=True))
-        for x, tokens in self.progress.track(pairs, f"without {len(gone) + 1} blocks"):
-            for place, index in enumerate(alive):
-                if index in candidates:
-                    total[candidates.index(index)] += self._loss(x, alive[place + 1 :], tokens)
-                x = stream.run(index, x)
+        with masked(stream.decoder, made):
+            for x, tokens in self.progress.track(pairs, f"search, step {self.asked + 1}"):
+                for index in range(max(first) + 1):
+                    for place in (place for place, at in enumerate(first) if at == index):
+                        with masked(stream.decoder, candidates[place]):
+                            total[place] += self._loss(x, range(index, depth), tokens)
+                    x = stream.run(index, x)
         return total / (stream.tokens.shape[0] * (stream.tokens.shape[1] - 1))
 
     def _loss(self, x: Tensor, blocks: Sequence[int], tokens: Tensor) -> float:

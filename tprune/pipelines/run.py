@@ -60,6 +60,7 @@ def execute(
     force: bool = False,
     by_reference: bool = False,
     evaluate: bool = True,
+    max_minutes: float | None = None,
 ) -> dict[str, Any]:
     """Prune as the recipe says; measure before and after; write the artifact if `out` is given.
 
@@ -75,6 +76,7 @@ def execute(
     drivers = pipelines(recipe, progress)
     for driver in drivers:
         driver.check()
+        driver.max_minutes = max_minutes
     place = artifact.staging(out, recipe.key(), force) if out is not None else nullcontext((None, None))
     with place as (folder, parts):
         last = drivers[-1]

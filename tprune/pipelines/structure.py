@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from tprune.core.weights import StructureEdit
+from tprune.core.weights import HALVES, StructureEdit
 from tprune.errors import UserError
-from tprune.methods.views import BlockView, ModelView, UnitView
+from tprune.methods.views import BlockView, MemberView, ModelView, UnitView
 from tprune.methods.weights import WeightBudget, WeightMethod
 from tprune.models import shapes, units
 from tprune.models.blocks import Decoder
 from tprune.models.calibrate import Stream
+from tprune.models.gradients import POWERS
+from tprune.models.halves import masked
 from tprune.pipelines.journal import Journal
 from tprune.pipelines.removal import Removal
 from tprune.progress import Progress
 
 KEEP, BIAS, REMOVED = "keep/", "bias/", "removed"
+WITHOUT = {half: f"without.{half}" for half in HALVES}
 
 
 class StructurePruner:
@@ -29,6 +34,8 @@ class StructurePruner:
         method, budget: what is done.
         stream: the calibration sequences; None for methods that read nothing.
         plain: choose shapes that stock transformers can load.
+        gradients: by kind and parameter, for methods that read them.
+        max_minutes: how long a search may take; None for no limit.
     """
 
     def __init__(
@@ -39,57 +46,66 @@ class StructurePruner:
         stream: Stream | None,
         plain: bool,
         progress: Progress,
+        gradients: dict[str, dict[str, Tensor]] | None = None,
+        max_minutes: float | None = None,
     ):
         self.decoder, self.method, self.budget = decoder, method, budget
         self.stream, self.plain, self.progress = stream, plain, progress
+        self.gradients, self.max_minutes = gradients or {}, max_minutes
+
+    @property
+    def gathers(self) -> bool:
+        """Whether the method reads what flows through the blocks."""
+        return not set(self.method.stats) <= POWERS.keys()
+
+    @property
+    def by_block(self) -> bool:
+        """Whether the method is asked for one block at a time, since pruned blocks feed the next."""
+        return self.gathers and self.method.propagate == "pruned"
 
     def run(self, journal: Journal) -> tuple[list[StructureEdit], ModelView]:
         """Plan and carry out. Returns the edits and what they were decided by."""
         kinds = shapes.plain_kinds(self.decoder) if self.plain else list(units.WIRING)
         kinds = [kind for kind in kinds if kind in self.method.units]
-        blocks = []
+        view = ModelView([], self.plain, self._losses(journal) if self.method.measures else None)
+        edits: list[StructureEdit] = []
         for index in self.progress.track(range(len(self.decoder.blocks)), "gathering"):
-            blocks.append(self._view(index, kinds, journal))
-        for kind in kinds:
-            if not all(kind in block.units for block in blocks):
-                raise UserError(
-                    f"{self.method.id} does not fit this model: the {kind} of {type(self.decoder.model).__name__} "
-                    "cannot be removed (experts, norms over all heads, or an unknown layout)"
-                )
-        view = ModelView(blocks, self.plain, self._losses(journal) if self.method.measures else None)
-        edits = self.method.plan(view, self.budget)
+            block = self._view(index, kinds, journal)
+            view.blocks.append(block)
+            if self.by_block:
+                edits += self._advance_pruned(replace(view, blocks=[block]))
+        if not self.by_block:
+            edits = self.method.plan(view, self.budget)
         if self.plain:
             edits = [self._without_bias(edit) for edit in edits]
         shapes.apply(self.decoder, edits)
         return edits, view
 
+    def _advance_pruned(self, view: ModelView) -> list[StructureEdit]:
+        """Plan one block by itself, and send the calibration sequences through it as it will be."""
+        edits = self.method.plan(view, self.budget)
+        with masked(self.decoder, edits):
+            self.stream.advance(view.blocks[0].index)
+        return edits
+
     def _losses(self, journal: Journal) -> Removal:
-        return Removal(self.stream, Journal(journal.folder, f"{journal.name}-losses"), self.progress)
+        answers = Journal(journal.folder, f"{journal.name}-losses")
+        return Removal(self.stream, answers, self.progress, self.max_minutes)
 
     def _view(self, index: int, kinds: list[str], journal: Journal) -> BlockView:
         """One block with its statistics, from the journal or from the stream, which then stands behind it."""
         places = {kind: units.site(self.decoder, index, kind) for kind in kinds}
-        places = {kind: place for kind, place in places.items() if place is not None}
+        for kind, place in places.items():
+            if place is None:
+                raise UserError(
+                    f"{self.method.id} does not fit this model: the {kind} of {type(self.decoder.model).__name__} "
+                    "cannot be removed (experts, norms over all heads, or an unknown layout)"
+                )
         parameters = sum(matrix.shape[0] * matrix.shape[1] for matrix in self.decoder.matrices(index))
         known = journal.read(index)
-        if known is not None:
-            self.stream.advance(index)
-        elif self.method.stats:
-            readers = [place.reader_name for place in places.values()]
-            entering = self.stream.hidden[:, -1].float().cpu().clone()
-            inputs, similarity = self.stream.gather_and_advance(index, self.method.stats, readers)
-            known = {
-                f"{kind}.{name}": value
-                for kind, place in places.items()
-                if place.reader_name in inputs
-                for name, value in inputs[place.reader_name].result().items()
-            }
-            known |= {"entering": entering, "leaving": self.stream.hidden[:, -1].float().cpu().clone()}
-            known["similarity"] = torch.tensor(similarity, dtype=torch.float64)
-            journal.write(index, known)
-        known = known or {}
+        known = self._known(index, places, journal) if self.gathers else {}
         view = BlockView(index, parameters)
-        if known:
+        if "similarity" in known:
             view.similarity = known["similarity"].item()
             view.entering, view.leaving = known["entering"], known["leaving"]
         for kind, place in places.items():
@@ -99,8 +115,50 @@ class StructurePruner:
                 for name in ("norm", "mean", "variance", "fluctuation")
                 if f"{kind}.{name}" in known
             }
-            view.units[kind] = UnitView(kind, weight, place.width, place.heads, place.cost, **own)
+            members = partial(self._members, index, place)
+            view.units[kind] = UnitView(
+                kind, weight, place.width, place.heads, place.cost, **own, members=members
+            )
         return view
+
+    def _known(self, index: int, places: dict[str, units.Site], journal: Journal) -> dict[str, Tensor]:
+        """The statistics of one block; the stream then stands behind it where dense blocks feed the next."""
+        known, dense = journal.read(index), not self.by_block
+        if known is not None:
+            if dense:
+                self.stream.advance(index)
+            return known
+        readers = [place.reader_name for place in places.values()]
+        known = {}
+        if dense:
+            known["entering"] = self.stream.hidden[:, -1].float().cpu().clone()
+            inputs, similarity = self.stream.gather_and_advance(index, self.method.stats, readers)
+            known["leaving"] = self.stream.hidden[:, -1].float().cpu().clone()
+            known["similarity"] = torch.tensor(similarity, dtype=torch.float64)
+        else:
+            inputs = self.stream.gather(index, self.method.stats, readers)
+        for kind, place in places.items():
+            if place.reader_name in inputs:
+                found = inputs[place.reader_name].result()
+                known |= {f"{kind}.{name}": value for name, value in found.items()}
+        journal.write(index, known)
+        return known
+
+    def _members(self, index: int, place: units.Site) -> Iterator[MemberView]:
+        """The matrices of a dependency group as methods see them, read one by one."""
+        for matrix, axis in units.members(self.decoder, index, place):
+            weight = matrix.read()
+            found = {
+                kind: units.by_unit(
+                    matrix.cut(held[matrix.parameter_name]).to(weight.device), axis, place.count
+                )
+                for kind, held in self.gradients.items()
+            }
+            yield MemberView(
+                units.by_unit(weight, axis, place.count),
+                found.get("gradient_mean"),
+                found.get("gradient_square"),
+            )
 
     def _without_bias(self, edit: StructureEdit) -> StructureEdit:
         """The edit without the compensation that stock transformers has no place for."""
@@ -127,16 +185,26 @@ def record(edits: list[StructureEdit]) -> dict[str, Tensor]:
             tensors[f"{KEEP}{edit.block}.{kind}"] = keep.cpu()
         for kind, bias in edit.bias.items():
             tensors[f"{BIAS}{edit.block}.{kind}"] = bias.cpu()
-    tensors[REMOVED] = torch.tensor([edit.block for edit in edits if edit.removed], dtype=torch.int64)
+    tensors[REMOVED] = _listed(edit.block for edit in edits if edit.removed)
+    for half, name in WITHOUT.items():
+        if any(half in edit.halves for edit in edits):
+            tensors[name] = _listed(edit.block for edit in edits if half in edit.halves)
     return tensors
+
+
+def _listed(blocks: Iterable[int]) -> Tensor:
+    return torch.tensor(list(blocks), dtype=torch.int64)
 
 
 def edits_of(tensors: dict[str, Tensor]) -> list[StructureEdit]:
     """What `record` stored."""
-    removed = set(tensors[REMOVED].tolist())
-    found = {block: StructureEdit(block, removed=True) for block in removed}
+    found = {block: StructureEdit(block, removed=True) for block in tensors[REMOVED].tolist()}
+    for half, name in WITHOUT.items():
+        for block in tensors.get(name, _listed(())).tolist():
+            edit = found.get(block, StructureEdit(block))
+            found[block] = replace(edit, halves=(*edit.halves, half))
     for name, tensor in tensors.items():
-        if name == REMOVED:
+        if not name.startswith((KEEP, BIAS)):
             continue
         block, _, kind = name.removeprefix(KEEP).removeprefix(BIAS).partition(".")
         edit = found.setdefault(int(block), StructureEdit(int(block)))

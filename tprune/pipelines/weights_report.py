@@ -6,13 +6,16 @@ from typing import Any
 
 from torch import Tensor
 
-from tprune.core.weights import StructureEdit
+from tprune.core.weights import HALVES, StructureEdit
 from tprune.errors import UserError
 from tprune.methods.views import ModelView
 from tprune.models import masks
 from tprune.models.blocks import Decoder
 from tprune.pipelines.base import Achieved, Handle
 from tprune.pipelines.stream import grouped_axis
+
+HALF_OF = {"heads": "attention", "channels": "mlp"}
+"""Which half of a block the units of a kind are in."""
 
 
 class WeightHandle(Handle):
@@ -96,18 +99,20 @@ def sizes(decoder: Decoder) -> list[int]:
 def structure_rows(edits: list[StructureEdit], view: ModelView, after: list[int]) -> list[dict[str, Any]]:
     """The report's rows of blocks that lost structure."""
     by_block = {edit.block: edit for edit in edits}
+    apart = any(edit.halves for edit in edits)
     sizes = iter(after)
     rows = []
     for block in view.blocks:
-        edit = by_block.get(block.index)
-        removed = edit is not None and edit.removed
+        edit = by_block.get(block.index, StructureEdit(block.index))
+        removed = len(edit.gone) == len(HALVES)
         row: dict[str, Any] = {"block": block.index}
         if block.similarity is not None and not block.units:
             row["influence"] = 1 - block.similarity
         for kind, unit in block.units.items():
-            count = unit.weight.shape[1] // unit.width
-            kept = len(edit.keep[kind]) if edit is not None and kind in edit.keep else count
-            row[kind] = f"{kept} of {count}"
+            kept = len(edit.keep[kind]) if kind in edit.keep else unit.count
+            row[kind] = f"{0 if HALF_OF[kind] in edit.halves else kept} of {unit.count}"
+        if apart:
+            row |= {half: "gone" if half in edit.gone else "stays" for half in HALVES}
         left = 0 if removed else next(sizes)
         rows.append(row | {"weights": block.parameters, "sparsity": 1 - left / block.parameters})
     return rows

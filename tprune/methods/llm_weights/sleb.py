@@ -42,10 +42,11 @@ class SLEB(WeightMethod):
         """The loss is always that of the model without all that have gone before."""
         alive = list(range(len(model.blocks)))
         kept = max(1, self.early_barrier + self.latter_barrier)
-        gone: list[int] = []
+        gone: list[StructureEdit] = []
         for _ in range(blocks_to_remove(budget.sparsity, len(alive), kept)):
             candidates = alive[self.early_barrier : len(alive) - self.latter_barrier]
-            losses = model.losses_without(gone, candidates).nan_to_num(torch.inf)
-            gone.append(candidates[int(losses.argmin())])
-            alive.remove(gone[-1])
-        return [StructureEdit(index, removed=True) for index in sorted(gone)]
+            edits = [[StructureEdit(index, removed=True)] for index in candidates]
+            best = int(model.losses_with(gone, edits).nan_to_num(torch.inf).argmin())
+            gone += edits[best]
+            alive.remove(candidates[best])
+        return gone

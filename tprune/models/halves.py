@@ -1,0 +1,167 @@
+"""The two halves of a decoder block, attention and MLP with their norms: taken out, or left out for a while.
+
+A half that is gone adds nothing to the residual stream. Something stands in its place, so that the block's own forward
+stays as it is; norms that only fed the half, or only read it, go with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from tprune.core.weights import HALVES, StructureEdit
+from tprune.errors import UserError
+from tprune.models.blocks import Decoder
+from tprune.models.units import Site, site
+
+LAYOUTS = (
+    {
+        "attention": (("self_attn",), ("input_layernorm", "post_attention_layernorm")),
+        "mlp": (("mlp",), ("pre_feedforward_layernorm", "post_feedforward_layernorm")),
+    },
+    {
+        "attention": (("self_attn",), ("input_layernorm",)),
+        "mlp": (("mlp",), ("post_attention_layernorm",)),
+    },
+    {
+        "attention": (("attention",), ("input_layernorm",)),
+        "mlp": (("mlp",), ("post_attention_layernorm",)),
+    },
+    {"attention": (("attn",), ("ln_1",)), "mlp": (("mlp",), ("ln_2",))},
+    {
+        "attention": (("self_attn",), ("self_attn_layer_norm",)),
+        "mlp": (("fc1", "fc2"), ("final_layer_norm",)),
+    },
+)
+"""Per layout of a block, what each half is made of: modules that compute it, and norms that belong to it alone. The
+first layout whose names are all there is the block's."""
+
+
+class NoAttention(nn.Module):
+    """In the place of an attention that is gone.
+
+    Transformers reads how long a cache is from single layers of it, so this one counts its tokens too, by one zero for
+    each.
+    """
+
+    def __init__(self, layer_idx: int | None):
+        super().__init__()
+        self.layer_idx = layer_idx
+
+    def forward(self, *positional: Any, **named: Any) -> tuple[Tensor, None]:
+        """A zero to add to hidden states [B, T, D], and no attention map."""
+        hidden, *rest = (*positional, *named.values()) if positional else _hidden_first(named)
+        for value in rest:
+            if isinstance(value, Cache) and self.layer_idx is not None:
+                place = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[1], 1)
+                value.update(place, place, self.layer_idx)
+        return hidden.new_zeros(()), None
+
+
+def _hidden_first(named: dict[str, Any]) -> list[Any]:
+    return [named["hidden_states"], *(value for name, value in named.items() if name != "hidden_states")]
+
+
+class Nothing(nn.Module):
+    """In the place of an MLP that is gone, or of one of its layers."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """A zero to add to hidden states."""
+        return hidden.new_zeros(())
+
+
+def stand_ins(block: nn.Module, half: str) -> dict[str, nn.Module]:
+    """What takes the place of a block's modules when `half`, "attention" or "mlp", is gone, by their names.
+
+    Raises:
+        UserError: a block of an unknown layout.
+    """
+    layout = next((one for one in LAYOUTS if all(hasattr(block, name) for name in _names(one))), None)
+    if layout is None:
+        raise UserError(
+            f"{type(block).__name__}: attention and MLP cannot be taken out apart, its modules are not known here; "
+            "choose a method that removes whole blocks, such as sleb"
+        )
+    modules, norms = layout[half]
+    if half == "attention":
+        found = {name: NoAttention(getattr(getattr(block, name), "layer_idx", None)) for name in modules}
+    else:
+        found = {name: Nothing() for name in modules}
+    # OPT-350m normalises the residual stream itself, behind each half.
+    if getattr(block, "do_layer_norm_before", True):
+        found |= {name: nn.Identity() for name in norms}
+    return found
+
+
+def _names(layout: dict[str, tuple[tuple[str, ...], tuple[str, ...]]]) -> list[str]:
+    return [name for modules, norms in layout.values() for name in (*modules, *norms)]
+
+
+def remove_half(block: nn.Module, half: str) -> None:
+    """Take a half out; nothing happens where it is gone already."""
+    for name, module in stand_ins(block, half).items():
+        setattr(block, name, module)
+
+
+def halves_gone(block: nn.Module) -> list[str]:
+    """Which halves have been taken out, or are left out just now."""
+    kinds = {"attention": NoAttention, "mlp": Nothing}
+    children = list(block.children())
+    return [half for half in HALVES if any(isinstance(child, kinds[half]) for child in children)]
+
+
+@contextmanager
+def masked(decoder: Decoder, edits: Iterable[StructureEdit]) -> Iterator[None]:
+    """The decoder computes as it would with the edits carried out (but for their biases); no weight is touched.
+
+    What an edit keeps counts units of the decoder as it stands. Edits of one block add up, also those of a `masked`
+    around this one.
+    """
+    with ExitStack() as stack:
+        for edit in edits:
+            block = decoder.blocks[edit.block]
+            if edit.removed:
+                stack.enter_context(_skipped(block))
+            for half in edit.halves:
+                stack.enter_context(_left_out(block, half))
+            for kind, keep in edit.keep.items():
+                place = site(decoder, edit.block, kind)
+                if place is not None:
+                    stack.callback(_zeroing(place, keep).remove)
+        yield
+
+
+@contextmanager
+def _skipped(block: nn.Module) -> Iterator[None]:
+    own = vars(block).get("forward")
+    block.forward = lambda hidden_states, *positional, **named: hidden_states
+    try:
+        yield
+    finally:
+        del block.forward
+        if own is not None:
+            block.forward = own
+
+
+@contextmanager
+def _left_out(block: nn.Module, half: str) -> Iterator[None]:
+    own = {name: getattr(block, name) for name in stand_ins(block, half)}
+    remove_half(block, half)
+    try:
+        yield
+    finally:
+        for name, module in own.items():
+            setattr(block, name, module)
+
+
+def _zeroing(place: Site, keep: Tensor) -> torch.utils.hooks.RemovableHandle:
+    """A hook that zeroes what the reader reads of all units but `keep`."""
+    stays = torch.zeros(place.count, dtype=torch.bool).index_fill_(0, keep.cpu(), True)
+    weight = place.reader.weight
+    mask = stays.repeat_interleave(place.width).to(weight.device, weight.dtype)
+    return place.reader.register_forward_pre_hook(lambda module, arguments: (arguments[0] * mask,))
