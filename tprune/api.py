@@ -28,6 +28,8 @@ def prune(
     length: int | None = None,
     batch_size: int = 16,
     fit: str | None = None,
+    recover: str | None = None,
+    recover_data: str | None = None,
     state: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Any:
@@ -49,6 +51,8 @@ def prune(
         calibration, length: how many calibration sequences of how many tokens.
         batch_size: of calibration.
         fit: what a method that learns is fitted on, as `--fit`: "built-in", or a folder of class folders.
+        recover: train what is left of a language model's weights afterwards, as `--recover`: "lora", "full".
+        recover_data: the text for it, as `--recover-data`; the calibration part of `data` by default.
         state: what such a method learned before, instead: the tensors of its artifact, by name.
         settings: the method's own hyperparameters.
 
@@ -64,7 +68,20 @@ def prune(
     from tprune.pipelines.run import pipeline
 
     fact = registry.find(method)
-    stage = Stage(fact.family, fact.id, keep, sparsity, pattern, settings, positions, loadable, fit, allocate)
+    stage = Stage(
+        fact.family,
+        fact.id,
+        keep,
+        sparsity,
+        pattern,
+        settings,
+        positions,
+        loadable,
+        fit,
+        allocate,
+        recover,
+        recover_data,
+    )
     check_budget(stage)
     parameter = next(model.parameters())
     library = "transformers" if hasattr(model, "config") else "timm"
@@ -81,7 +98,11 @@ def prune(
     )
     driver = pipeline(recipe, stage, Progress())
     source = Source("a model in memory", "memory", "", library)
-    return driver.apply(Subject(model, tokenizer, source), None, state)
+    subject = Subject(model, tokenizer, source)
+    handle = driver.apply(subject, None, state)
+    if recover is not None and state is None:
+        handle.recovered = driver.recover(subject, handle, None)
+    return handle
 
 
 def keep_zeros(pruned: Any) -> Any:
@@ -97,7 +118,8 @@ def keep_zeros(pruned: Any) -> Any:
         UserError: there are no masks.
     """
     from tprune import artifact
-    from tprune.models.finetune import KeepZeros, masks_of
+    from tprune.models.finetune import KeepZeros
+    from tprune.models.masks import masks_of
 
     if hasattr(pruned, "tensors"):
         return KeepZeros(masks_of(pruned.tensors(by_reference=True), "what was pruned"))

@@ -46,6 +46,8 @@ class Stage:
         loadable: "plain" for shapes that stock transformers loads, "any" otherwise.
         fit: what a method that learns is fitted on: "built-in", or a folder (of class folders, or of questions).
         allocate: how the sparsity is shared out among matrices: "uniform", "owl", "owl:spread=0.1" …
+        recover: how the pruned model is trained afterwards: "lora", "lora:rank=16,epochs=2", "full" …
+        recover_data: the text for it; the calibration part of `data` by default.
     """
 
     family: str
@@ -58,6 +60,8 @@ class Stage:
     loadable: str = "any"
     fit: str | None = None
     allocate: str = "uniform"
+    recover: str | None = None
+    recover_data: str | None = None
 
 
 @dataclass(frozen=True)
@@ -216,6 +220,10 @@ def check_budget(stage: Stage) -> None:
         pattern(stage.pattern)
     if not weights and stage.allocate != "uniform":
         raise UserError(f"--allocate {stage.allocate}: only budgets of weights are shared out; leave it out")
+    if not weights and stage.recover is not None:
+        raise UserError(f"--recover {stage.recover}: only pruned weights are trained to recover; leave it out")
+    if stage.recover is None and stage.recover_data is not None:
+        raise UserError(f"--recover-data {stage.recover_data}: give --recover lora or full with it")
     policies = ("original", "compact", "gap") if stage.family == "vlm" else ("original", "compact")
     if stage.positions not in (None, *policies):
         raise UserError(f"--positions {stage.positions}: expected {' or '.join(policies)}")

@@ -101,7 +101,7 @@ def test_nothing_is_shared_out_of_nothing(text):
         ("wanda", {"pattern": "2:4"}, "owl", "--pattern 2:4 leaves nothing to share out"),
         ("flap", {"sparsity": 0.3}, "erk", "flap shares its budget out itself"),
         ("sparsegpt", {"sparsity": 0.5}, "global", "use owl or erk"),
-        ("wanda", {"sparsity": 0.5}, "owls", "expected uniform, global or owl or erk"),
+        ("wanda", {"sparsity": 0.5}, "owls", "expected uniform, global, owl or erk"),
         ("wanda", {"sparsity": 0.5}, "owl:width=1", "no hyperparameter 'width'"),
         ("wanda", {"sparsity": 0.5}, "owl:spread=wide", "spread=wide: expected float"),
     ],

@@ -10,7 +10,7 @@ import pytest
 from tests.test_cli import call
 from tprune import artifact
 from tprune.errors import UserError
-from tprune.pipelines.fit import Fitting
+from tprune.pipelines.fit import processes
 
 
 def test_two_processes_learn_what_one_does_and_one_of_them_writes_it(vit_folder, tmp_path):
@@ -45,7 +45,5 @@ def test_two_processes_learn_what_one_does_and_one_of_them_writes_it(vit_folder,
 
 def test_a_step_must_divide_among_the_processes(monkeypatch, vit):
     monkeypatch.setattr("tprune.pipelines.fit.Accelerator", lambda **words: SimpleNamespace(num_processes=3))
-    course = SimpleNamespace(model=vit, device=next(vit.parameters()).device)
-    fitting = Fitting(method=None, keep=0.6, seed=0, course=course, work=None, progress=None)
     with pytest.raises(UserError, match="--set batch=16: does not divide among 3 processes"):
-        fitting.accelerator(16)
+        processes(vit, 16)

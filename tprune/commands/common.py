@@ -223,7 +223,11 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
 
     model = replace(recipe.model, name=absolute(recipe.model.name), weights=absolute(recipe.model.weights))
     stages = tuple(
-        stage if stage.fit == "built-in" else replace(stage, fit=absolute(stage.fit))
+        replace(
+            stage,
+            fit=stage.fit if stage.fit == "built-in" else absolute(stage.fit),
+            recover_data=absolute(stage.recover_data),
+        )
         for stage in recipe.stages
     )
     return replace(recipe, model=model, data=absolute(recipe.data), stages=stages)

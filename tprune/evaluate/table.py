@@ -93,7 +93,11 @@ def print_report(report: dict[str, Any]) -> None:
         if name not in ("asked", "achieved"):
             console.print(f"  {name.replace('_', ' ')}: {number(value)}")
     if report.get("fit"):
-        console.print(fit_line(report["fit"]))
+        console.print(training_line("fit", "images", report["fit"]))
+    if report.get("recovery"):
+        told = report["recovery"]
+        before = "".join(f"; {name} before {shown(name, value)}" for name, value in told["before"].items())
+        console.print(training_line(f"recovery ({told['kind']})", "sequences", told) + before)
     table = new_table(console, None, "", "dense", "pruned", "")
     dense, pruned = flat(report["dense"]), flat(report["pruned"])
     for name, value in dense.items():
@@ -111,11 +115,11 @@ def print_report(report: dict[str, Any]) -> None:
         console.print(f"written: {report['out']} ({report['kind']})")
 
 
-def fit_line(fit: dict[str, Any]) -> str:
-    """What was fitted, in one line."""
+def training_line(title: str, unit: str, fit: dict[str, Any]) -> str:
+    """What was trained, in one line."""
     losses = ", ".join(f"{name} {first:.3g} to {last:.3g}" for name, (first, last) in fit["losses"].items())
     return (
-        f"fit: {fit['steps']} steps of {fit['batch']} images ({fit['data']['source']}), "
+        f"{title}: {fit['steps']} steps of {fit['batch']} {unit} ({fit['data']['source']}), "
         f"{fit['seconds']:,.0f} s, loss {losses}"
     )
 

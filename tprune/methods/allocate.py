@@ -13,6 +13,7 @@ from typing import ClassVar
 from tprune.core.allocate import erk, smallest_of_all, spread_by_outliers
 from tprune.errors import UserError
 from tprune.methods.base import Method, Paper, param
+from tprune.methods.choice import chosen
 from tprune.methods.views import LinearView
 from tprune.methods.weights import WeightMethod
 
@@ -130,13 +131,4 @@ def parse(text: str) -> Allocation | None:
     Raises:
         UserError: an unknown name or setting.
     """
-    name, _, rest = text.partition(":")
-    if name == "uniform" and not rest:
-        return None
-    if name not in ALLOCATIONS:
-        raise UserError(f"--allocate {text}: expected uniform, {' or '.join(ALLOCATIONS)}")
-    settings = dict(part.partition("=")[::2] for part in rest.split(",") if part)
-    try:
-        return ALLOCATIONS[name].build(settings)
-    except UserError as error:
-        raise UserError(f"--allocate {text}: {str(error).removeprefix('--set ')}") from None
+    return chosen("--allocate", text, ALLOCATIONS, neutral="uniform")

@@ -31,6 +31,7 @@ class Plan:
         warmup: fraction of the steps.
         weight_decay: of all groups that have none of their own.
         momentum: of SGD; None for AdamW.
+        at_once: samples of a process that go through the model together; None for all of its step.
     """
 
     epochs: float
@@ -40,6 +41,7 @@ class Plan:
     warmup: float = 0.0
     weight_decay: float = 0.0
     momentum: float | None = None
+    at_once: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +119,8 @@ class Fit(nn.Module):
             labels: int64 [B], or the dense model's probabilities [B, C] where the data has none that fit; of a method
                 that learns from patches, float [B, N, names], how much of every patch each name covers.
             memory: of this forward; "left" holds the fraction of tokens left after each site, "inputs" the images, or
-                what a vision-language model is called with, and "again" a function: the fitted model's logits for
+                what a vision-language model is called with ("answers" beside it, which of the tokens are answers, bool
+                [B, N], and "boxes" [B, n, 4] for a method with these labels), and "again" a function: the fitted model's logits for
                 other inputs.
             dense: a function without arguments, the unpruned model's logits for the same inputs, with a gradient.
         """

@@ -90,9 +90,9 @@ class Matrix:
         else:
             view[self.rows] = weight.to(view.dtype)
 
-    def remove(self, mask: Tensor) -> None:
-        """Set what `mask` [out, in] marks to zero; the rest keeps its bits."""
-        view = self._view()
+    def remove(self, mask: Tensor, held: Tensor | None = None) -> None:
+        """Set what `mask` [out, in] marks to zero, here or in a tensor of the parameter's shape; the rest stays."""
+        view = self._view(held)
         if self.rows is None:
             view.masked_fill_(mask, 0)
         else:

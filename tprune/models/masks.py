@@ -7,14 +7,15 @@ values of the parameter NAME where surviving weights changed; `outward/NAME` and
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from tprune.core.weights import WeightEdit, pack_bits, unpack_bits
 from tprune.errors import UserError
 from tprune.models import factored
-from tprune.models.blocks import Matrix
+from tprune.models.blocks import Matrix, find_decoder
 
 MASK, WEIGHT = "mask/", "weight/"
 
@@ -79,3 +80,57 @@ def removed(tensors: dict[str, Tensor], matrix: Matrix) -> int:
 def only_masks(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """A record without the changed parameters, for beside a model that holds them."""
     return {name: tensor for name, tensor in tensors.items() if name.startswith(MASK)}
+
+
+def matched(model: nn.Module, masks: Mapping[str, Tensor]) -> list[tuple[Matrix, Tensor]]:
+    """The matrices of `model` that packed `masks` are of, by name, each with what is pruned of it, bool [out, in].
+
+    Raises:
+        UserError: the masks are of another model, or its weights are not whole in this process.
+    """
+    decoder = find_decoder(model)
+    blocks = range(len(decoder.blocks))
+    matrices = {matrix.name: matrix for index in blocks for matrix in decoder.matrices(index)}
+    held = []
+    for name, packed in masks.items():
+        matrix = matrices.get(name)
+        if matrix is None or (matrix.shape[0] * matrix.shape[1] + 7) // 8 != len(packed):
+            raise UserError(
+                f"the mask of {name} does not fit this model; train the model that it belongs to, unsharded"
+            )
+        held.append((matrix, unpack_bits(packed.to(matrix.parameter.device), matrix.shape)))
+    return held
+
+
+@torch.no_grad()
+def remove(held: Iterable[tuple[Matrix, Tensor]]) -> None:
+    """Set what masks mark to zero."""
+    for matrix, mask in held:
+        matrix.remove(mask)
+
+
+def kept(held: Iterable[tuple[Matrix, Tensor]]) -> dict[str, Tensor]:
+    """What masks leave of every parameter that they are of: bool, of its shape, by its name."""
+    found: dict[str, Tensor] = {}
+    for matrix, mask in held:
+        whole = torch.ones_like(matrix.parameter, dtype=torch.bool)
+        matrix.remove(mask, found.setdefault(matrix.parameter_name, whole))
+    return found
+
+
+def masks_of(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The packed masks among stored tensors (of several stages, too), by the name of the matrix.
+
+    Raises:
+        UserError: there are none.
+    """
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        stage, mark, matrix = name.rpartition(MASK)
+        if mark and (not stage or stage.rstrip(".").isdigit()):
+            found[matrix] = found[matrix] | tensor if matrix in found else tensor
+    if not found:
+        raise UserError(
+            f"{where} has no masks: none are stored with --loadable plain, and methods that remove structure have none"
+        )
+    return found

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import nn
 
 from tprune.errors import UserError
 from tprune.methods.tokens import TokenMethod
@@ -63,7 +64,7 @@ class Fitting:
             learner = Learner(course.model, fit, driver, course.outputs, course.labelled)
             file = None if self.work is None else self.work / f"fit-{self.method.id}.safetensors"
             loop = Loop(learner, fit.plan, len(course.data), file, self.progress)
-            accelerator = self.accelerator(fit.plan.batch)
+            accelerator = processes(course.model, fit.plan.batch)
             share = accelerator.process_index, accelerator.num_processes
             try:
                 loop.run(course.lessons(fit.plan.batch, self.seed, share), accelerator, self.seed)
@@ -82,30 +83,6 @@ class Fitting:
             | {"learned": {name: list(tensor.shape) for name, tensor in method.state.items()}}
         )
         return method, facts | {"seconds": round(loop.seconds + time.monotonic() - looped, 1)}
-
-    def accelerator(self, batch: int) -> Accelerator:
-        """Of one process, or of those started together; bfloat16 on a GPU for float32 models.
-
-        Raises:
-            UserError: so many images per step do not divide among them.
-        """
-        device = self.course.device
-        mixed = device.type == "cuda" and next(self.course.model.parameters()).dtype == torch.float32
-        found = Accelerator(
-            cpu=device.type == "cpu",
-            device_placement=False,
-            mixed_precision="bf16" if mixed else "no",
-            kwargs_handlers=[
-                # A loss need not read all that learns: dtop's never asks the model's own head.
-                DistributedDataParallelKwargs(find_unused_parameters=True),
-                InitProcessGroupKwargs(timeout=PATIENCE),
-            ],
-        )
-        if batch % found.num_processes:
-            raise UserError(
-                f"--set batch={batch}: does not divide among {found.num_processes} processes; give a multiple"
-            )
-        return found
 
     def settled(self, method: TokenMethod) -> TokenMethod:
         """`method` loosened or tightened until it keeps what was asked, measured on training images.
@@ -131,6 +108,31 @@ class Fitting:
         if best[0] > 2 * SETTLE_TOLERANCE:
             self.progress.warn(f"{method.id} misses the budget by {best[0]:.3f} on the training images")
         return best[1]
+
+
+def processes(model: nn.Module, batch: int) -> Accelerator:
+    """One process, or those that were started together; bfloat16 on a GPU for float32 models.
+
+    Raises:
+        UserError: `batch` samples per step do not divide among them.
+    """
+    parameter = next(model.parameters())
+    mixed = parameter.device.type == "cuda" and parameter.dtype == torch.float32
+    found = Accelerator(
+        cpu=parameter.device.type == "cpu",
+        device_placement=False,
+        mixed_precision="bf16" if mixed else "no",
+        kwargs_handlers=[
+            # A loss need not read all that learns: dtop's never asks the model's own head.
+            DistributedDataParallelKwargs(find_unused_parameters=True),
+            InitProcessGroupKwargs(timeout=PATIENCE),
+        ],
+    )
+    if batch % found.num_processes:
+        raise UserError(
+            f"--set batch={batch}: does not divide among {found.num_processes} processes; give a multiple"
+        )
+    return found
 
 
 @contextmanager

@@ -135,8 +135,10 @@ class Loop:
     Args:
         learner: what is trained.
         plan: how long and how fast.
+        samples: how many the data has.
         file: of the checkpoint, or None.
         progress: where to say what goes on.
+        unit: what the samples are.
 
     Attributes:
         steps: how many there are.
@@ -144,9 +146,18 @@ class Loop:
         losses: by name, the first and a running mean of the last.
     """
 
-    def __init__(self, learner: Learner, plan: Plan, images: int, file: Path | None, progress: Progress):
+    def __init__(
+        self,
+        learner: nn.Module,
+        plan: Plan,
+        samples: int,
+        file: Path | None,
+        progress: Progress,
+        unit: str = "images",
+    ):
         self.learner, self.plan, self.file, self.progress = learner, plan, file, progress
-        self.steps = max(1, round(plan.epochs * images / plan.batch))
+        self.unit = unit
+        self.steps = max(1, round(plan.epochs * samples / plan.batch))
         self.named = {name: p for name, p in learner.named_parameters() if p.requires_grad}
         common = {"lr": plan.lr, "weight_decay": plan.weight_decay}
         groups = [common | group for group in learner.fit.groups(learner.model)]
@@ -179,7 +190,7 @@ class Loop:
         left = range(self.begin, self.steps)
         if self.begin:
             self.learner.fit.settle(self.begin / self.steps)
-        self.progress.say(f"fitting: {len(left)} steps of {self.plan.batch} images")
+        self.progress.say(f"fitting: {len(left)} steps of {self.plan.batch} {self.unit}")
         pairs = zip(left, batches.read(left), strict=True)
         for step, (inputs, labels) in self.progress.track(pairs, "fitting", len(left)):
             warmup = round(self.plan.warmup * self.steps)
@@ -188,9 +199,8 @@ class Loop:
                 group["lr"] = peak * share
             draw = (seed * 1_000_003 + step) * accelerator.num_processes + accelerator.process_index
             self.learner.fit.generator = torch.Generator(device).manual_seed(draw)
-            found = learner(inputs, labels)
             optimizer.zero_grad()
-            accelerator.backward(sum(found.values()))
+            found = self._backward(learner, accelerator, inputs, labels)
             optimizer.step()
             done = step + 1
             self.learner.fit.settle(done / self.steps)
@@ -204,6 +214,22 @@ class Loop:
                 saved = now
         self.seconds += time.monotonic() - began
         accelerator.free_memory()
+
+    def _backward(
+        self, learner: nn.Module, accelerator: Accelerator, inputs: Any, labels: Any
+    ) -> dict[str, Tensor]:
+        """Gradients of a step, and its losses by name; in parts where the plan says so."""
+        if self.plan.at_once is None:
+            found = learner(inputs, labels)
+            accelerator.backward(sum(found.values()))
+            return found
+        told: dict[str, Tensor] = {}
+        for part, said in zip(inputs.split(self.plan.at_once), labels.split(self.plan.at_once), strict=True):
+            share = len(part) / len(inputs)
+            found = {name: value * share for name, value in learner(part, said).items()}
+            accelerator.backward(sum(found.values()))
+            told = {name: told.get(name, 0.0) + value.detach() for name, value in found.items()}
+        return told
 
     def _note(self, found: dict[str, Tensor]) -> None:
         for name, value in found.items():
