@@ -121,6 +121,10 @@ def family_command(family: str, help: str) -> click.Command:
             click.option(
                 "--allocate",
                 default="uniform",
+                metavar="RULE",
+                help="How it is shared out: uniform, global, owl[:factor=5,spread=0.08], erk.",
+            ),
+            click.option("--loadable", default="any", help="'plain': only shapes that stock loaders read."),
             click.option(
                 "--max-minutes",
                 type=click.FloatRange(0),
@@ -135,10 +139,6 @@ def family_command(family: str, help: str) -> click.Command:
             click.option(
                 "--recover-data", metavar="SOURCE", help="Text for it [the calibration part of --data]."
             ),
-                metavar="RULE",
-                help="How it is shared out: uniform, global, owl[:factor=5,spread=0.08], erk.",
-            ),
-            click.option("--loadable", default="any", help="'plain': only shapes that stock loaders read."),
         )
     else:
         extra = (
@@ -180,19 +180,19 @@ def launch(
     out: str | None,
     force: bool,
     by_reference: bool,
-    max_minutes: float | None = None,
     no_eval: bool,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
+    max_minutes: float | None = None,
 ) -> None:
     """Run a recipe and print its report: a table for people, or one JSON object."""
-    if max_minutes is not None and out is None:
-        raise UserError(f"--max-minutes {max_minutes:g}: what a search found is kept beside --out DIR; give one")
     from tprune.progress import Progress
 
     for stage in recipe.stages:
         check_budget(stage)
+    if max_minutes is not None and out is None:
+        raise UserError(f"--max-minutes {max_minutes:g}: what a search found is kept beside --out DIR; give one")
     recipe = with_absolute_paths(recipe)
     if dry_run:
         show_plan(recipe, out, force, as_json)
@@ -206,11 +206,11 @@ def launch(
     report = execute(
         recipe,
         Progress(quiet or as_json),
-        max_minutes=max_minutes,
         out=out,
         force=force,
         by_reference=by_reference,
         evaluate=not no_eval,
+        max_minutes=max_minutes,
     )
     show_report(report, as_json)
 
@@ -223,11 +223,7 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
 
     model = replace(recipe.model, name=absolute(recipe.model.name), weights=absolute(recipe.model.weights))
     stages = tuple(
-        replace(
-            stage,
-            fit=stage.fit if stage.fit == "built-in" else absolute(stage.fit),
-            recover_data=absolute(stage.recover_data),
-        )
+        stage if stage.fit == "built-in" else replace(stage, fit=absolute(stage.fit))
         for stage in recipe.stages
     )
     return replace(recipe, model=model, data=absolute(recipe.data), stages=stages)

@@ -298,36 +298,6 @@ class LinearView:
 
 
 @dataclass(eq=False)
-class UnitView:
-    """The removable units of one kind in one block, seen at the input of their output projection.
-
-    Attributes:
-        kind: "heads" (whole key-value groups) or "channels" (neurons of the MLP).
-        weight: float32 [out, in] of the output projection.
-        width: consecutive inputs per unit: r·e for a group of r query heads of width e, 1 for a channel.
-        heads: query heads per unit (r); 1 for channels.
-        cost: parameters of one unit.
-        norm: float32 [in], L2 norms of the projection's inputs over all calibration tokens, if asked for.
-        mean, variance, fluctuation: float32 [in], of the projection's inputs over the calibration set, if asked
-            for; the fluctuation is the recurrence of FLAP's code (`core.statistics.Moments`).
-    """
-
-    kind: str
-    weight: Tensor
-    width: int
-    heads: int
-    cost: int
-    norm: Tensor | None = None
-    mean: Tensor | None = None
-    variance: Tensor | None = None
-    fluctuation: Tensor | None = None
-
-
-@dataclass(eq=False)
-class BlockView:
-    """One block: its units, its size and how much it changes the residual stream.
-
-@dataclass(eq=False)
 class MemberView:
     """What the units of one kind in one block have of one matrix of their dependency group: a row per unit.
 
@@ -343,6 +313,44 @@ class MemberView:
     square: Tensor | None = None
 
 
+@dataclass(eq=False)
+class UnitView:
+    """The removable units of one kind in one block, seen at the input of their output projection.
+
+    Attributes:
+        kind: "heads" (whole key-value groups) or "channels" (neurons of the MLP).
+        weight: float32 [out, in] of the output projection.
+        width: consecutive inputs per unit: r·e for a group of r query heads of width e, 1 for a channel.
+        heads: query heads per unit (r); 1 for channels.
+        cost: parameters of one unit.
+        norm: float32 [in], L2 norms of the projection's inputs over all calibration tokens, if asked for.
+        mean, variance, fluctuation: float32 [in], of the projection's inputs over the calibration set, if asked
+            for; the fluctuation is the recurrence of FLAP's code (`core.statistics.Moments`).
+        members: the matrices that lose entries with a unit, read one by one: those that feed the units in the order of
+            the block's modules (q, k, v; gate, up), at last the output projection.
+    """
+
+    kind: str
+    weight: Tensor
+    width: int
+    heads: int
+    cost: int
+    norm: Tensor | None = None
+    mean: Tensor | None = None
+    variance: Tensor | None = None
+    fluctuation: Tensor | None = None
+    members: Callable[[], Iterator[MemberView]] = lambda: iter(())
+
+    @property
+    def count(self) -> int:
+        """U, how many units."""
+        return self.weight.shape[1] // self.width
+
+
+@dataclass(eq=False)
+class BlockView:
+    """One block: its units, its size and how much it changes the residual stream.
+
     Attributes:
         index: which block.
         parameters: its prunable parameters.
@@ -356,8 +364,6 @@ class MemberView:
     parameters: int
     units: dict[str, UnitView] = field(default_factory=dict)
     similarity: float | None = None
-        members: the matrices that lose entries with a unit, read one by one: those that feed the units in the order of
-            the block's modules (q, k, v; gate, up), at last the output projection.
     entering: Tensor | None = None
     leaving: Tensor | None = None
 
@@ -369,12 +375,6 @@ class ModelView:
     Attributes:
         blocks: in order.
         uniform: whether all blocks must keep the same number of units of a kind (`--loadable plain`).
-    members: Callable[[], Iterator[MemberView]] = lambda: iter(())
-
-    @property
-    def count(self) -> int:
-        """U, how many units."""
-        return self.weight.shape[1] // self.width
         losses_with: (made, candidates) -> float64 [C], the model's mean loss per calibration token with the edits
             `made` and those of each candidate in turn; for methods with `measures`. Edits of one block add up.
     """

@@ -87,8 +87,6 @@ class Handle(ABC):
     """The artifact it makes: plain, masked or wrapped."""
     fitted: dict[str, Any] | None = None
     """What was fitted, on what, in how many steps and seconds."""
-    recovered: dict[str, Any] | None = None
-    """How what was left was trained afterwards, and the quality before."""
     whole: dict[str, Any] = {}
     """Quality of the unpruned model that only the handle could measure, by heads that the method has learned."""
 
@@ -123,10 +121,10 @@ class Pipeline(ABC):
 
     family: ClassVar[str]
     default_limit: ClassVar[int]
-
-    def __init__(self, recipe: Recipe, stage: Stage, method: Method, progress: Progress):
     max_minutes: float | None = None
     """How long a search may take before it stops, to be gone on with; None for no limit."""
+
+    def __init__(self, recipe: Recipe, stage: Stage, method: Method, progress: Progress):
         self.recipe, self.stage, self.method, self.progress = recipe, stage, method, progress
 
     def source(self) -> Source:
@@ -162,10 +160,6 @@ class Pipeline(ABC):
             state: the tensors of an artifact that is loaded again (on the dense model by reference, on the
                 pruned one otherwise: applying them twice changes nothing); nothing is calibrated then.
         """
-
-    def recover(self, subject: Subject, handle: Handle, work: Path | None) -> dict[str, Any]:
-        """Train what pruning left, as the stage's `recover` says; the facts for the report. `work` as in `apply`."""
-        raise NotImplementedError
 
     @abstractmethod
     def probe(self, subject: Subject) -> dict[str, Tensor]:

@@ -86,13 +86,7 @@ def execute(
             driver.prepare(subject)
         record = protocol(recipe, subject, last.describe_data())
         dense, reference = measure(last, subject, None, evaluate, progress, "dense")
-        handles = []
-        for driver in drivers:
-            handle = driver.apply(subject, parts)
-            if driver.stage.recover is not None:
-                before = quality(last, subject, reference, evaluate, progress, "unrecovered")[0]
-                handle.recovered = driver.recover(subject, handle, parts) | {"before": before}
-            handles.append(handle)
+        handles = [driver.apply(subject, parts) for driver in drivers]
         pruned, _ = measure(last, subject, reference, evaluate, progress, "pruned")
         dense = handles[-1].whole | dense
         report = describe(recipe, drivers, handles, dense, pruned, subject) | {"protocol": record}
@@ -120,9 +114,7 @@ def assist(recipe: Recipe) -> None:
     for driver in drivers:
         driver.prepare(subject)
     for driver in drivers:
-        handle = driver.apply(subject, None)
-        if driver.stage.recover is not None:
-            driver.recover(subject, handle, None)
+        driver.apply(subject, None)
 
 
 def measure(
@@ -134,27 +126,17 @@ def measure(
     name: str,
 ) -> tuple[dict[str, Any], Quality | None]:
     """Quality and cost of the model as it stands; agreement with `reference` where there is one."""
-    found, seen = quality(driver, subject, reference, evaluate, progress, name)
-    return found | cost(driver.workload(subject), subject.device), seen
-
-
-def quality(
-    driver: Pipeline,
-    subject: Subject,
-    reference: Quality | None,
-    evaluate: bool,
-    progress: Progress,
-    name: str,
-) -> tuple[dict[str, Any], Quality | None]:
-    """The part of `measure` that `evaluate` asks for."""
-    if not evaluate:
-        return {}, None
-    progress.say(f"measuring the {name} model")
-    seen = driver.evaluate(subject)
-    if reference is None:
-        warn_if_silly(seen, progress)
-    same = 1.0 if reference is None else agreement(seen, reference)
-    return seen.metrics | {"agreement": same}, seen
+    found: dict[str, Any] = {}
+    quality = None
+    if evaluate:
+        progress.say(f"measuring the {name} model")
+        quality = driver.evaluate(subject)
+        found |= quality.metrics
+        same = 1.0 if reference is None else agreement(quality, reference)
+        found["agreement"] = same
+        if reference is None:
+            warn_if_silly(quality, progress)
+    return found | cost(driver.workload(subject), subject.device), quality
 
 
 def agreement(quality: Quality, reference: Quality) -> float:
@@ -197,7 +179,6 @@ def describe(
         "pruned": pruned,
         "per_layer": handle.per_layer(),
         "fit": handle.fitted,
-        "recovery": next((one.recovered for one in reversed(handles) if one.recovered), None),
         "out": None,
         "kind": next(kind for kind in ("wrapped", "masked", "plain") if kind in kinds),
         "parameters": sum(p.numel() for p in subject.model.parameters()),
