@@ -97,11 +97,7 @@ def family_command(family: str, help: str) -> click.Command:
             model = FAMILY_DEFAULTS[family]
             if not options["quiet"] and not options["as_json"]:
                 click.echo(f"no model given: using the built-in {model}", err=True)
-        budget = {
-            name: options.pop(name)
-            for name in ("keep", "sparsity", "pattern", "positions", "loadable", "fit", "allocate")
-            if name in options
-        }
+        budget = {name: options.pop(name) for name in STAGE_OPTIONS if name in options}
         budget = {name: value for name, value in budget.items() if value is not None}
         stage = Stage(family, method, set=parse_settings(settings), **budget)
         output = {
@@ -223,7 +219,11 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
 
     model = replace(recipe.model, name=absolute(recipe.model.name), weights=absolute(recipe.model.weights))
     stages = tuple(
-        stage if stage.fit == "built-in" else replace(stage, fit=absolute(stage.fit))
+        replace(
+            stage,
+            fit=stage.fit if stage.fit == "built-in" else absolute(stage.fit),
+            recover_data=absolute(stage.recover_data),
+        )
         for stage in recipe.stages
     )
     return replace(recipe, model=model, data=absolute(recipe.data), stages=stages)

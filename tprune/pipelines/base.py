@@ -87,6 +87,8 @@ class Handle(ABC):
     """The artifact it makes: plain, masked or wrapped."""
     fitted: dict[str, Any] | None = None
     """What was fitted, on what, in how many steps and seconds."""
+    recovered: dict[str, Any] | None = None
+    """How what was left was trained afterwards, and the quality before."""
     whole: dict[str, Any] = {}
     """Quality of the unpruned model that only the handle could measure, by heads that the method has learned."""
 
@@ -160,6 +162,10 @@ class Pipeline(ABC):
             state: the tensors of an artifact that is loaded again (on the dense model by reference, on the
                 pruned one otherwise: applying them twice changes nothing); nothing is calibrated then.
         """
+
+    def recover(self, subject: Subject, handle: Handle, work: Path | None) -> dict[str, Any]:
+        """Train what pruning left, as the stage's `recover` says; the facts for the report. `work` as in `apply`."""
+        raise NotImplementedError
 
     @abstractmethod
     def probe(self, subject: Subject) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from tprune.models.blocks import Decoder, find_decoder
 from tprune.models.calibrate import Stream
 from tprune.models.gradients import POWERS, gradient_statistics
 from tprune.models.subject import Subject
-from tprune.pipelines import allocation, stream, structure
+from tprune.pipelines import allocation, recover, stream, structure
 from tprune.pipelines.base import Achieved, Handle, Pipeline, Quality, Sample, Workload
 from tprune.pipelines.journal import Journal
 from tprune.pipelines.weights_report import (
@@ -61,6 +61,8 @@ class LlmWeights(Pipeline):
             )
         self.budget()
         self.allocation()
+        if self.stage.recover is not None:
+            recover.check(self.stage, self.recipe)
 
     def load(self) -> Subject:
         """The dense model and its tokenizer."""
@@ -181,7 +183,10 @@ class LlmWeights(Pipeline):
         """Prune in place, or make stored edits again."""
         decoder = self.decoder(subject.model)
         if state is not None:
-            return self.reload(decoder, state)
+            edits, trained = recover.split(state)
+            handle = self.reload(decoder, edits)
+            recover.put_back(subject.model, trained)
+            return handle
         if factored.sizes(decoder) and (self.method.wraps or self.method.scope == "model"):
             raise UserError(
                 f"matrices stand around those of this model already; {self.stage.method} does not go with that"
@@ -278,6 +283,10 @@ class LlmWeights(Pipeline):
         found = Achieved(1 - sum(after) / sum(before), {"over_all_parameters": 1 - left / everything})
         kind = "wrapped" if hasattr(decoder.config, "tprune") else "plain"
         return WeightHandle(kind, found, structure_rows(edits, view, after), structure.record(edits), {})
+
+    def recover(self, subject: Subject, handle: Handle, work: Path | None) -> dict[str, Any]:
+        """Train it on text as `--recover` says."""
+        return recover.recover(self, subject, handle, work)
 
     def reload(self, decoder: Decoder, state: dict[str, Tensor]) -> Handle:
         """Make stored edits again: on the dense model they all happen, on the pruned one they change nothing."""

@@ -86,7 +86,13 @@ def execute(
             driver.prepare(subject)
         record = protocol(recipe, subject, last.describe_data())
         dense, reference = measure(last, subject, None, evaluate, progress, "dense")
-        handles = [driver.apply(subject, parts) for driver in drivers]
+        handles = []
+        for driver in drivers:
+            handle = driver.apply(subject, parts)
+            if driver.stage.recover is not None:
+                before = quality(last, subject, reference, evaluate, progress, "unrecovered")[0]
+                handle.recovered = driver.recover(subject, handle, parts) | {"before": before}
+            handles.append(handle)
         pruned, _ = measure(last, subject, reference, evaluate, progress, "pruned")
         dense = handles[-1].whole | dense
         report = describe(recipe, drivers, handles, dense, pruned, subject) | {"protocol": record}
@@ -114,7 +120,9 @@ def assist(recipe: Recipe) -> None:
     for driver in drivers:
         driver.prepare(subject)
     for driver in drivers:
-        driver.apply(subject, None)
+        handle = driver.apply(subject, None)
+        if driver.stage.recover is not None:
+            driver.recover(subject, handle, None)
 
 
 def measure(
@@ -126,17 +134,27 @@ def measure(
     name: str,
 ) -> tuple[dict[str, Any], Quality | None]:
     """Quality and cost of the model as it stands; agreement with `reference` where there is one."""
-    found: dict[str, Any] = {}
-    quality = None
-    if evaluate:
-        progress.say(f"measuring the {name} model")
-        quality = driver.evaluate(subject)
-        found |= quality.metrics
-        same = 1.0 if reference is None else agreement(quality, reference)
-        found["agreement"] = same
-        if reference is None:
-            warn_if_silly(quality, progress)
-    return found | cost(driver.workload(subject), subject.device), quality
+    found, seen = quality(driver, subject, reference, evaluate, progress, name)
+    return found | cost(driver.workload(subject), subject.device), seen
+
+
+def quality(
+    driver: Pipeline,
+    subject: Subject,
+    reference: Quality | None,
+    evaluate: bool,
+    progress: Progress,
+    name: str,
+) -> tuple[dict[str, Any], Quality | None]:
+    """The part of `measure` that `evaluate` asks for."""
+    if not evaluate:
+        return {}, None
+    progress.say(f"measuring the {name} model")
+    seen = driver.evaluate(subject)
+    if reference is None:
+        warn_if_silly(seen, progress)
+    same = 1.0 if reference is None else agreement(seen, reference)
+    return seen.metrics | {"agreement": same}, seen
 
 
 def agreement(quality: Quality, reference: Quality) -> float:
@@ -179,6 +197,7 @@ def describe(
         "pruned": pruned,
         "per_layer": handle.per_layer(),
         "fit": handle.fitted,
+        "recovery": next((one.recovered for one in reversed(handles) if one.recovered), None),
         "out": None,
         "kind": next(kind for kind in ("wrapped", "masked", "plain") if kind in kinds),
         "parameters": sum(p.numel() for p in subject.model.parameters()),
