@@ -97,11 +97,7 @@ def family_command(family: str, help: str) -> click.Command:
             model = FAMILY_DEFAULTS[family]
             if not options["quiet"] and not options["as_json"]:
                 click.echo(f"no model given: using the built-in {model}", err=True)
-        budget = {
-            name: options.pop(name)
-            for name in ("keep", "sparsity", "pattern", "positions", "loadable", "fit", "allocate")
-            if name in options
-        }
+        budget = {name: options.pop(name) for name in STAGE_OPTIONS if name in options}
         budget = {name: value for name, value in budget.items() if value is not None}
         stage = Stage(family, method, set=parse_settings(settings), **budget)
         output = {
@@ -121,6 +117,10 @@ def family_command(family: str, help: str) -> click.Command:
             click.option(
                 "--allocate",
                 default="uniform",
+                metavar="RULE",
+                help="How it is shared out: uniform, global, owl[:factor=5,spread=0.08], erk.",
+            ),
+            click.option("--loadable", default="any", help="'plain': only shapes that stock loaders read."),
             click.option(
                 "--max-minutes",
                 type=click.FloatRange(0),
@@ -135,10 +135,6 @@ def family_command(family: str, help: str) -> click.Command:
             click.option(
                 "--recover-data", metavar="SOURCE", help="Text for it [the calibration part of --data]."
             ),
-                metavar="RULE",
-                help="How it is shared out: uniform, global, owl[:factor=5,spread=0.08], erk.",
-            ),
-            click.option("--loadable", default="any", help="'plain': only shapes that stock loaders read."),
         )
     else:
         extra = (
@@ -180,19 +176,19 @@ def launch(
     out: str | None,
     force: bool,
     by_reference: bool,
-    max_minutes: float | None = None,
     no_eval: bool,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
+    max_minutes: float | None = None,
 ) -> None:
     """Run a recipe and print its report: a table for people, or one JSON object."""
-    if max_minutes is not None and out is None:
-        raise UserError(f"--max-minutes {max_minutes:g}: what a search found is kept beside --out DIR; give one")
     from tprune.progress import Progress
 
     for stage in recipe.stages:
         check_budget(stage)
+    if max_minutes is not None and out is None:
+        raise UserError(f"--max-minutes {max_minutes:g}: what a search found is kept beside --out DIR; give one")
     recipe = with_absolute_paths(recipe)
     if dry_run:
         show_plan(recipe, out, force, as_json)
@@ -206,11 +202,11 @@ def launch(
     report = execute(
         recipe,
         Progress(quiet or as_json),
-        max_minutes=max_minutes,
         out=out,
         force=force,
         by_reference=by_reference,
         evaluate=not no_eval,
+        max_minutes=max_minutes,
     )
     show_report(report, as_json)
 

@@ -123,10 +123,10 @@ class Pipeline(ABC):
 
     family: ClassVar[str]
     default_limit: ClassVar[int]
-
-    def __init__(self, recipe: Recipe, stage: Stage, method: Method, progress: Progress):
     max_minutes: float | None = None
     """How long a search may take before it stops, to be gone on with; None for no limit."""
+
+    def __init__(self, recipe: Recipe, stage: Stage, method: Method, progress: Progress):
         self.recipe, self.stage, self.method, self.progress = recipe, stage, method, progress
 
     def source(self) -> Source:

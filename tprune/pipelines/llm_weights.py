@@ -268,13 +268,13 @@ class LlmWeights(Pipeline):
             calibration,
             self.stage.loadable == "plain",
             self.progress,
+            gradients,
+            self.max_minutes,
         )
         edits, view = pruner.run(journal)
         after = sizes(decoder)
         if budget.sparsity > 0 and after == before:
             least = min(unit.cost for block in view.blocks for unit in block.units.values()) / sum(before)
-            gradients,
-            self.max_minutes,
             raise BudgetError(
                 f"--sparsity {budget.sparsity:g} rounds to no unit at all; one unit is {least:.2g} of the weights",
                 least,
