@@ -178,3 +178,10 @@ def test_the_choice_is_calibrated_and_stored_and_costs_fewer_flops(vit_folder, t
     model = tprune.load(out)
     skipped = [row["block"] for row in report["per_layer"] if row["tokens_attention"] == 0]
     assert sorted(model.tprune_handle.tensors(False)["order"].tolist()) == skipped
+
+
+def test_speed_alone_is_measured_without_calibration(vit_folder, monkeypatch):
+    monkeypatch.delattr("tprune.pipelines.skipping.read")
+    words = ["bench", vit_folder, "--method", "nose", "--keep", "0.7", "--rounds", "1", "--json"]
+    result = json.loads(call(*words).stdout)["results"][0]
+    assert result["flops"]["pruned"] < result["flops"]["dense"]

@@ -254,7 +254,7 @@ class TokenMethod(Method):
         raise NotImplementedError
 
     def neutral_state(self, shape: Shape, seed: int) -> dict[str, Tensor]:
-        """What `state` is before any step of a fit, for contract tests."""
+        """What `state` is before any step of a fit, for contract tests and to be timed."""
         return self.fit(shape, 0.5, seed).state()
 
     def loosened(self, knob: float, shape: Shape) -> typing.Self:

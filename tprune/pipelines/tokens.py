@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+import torch
+
 from tprune.core.budget import Stage, bisect, counts_entering, mean_entering
 from tprune.errors import BudgetError
 from tprune.methods.tokens import Shape, TokenMethod
@@ -46,3 +48,13 @@ def solve(method: TokenMethod, shape: Shape, keep: float | None) -> tuple[Stage,
             f"--keep {keep:g} rounds to keeping all {shape.tokens} tokens with {method.id}; ask for less"
         )
     return tuple(sorted(stages, key=lambda stage: stage.site))
+
+
+def for_timing(method: TokenMethod, shape: Shape, seed: int, device: torch.device | str) -> TokenMethod:
+    """The method as its speed is measured: what it must learn or calibrate is as it is before.
+
+    The values do not change the time.
+    """
+    if method.learns != "required" and not method.calibrates:
+        return method
+    return method.bind({name: t.to(device) for name, t in method.neutral_state(shape, seed).items()})

@@ -26,7 +26,7 @@ from tprune.pipelines import segmenting
 from tprune.pipelines.base import Achieved, Handle, Pipeline, Quality, Sample, Workload
 from tprune.pipelines.learned import stored, untuned
 from tprune.pipelines.skipping import calibrated
-from tprune.pipelines.tokens import solve
+from tprune.pipelines.tokens import for_timing, solve
 
 
 class VitHandle(Handle):
@@ -253,15 +253,10 @@ class VitPipeline(Pipeline):
         return of_vit(self, subject, handle, sample)
 
     def bench(self, subject: Subject, rounds: int) -> dict[str, Any]:
-        """Dense and pruned batches in turn: speed-up measured, by FLOPs, and their ratio.
-
-        What must be learned is timed as it is before: its values do not change the time.
-        """
-        if self.method.learns == "required" and self.stage.fit is None:
+        """Dense and pruned batches in turn: speed-up measured, by FLOPs, and their ratio."""
+        if self.stage.fit is None:
             shape = dissect(subject.model).shape
-            self.method = self.method.bind(
-                untuned(subject, self.method.neutral_state(shape, self.recipe.seed))
-            )
+            self.method = for_timing(self.method, shape, self.recipe.seed, subject.device)
         batch = self.noise(subject, self.recipe.batch_size)
         found = self.beside_dense(subject, lambda one: self.outputs(one, batch), rounds)
         return found | {"items": len(batch), "unit": "images"}

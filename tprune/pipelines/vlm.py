@@ -28,7 +28,7 @@ from tprune.models.subject import Subject
 from tprune.pipelines import bench_vlm
 from tprune.pipelines.base import Handle, Pipeline, Quality, Sample, Workload
 from tprune.pipelines.learned import untuned
-from tprune.pipelines.tokens import solve
+from tprune.pipelines.tokens import for_timing, solve
 from tprune.pipelines.vlm_answers import LONGEST_ANSWER, plain, question_inputs, told
 from tprune.pipelines.vlm_handle import VlmHandle
 
@@ -265,15 +265,10 @@ class VlmPipeline(Pipeline):
         return of_vlm(self, subject, handle, sample)
 
     def bench(self, subject: Subject, rounds: int) -> dict[str, Any]:
-        """Whole prompts and their parts, dense and pruned in turn, and the method's selection at the size of LLaVA.
-
-        What must be learned is timed as it is before: its values do not change the time.
-        """
-        if self.method.learns == "required" and self.stage.fit is None:
+        """Whole prompts and their parts, dense and pruned in turn, and the method's selection at the size of LLaVA."""
+        if self.stage.fit is None:
             shape = self.nominal(adapter.anatomy(subject.model))
-            self.method = self.method.bind(
-                untuned(subject, self.method.neutral_state(shape, self.recipe.seed))
-            )
+            self.method = for_timing(self.method, shape, self.recipe.seed, subject.device)
         inputs = self.noise(subject, self.recipe.batch_size)
         found = self.beside_dense(subject, lambda one: self.prefill(one, inputs), rounds)
         found["times"] |= bench_vlm.parts(lambda one: self.apply(one, None), subject, inputs, rounds)
