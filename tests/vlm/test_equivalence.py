@@ -13,8 +13,12 @@ from tprune.models.decoder import DecoderDriver
 from tprune.models.prompts import noise_prompts
 
 METHODS = [fact.id for fact in registry.facts("vlm")]
-PLAIN = {"sparsevlm": {"version": "v2"}, "aim": {"exact_mask": False}}
-"""Settings under which tokens leave inside the decoder, and none merges there."""
+PLAIN = {
+    "sparsevlm": {"version": "v2"},
+    "aim": {"exact_mask": False},
+    "glimpseprune": {"caches": "later"},
+}
+"""Settings under which tokens leave inside the decoder, none merges there, and each layer caches what it saw."""
 NEW = 3
 
 

@@ -238,10 +238,13 @@ def start(method, model):
         return {}
     stage = Stage("vlm", method, set=SMALL.get(method, {}))
     driver = pipeline(Recipe(ModelSource("a model in memory"), (stage,)), stage, Progress())
-    return {"state": built.neutral_state(driver.nominal(anatomy(model)), 0)}
+    return {"state": built.neutral_state(driver.nominal(anatomy(model)), 0), **SMALL.get(method, {})}
 
 
-SMALL = {"m3": {"scales": "36,576"}}
+SMALL = {
+    "m3": {"scales": "36,576"},
+    "glimpseprune": {"layer": 0, "width": 16, "condition": 16, "heads": 2},
+}
 """Hyperparameters that keep what a method learns small."""
 
 

@@ -111,3 +111,17 @@ def far_apart(grid: Size, count: int) -> Tensor:
         chosen[pick] = True
         apart = torch.minimum(apart, (row - row[pick]).abs() + (column - column[pick]).abs())
     return chosen
+
+
+def covered(cells: Tensor, size: Tensor, boxes: Tensor) -> Tensor:
+    """Which cells of a grid boxes touch, as GlimpsePrune counts them: bool [B, N].
+
+    Args:
+        cells: int64 [B, N, 2], rows and columns.
+        size: int64 [B, 2], how many there are.
+        boxes: [B, n, 4], left, top, right and bottom as fractions of the whole; NaN where there is none.
+    """
+    edges = (boxes.unflatten(2, (2, 2)).flip(3) * size[:, None, None]).floor()
+    first, last = edges[:, None, :, 0], torch.minimum(edges[:, None, :, 1], size[:, None, None] - 1)
+    cells = cells.unsqueeze(2)
+    return ((cells >= first) & (cells <= last)).all(3).any(2)

@@ -31,6 +31,16 @@ def _logits(query: Tensor, key: Tensor, scale: float, softcap: float | None = No
     return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
 
+def attention_logits(
+    query: Tensor, key: Tensor, scale: float, bias: Tensor | None = None, softcap: float | None = None
+) -> Tensor:
+    """What a softmax over keys would be taken of, float32 [B, H, R, T]; arguments as for `attention_rows`."""
+    logits = _logits(query, key, scale, softcap)
+    if bias is None:
+        return logits
+    return logits.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else logits + bias
+
+
 def _mask_future(logits: Tensor, row: Tensor) -> Tensor:
     """Hide the keys behind each query: `row` is int64 [R] or [B, R], the query's place among the keys."""
     place = torch.arange(logits.shape[-1], device=logits.device)

@@ -19,12 +19,17 @@ FILE = "questions.jsonl"
 
 @dataclass(frozen=True)
 class Item:
-    """One question about one image (a path, or the image itself); `kind` groups questions in the report."""
+    """One question about one image (a path, or the image itself); `kind` groups questions in the report.
+
+    `boxes` say where its answer is read: (left, top, right, bottom) each, as fractions of the image; None where that is
+    not known.
+    """
 
     image: Any
     prompt: str
     answer: str
     kind: str | None = None
+    boxes: tuple[tuple[float, ...], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,10 @@ class Questions:
     def sample(self, place: int) -> tuple[Image.Image, tuple[str, str]]:
         """The image of one question, and (prompt, answer)."""
         return self.open(place), (self.items[place].prompt, self.items[place].answer)
+
+    def boxes(self, place: int) -> tuple[tuple[float, ...], ...] | None:
+        """Where the answer of one question is read, if that is known."""
+        return self.items[place].boxes
 
     def open(self, place: int) -> Image.Image:
         """The image of one question as RGB.
@@ -79,10 +88,50 @@ class TrainingQuestions(DrawnScenes):
 
     def sample(self, place: int) -> tuple[Image.Image, tuple[str, str]]:
         """One scene, and (prompt, answer)."""
+        asked = self._asked(place)
+        return asked.image, (asked.prompt, asked.answer)
+
+    def boxes(self, place: int) -> tuple[tuple[float, ...], ...]:
+        """Where the answer of one question is read."""
+        return self._asked(place).boxes
+
+    def _asked(self, place: int) -> Any:
         from tprune.data.scenes import question_scene
 
-        asked = question_scene("train", place, self.seed)
-        return asked.image, (asked.prompt, asked.answer)
+        return question_scene("train", place, self.seed)
+
+
+@dataclass(frozen=True)
+class BoxedQuestions:
+    """Questions, and where their answers are read.
+
+    Raises:
+        UserError: that is not known of some.
+    """
+
+    data: Questions | TrainingQuestions
+
+    def __post_init__(self) -> None:
+        known = isinstance(self.data, TrainingQuestions) or all(item.boxes for item in self.data.items)
+        if not known:
+            raise UserError(
+                f"--fit {self.data.protocol['source']}: this method learns where answers are read: give every line of "
+                f'{FILE} "boxes": [[left, top, right, bottom], …] in fractions of the image'
+            )
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """Of the questions."""
+        return self.data.protocol
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self.data)
+
+    def sample(self, place: int) -> tuple[Image.Image, tuple]:
+        """The image of one question, and (prompt, answer, boxes)."""
+        image, asked = self.data.sample(place)
+        return image, (*asked, self.data.boxes(place))
 
 
 def training(source: str) -> Questions | TrainingQuestions:
@@ -137,7 +186,23 @@ def _item(root: Path, number: int, line: str, option: str) -> Item:
         ) from None
     if not (root / image).is_file():
         raise UserError(f"{option} {root}: line {number} of {FILE} names {image}, and there is no such file")
-    return Item(root / image, prompt, answer, content.get("kind"))
+    boxes = content.get("boxes")
+    if boxes is not None and not _are_boxes(boxes):
+        raise UserError(
+            f"{option} {root}: the boxes of line {number} of {FILE} are not [[left, top, right, bottom], …] in "
+            "fractions of the image, 0 to 1"
+        )
+    boxes = None if boxes is None else tuple(map(tuple, boxes))
+    return Item(root / image, prompt, answer, content.get("kind"), boxes)
+
+
+def _are_boxes(boxes: Any) -> bool:
+    """Whether these are boxes as `Item` has them, at least one."""
+    rows = isinstance(boxes, list) and boxes and all(isinstance(row, list) and len(row) == 4 for row in boxes)
+    numbers = [part for row in boxes for part in row] if rows else [None]
+    if not all(isinstance(part, int | float) and 0 <= part <= 1 for part in numbers):
+        return False
+    return all(row[0] <= row[2] and row[1] <= row[3] for row in boxes)
 
 
 def built_in(limit: int) -> Questions:

@@ -8,7 +8,7 @@ is asked which digit is at a place (`what`), where a digit is (`where`) and how 
 Scene `i` of a split is a pure function of (seed, split, i): nothing reads or moves a global random state.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -27,8 +27,12 @@ SPLITS = ("train", "test")
 EVALUATION_SEED = 20_000
 
 _FINE = 32  # side of the smoothed digits that scenes sample from
+_HALF = 13  # half a box around a digit, in pixels: digits are 22 to 27 high
 _INK = (0.72, 1.0)
 _GROUND = (0.08, 0.32)
+
+
+Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -41,12 +45,21 @@ class Scene:
 
 @dataclass(frozen=True)
 class Question:
-    """One question about one image; `answer` is a single word and `kind` is one of `KINDS`."""
+    """One question about one image.
+
+    Attributes:
+        answer: a single word.
+        kind: one of `KINDS`.
+        boxes, digits: where the answer is read and where any digit stands, (left, top, right, bottom) each, as
+            fractions of the image.
+    """
 
     image: Image.Image
     prompt: str
     answer: str
     kind: str
+    boxes: tuple[Box, ...] = ()
+    digits: tuple[Box, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -170,7 +183,24 @@ def question_scene(split: str, index: int, seed: int = 0) -> Question:
     kind = KINDS[index % len(KINDS)]
     kind = kind if asked[kind] else "what"
     prompt, answer = asked[kind][0]
-    return Question(Image.fromarray(layout.pixels), prompt, answer, kind)
+    occupied = np.flatnonzero(layout.cells >= 0)
+    if kind == "count":
+        read = occupied
+    else:
+        read = [cell for cell, place in enumerate(PLACES) if place in (answer, *prompt.split())]
+    boxes, digits = _boxes(layout, read), _boxes(layout, occupied)
+    return Question(Image.fromarray(layout.pixels), prompt, answer, kind, boxes, digits)
+
+
+def _boxes(layout: Layout, cells: Iterable[int]) -> tuple[Box, ...]:
+    """Of the digits in some cells; in the middle of those that are empty."""
+    found = []
+    for cell in cells:
+        middle = (np.array(divmod(int(cell), GRID)) + 0.5) * CELL
+        y, x = np.where(np.isnan(layout.centres[cell]), middle, layout.centres[cell])
+        box = np.clip([x - _HALF, y - _HALF, x + _HALF, y + _HALF], 0, SIZE) / SIZE
+        found.append(tuple(box.tolist()))
+    return tuple(found)
 
 
 def evaluation_scenes(name: str, n: int = 2000) -> list[Scene] | list[Question]:

@@ -68,8 +68,8 @@ class TokenMethod(Method):
     needs_cls: ClassVar[bool] = False
     reads: ClassVar[tuple[str, ...]] = ("attention",)
     """What of the view is read and costs something to provide: "attention", "encoder", "projector", "seeds",
-    "sublayers", "neurons", "embeddings", "before" (what the layer before a site was given), "beside" (what tokens of the
-    method's own become behind the prompt)."""
+    "sublayers", "neurons", "embeddings", "before" (what the layer before a site was given), "beside" (what tokens of
+    the method's own become behind the prompt)."""
     unit: ClassVar[str] = "image"
     """What a view holds at a VLM's projector: a whole "image", or each "crop" of it by itself."""
     native: ClassVar[tuple[str, ...]] = ()

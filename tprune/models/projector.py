@@ -147,6 +147,27 @@ class Projector:
                 found[unit.row, unit.slot[place]] = torch.stack(cells, 1)
         return found
 
+    def encoded(self, inputs: Inputs) -> list[Tensor]:
+        """What image tokens are made of behind each block of `TokenMethod.encoder_blocks`: [B, N, C] each.
+
+        The mean of a token's patches; 0 for text and newlines.
+        """
+        mask, sight = image_tokens(self.model, inputs), self._ahead(inputs) or self.latest
+        ordered = sorted(self._units(sight.inputs, mask, by_crop=False), key=lambda unit: len(unit.slot))
+        groups = [list(group) for _, group in groupby(ordered, key=lambda unit: len(unit.slot))]
+        found = []
+        for block in self.method.encoder_blocks(len(self.parts.blocks)):
+            width = sight.outputs[block].shape[-1]
+            whole = sight.outputs[block].new_zeros(*mask.shape, width)
+            for alike in groups:
+                crops = [unit.crop + place for unit in alike for place in range(unit.crops)]
+                made = sight.split(sight.outputs[block], crops)[:, self.parts.prefix :]
+                row = torch.tensor([unit.row for unit in alike], device=whole.device).unsqueeze(1)
+                slot = torch.stack([unit.slot for unit in alike]).to(whole.device)
+                whole[row, slot] = self.views.pool(sight, alike, made)
+            found.append(whole)
+        return found
+
     def _ahead(self, inputs: Inputs) -> Sight | None:
         """The images of a forward whose inputs hold them encoded already, as `generate` does."""
         image = (inputs.get("mm_encoder_outputs") or {}).get("image")

@@ -37,6 +37,7 @@ class Run:
         neurons: [B, T, F], what the layer that ran last fed into the last projection of its MLP, where a site follows.
         sublayers: per layer since the last site, what went into its attention and its MLP and what came out.
         padding: the decoder's padding mask [B, T] (nonzero: real), for the tokens that entered it, or None.
+        heard: what tokens behind the prompt see of it (`models.beside`); None where the method has none.
         full: [B, T, D], all tokens that entered, each as it was when it left or last at a site; where they come back.
         trace: at every site so far, which token stands for each of the caller's (`core.reduction.follow`), int64
             [B, N]; None where nobody asked.
@@ -58,6 +59,7 @@ class Run:
     neurons: Tensor | None = None
     sublayers: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     padding: Tensor | None = None
+    heard: Any = None
     full: Tensor | None = None
     trace: list[tuple[Site, Tensor]] | None = None
     fitted: dict[Any, Any] = field(default_factory=dict)

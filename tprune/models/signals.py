@@ -13,8 +13,9 @@ from tprune.core.budget import Site
 from tprune.core.reduction import gather_tokens
 from tprune.errors import UserError
 from tprune.methods.views import Attention
+from tprune.models.beside import Beside
 from tprune.models.layer_inputs import CACHES, LayerInputs
-from tprune.models.run import Inputs, Run
+from tprune.models.run import Inputs, Run, here
 from tprune.models.taps import AttentionCall, Tap
 
 NORMS = ("norm", "final_layer_norm", "ln_f", "final_layernorm")
@@ -135,12 +136,15 @@ class Signals:
     - "hidden": bool [B, N], tokens that have left and are still computed (`TokenMethod.hides`);
     - "neurons": [B, N, F], what the layer before the site fed into the last projection of its MLP;
     - "embeddings": [B, N, D], these tokens as they entered the decoder;
-    - "cells": int64 [B, N, 3], every image token's crop, row and column in it; -1 where it has none.
+    - "cells": int64 [B, N, 3], every image token's crop, row and column in it; -1 where it has none;
+    - "encoded": [B, N, C], one for each block in the order of `TokenMethod.encoder_blocks`, what image tokens are made
+      of behind it, zeros for all others;
+    - "beside": `models.beside.Behind`, tokens of the method's own behind the prompt.
 
     Args:
         core, layers: the decoder and its layers.
         inputs: fits what a layer is given to the tokens that are left.
-        cells_of: from the inputs of a prompt to the cells of all its tokens.
+        images: tells of a prompt's images, from its inputs: `cells` and `encoded` of all its tokens (`Projector`).
     """
 
     def __init__(
@@ -148,10 +152,21 @@ class Signals:
         core: nn.Module,
         layers: Sequence[nn.Module],
         inputs: LayerInputs,
-        cells_of: Callable[[Inputs], Tensor] | None,
+        images: Any,
     ):
-        self.layers, self.inputs, self.cells_of = layers, inputs, cells_of
+        self.core, self.layers, self.inputs, self.images = core, layers, inputs, images
+        self.beside: Beside | None = None
         self.norm = next((getattr(core, name) for name in NORMS if hasattr(core, name)), None)
+
+    def watch(self, model: nn.Module, reads: Sequence[str], current: Callable[[], Run | None]) -> list[Any]:
+        """Whatever must be seen while the prompt runs, as `watch`; "beside" of the decoder of `model` too."""
+        handles = watch(self.layers, reads, current)
+        if "beside" in reads:
+            parts = [attention_of(layer) for layer in self.layers]
+            self.beside = Beside(self.core, self.layers, parts, self.inputs, current)
+            self.beside.tongue = lambda hidden: model.get_output_embeddings()(self.norm(hidden))
+            handles.append(self.beside)
+        return handles
 
     def at(
         self, run: Run, place: int, given: Inputs, slots: Tensor, position: Tensor
@@ -181,7 +196,11 @@ class Signals:
             "sublayers": lambda: run.sublayers[place - 1],
             "hidden": lambda: _hidden(run, place, slots, position),
             "embeddings": lambda: gather_tokens(run.embeddings, slots),
-            "cells": lambda: gather_tokens(self.cells_of(run.inputs).to(hidden.device), position),
+            "cells": lambda: gather_tokens(self.images.cells(run.inputs).to(hidden.device), position),
+            "encoded": lambda: [gather_tokens(one, position) for one in self.images.encoded(run.inputs)],
+            "beside": lambda: self.beside.of(
+                run.heard, here(run.real, position, run.track.valid(place, slots))
+            ),
         }
 
 

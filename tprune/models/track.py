@@ -131,6 +131,24 @@ class Track:
         self.length += count
         self.real = self.real + count
 
+    def join(self, cache: Any, uniform: bool) -> None:
+        """Travel with `cache` from now on; if `uniform`, every layer there holds what is left at the end alone.
+
+        Raises:
+            UserError: layers that hold a window of it cannot be made uniform.
+        """
+        cache.tprune_track = self
+        if not uniform or not self.layers:
+            return
+        first, last = min(self.layers), self.at(len(cache.layers))
+        for layer in cache.layers[:first]:
+            if getattr(layer, "is_sliding", False):
+                raise UserError("caches of sliding windows cannot lose what left later: --set caches=later")
+            index = last.index[:, None, :, None].expand(-1, layer.keys.shape[1], -1, layer.keys.shape[3])
+            layer.keys = layer.keys.gather(2, index)
+            layer.values = layer.values.gather(2, index[..., :1].expand(-1, -1, -1, layer.values.shape[3]))
+        self.layers = {0: last}
+
     def at(self, layer: int) -> Kept | None:
         """What decoder layer `layer` sees of the entering sequence; None for all of it."""
         before = [place for place in self.layers if place <= layer]

@@ -108,6 +108,12 @@ def _projected(config: Any, depth: int) -> int:
     return layer - 1 if layer > 0 else depth + layer
 
 
+def tower_width(parts: Anatomy) -> int:
+    """The width of the residual stream in the tower's blocks; 0 where they cannot be told."""
+    linear = (m for block in parts.blocks[:1] for m in block.modules() if isinstance(m, nn.Linear))
+    return next((module.in_features for module in linear), 0)
+
+
 def image_tokens(model: nn.Module, inputs: Inputs) -> Tensor | None:
     """Which tokens of the prompt are image tokens, bool [B, N]; None where the prompt has no images.
 

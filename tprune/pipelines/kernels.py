@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -23,13 +25,15 @@ def selection(method: TokenMethod, device: torch.device | str) -> Callable[[], R
     """A call that chooses 64 of 576 tokens of noise, as at the first site of `method`."""
     if method.evicts():
         return partial(_best_of_heads, method, _prompt(device))
-    shape = Shape(32, IMAGE, heads=HEADS, has_cls=True, width=WIDTH)
+    shape = Shape(32, IMAGE, heads=HEADS, has_cls=True, width=WIDTH, tower=PATCH_WIDTH)
     if method.learns == "required":
         # What it learned in a smaller model does not fit; the values do not change the time.
         state = method.neutral_state(shape, 0)
         method = method.bind({name: tensor.to(device) for name, tensor in state.items()})
     site = min(stage.site for stage in method.stages(shape, KEPT / IMAGE))
-    view = _image(method, device) if site == PROJECTOR else _prompt(device)
+    view = (
+        _image(method, device) if site == PROJECTOR else _prompt(device, method.encoder_blocks(TOWER_DEPTH))
+    )
     return lambda: method.reduce(site, view, KEPT, {"episode": {}})
 
 
@@ -79,8 +83,8 @@ def _image(method: TokenMethod, device: torch.device | str) -> TokenView:
     return view
 
 
-def _prompt(device: torch.device | str) -> TokenView:
-    """A whole prompt in the decoder of a 7B model."""
+def _prompt(device: torch.device | str, blocks: Sequence[int] = ()) -> TokenView:
+    """A whole prompt in the decoder of a 7B model; the method sees so many blocks of the tower there."""
     length = BEFORE + IMAGE + BEHIND
     hidden = _noise(1, length, WIDTH, device=device)
     heads = hidden.unflatten(2, (HEADS, -1)).transpose(1, 2).contiguous()
@@ -109,5 +113,8 @@ def _prompt(device: torch.device | str) -> TokenView:
             "embeddings": lambda: hidden,
             "hidden": lambda: torch.zeros_like(prunable),
             "cells": lambda: cells,
+            "encoded": lambda: [_noise(1, length, PATCH_WIDTH, device=device) for _ in blocks],
+            # A token of the method's own, as if it had run through the layers: that is the decoder's time.
+            "beside": lambda: SimpleNamespace(look=lambda added: replace(attention, query=heads[:, :, -1:])),
         },
     )

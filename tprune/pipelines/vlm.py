@@ -70,9 +70,10 @@ class VlmPipeline(Pipeline):
             self.progress.say(f"{len(self.lessons):,} questions to learn from")
 
     @cached_property
-    def lessons(self) -> questions.Questions | questions.TrainingQuestions:
-        """What `--fit` names."""
-        return questions.training(self.stage.fit)
+    def lessons(self) -> questions.Questions | questions.TrainingQuestions | questions.BoxedQuestions:
+        """What `--fit` names, with the boxes that the method learns from."""
+        found = questions.training(self.stage.fit)
+        return questions.BoxedQuestions(found) if self.method.labels == "boxes" else found
 
     def admit(self, parts: adapter.Anatomy) -> None:
         """Raise UserError where the model lacks what the method reads, or the budget is out of reach."""
@@ -97,6 +98,7 @@ class VlmPipeline(Pipeline):
             heads=parts.heads,
             has_cls=parts.prefix > 0,
             width=parts.core.config.hidden_size,
+            tower=adapter.tower_width(parts),
         )
 
     def evaluate(self, subject: Subject) -> Quality:
@@ -211,7 +213,7 @@ class VlmPipeline(Pipeline):
             entrance=projector if PROJECTOR in sites else None,
             outer=parts.outer,
             seeds_of=projector.seeds,
-            cells_of=projector.cells,
+            images=projector,
             check_later=partial(adapter.check_later, subject.model),
         )
         return driver, projector

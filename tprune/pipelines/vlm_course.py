@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tprune.core.budget import Stage
-from tprune.data.questions import Questions, TrainingQuestions
+from tprune.data.questions import BoxedQuestions, Questions, TrainingQuestions
 from tprune.errors import UserError
 from tprune.methods.fit import Fit
 from tprune.methods.tokens import TokenMethod
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 ANSWERS = "answers"
 """Among the inputs of a step: which of the tokens are answers, bool [B, N]."""
+BOXES = "boxes"
+"""And where they are read, float32 [B, n, 4], fractions of the image, NaN for none: for a method with these labels."""
 
 
 @dataclass(eq=False)
@@ -70,7 +72,7 @@ class VlmCourse(Course):
         pipeline: VlmPipeline,
         subject: Subject,
         parts: adapter.Anatomy,
-        data: Questions | TrainingQuestions,
+        data: Questions | TrainingQuestions | BoxedQuestions,
     ):
         if getattr(subject.processor, "tokenizer", None) is None:
             raise UserError(
@@ -97,13 +99,15 @@ class VlmCourse(Course):
         """The same: answers are no image tokens."""
         return self.lessons(size, seed)
 
-    def collated(self, samples: Sequence[tuple[Any, tuple[str, str]]]) -> tuple[dict[str, Tensor], Tensor]:
+    def collated(self, samples: Sequence[tuple[Any, tuple]]) -> tuple[dict[str, Tensor], Tensor]:
         """What the model is called with, `ANSWERS` beside it, and the answers' tokens int64 [n], row by row."""
         images, texts = [image for image, _ in samples], [text for _, text in samples]
-        inputs = question_inputs(self.subject, images, [prompt for prompt, _ in texts])
+        inputs = question_inputs(self.subject, images, [prompt for prompt, *_ in texts])
         tokenizer = self.subject.processor.tokenizer
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        said = [tokenizer(f" {answer}", add_special_tokens=False)["input_ids"] + end for _, answer in texts]
+        said = [
+            tokenizer(f" {answer}", add_special_tokens=False)["input_ids"] + end for _, answer, *_ in texts
+        ]
         longest = max(map(len, said))
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in said])
         real = torch.tensor([[True] * len(row) + [False] * (longest - len(row)) for row in said])
@@ -114,11 +118,15 @@ class VlmCourse(Course):
                 tail = {"input_ids": ids, "attention_mask": real}.get(name, torch.zeros_like(ids))
                 inputs[name] = torch.cat([value, tail.to(value.dtype)], dim=1)
         inputs[ANSWERS] = functional.pad(real, (before[1], 0))
+        boxes = [torch.tensor(found) for *_, found in texts if len(texts[0]) == 3]
+        if boxes:
+            padded = nn.utils.rnn.pad_sequence(boxes, batch_first=True, padding_value=torch.nan)
+            inputs[BOXES] = padded.to(self.device)
         return inputs, ids[real]
 
     def outputs(self, inputs: dict[str, Tensor]) -> Tensor:
         """Logits of every answer's tokens, [n, V], row by row."""
-        given = {name: value for name, value in inputs.items() if name != ANSWERS}
+        given = {name: value for name, value in inputs.items() if name not in (ANSWERS, BOXES)}
         answers = inputs[ANSWERS]
         longest = int(answers.sum(1).max())
         if self.running is not None:
