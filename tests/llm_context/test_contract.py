@@ -8,6 +8,7 @@ from transformers import DynamicCache
 
 import tprune
 from tests.decoders import CONFIGS, NO_ROPE, decoder, tokens
+from tests.llm_weights import tiny
 from tprune.evaluate.context import layer_bytes
 from tprune.methods import registry
 from tprune.methods.cache import CacheMethod
@@ -19,6 +20,9 @@ REVIVING = [
 ]
 """What these look for by the latest token depends on which tokens come together."""
 PROMPT = 128
+TOKENIZER = tiny.tokenizer()
+SHORT = {"think-clearly": {"instruction": "stop."}}
+"""Hyperparameters of methods whose text is long, one token a letter."""
 
 every_method = pytest.mark.parametrize("method", METHODS)
 every_cache_method = pytest.mark.parametrize("method", CACHE_METHODS)
@@ -28,7 +32,8 @@ every_decoder = pytest.mark.parametrize("name", CONFIGS)
 def prune(model, method, keep=0.5, name="llama", **more):
     """The method on the model; models without RoPE cannot have compact positions."""
     positions = "original" if name in NO_ROPE else None
-    return tprune.prune(model, f"llm-context/{method}", keep=keep, positions=positions, **more)
+    more = {"positions": positions, "tokenizer": TOKENIZER} | SHORT.get(method, {}) | more
+    return tprune.prune(model, f"llm-context/{method}", keep=keep, **more)
 
 
 def left_padded():

@@ -8,6 +8,7 @@ from transformers import DynamicCache
 
 import tprune
 from tests.decoders import decoder, tokens
+from tests.llm_weights import tiny
 from tprune.core.cache import Evict, Replace, per_entry
 from tprune.core.select import worst_between
 from tprune.methods import registry
@@ -16,6 +17,7 @@ from tprune.models.cache import fork
 from tprune.models.room import Shelf
 
 PROMPT, STEPS = 96, 12
+TOKENIZER = tiny.tokenizer()
 
 KINDS = {fact.id: registry.load(fact.id, "llm-context") for fact in registry.facts("llm-context")}
 CACHE_METHODS = [name for name, kind in KINDS.items() if issubclass(kind, CacheMethod)]
@@ -49,7 +51,7 @@ class Ordered(Shelf):
 
 
 def prune(model, method, positions=None):
-    return tprune.prune(model, f"llm-context/{method}", keep=0.5, positions=positions)
+    return tprune.prune(model, f"llm-context/{method}", keep=0.5, positions=positions, tokenizer=TOKENIZER)
 
 
 def decoded(model, method, positions, padded):

@@ -17,6 +17,25 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Probe:
+    """What a method asks a model for a moment, so that its attention says what it would need of the text so far.
+
+    Attributes:
+        instruction: text that goes through the model behind all it has seen; its last token is the one that looks.
+        every: it is asked behind the prompt, and again after so many later tokens.
+        words: with what a passage of the text begins; the first token of each counts.
+        breaks: behind what a passage ends; the last token of each counts.
+        opening: what the text to prune begins with, where the model has a token for it: nothing leaves before its last.
+    """
+
+    instruction: str
+    every: int
+    words: tuple[str, ...]
+    breaks: tuple[str, ...]
+    opening: str
+
+
+@dataclass(frozen=True)
 class CacheMethod(Method):
     """Units are cached keys and values, per layer and key-value head.
 
@@ -84,6 +103,10 @@ class CacheMethod(Method):
         if self.per_head is None or count == layer.length:
             return Evict(keep_ends_and_top(score, count, first, last))
         return keep_by_head(layer.key, layer.value, score, count, first, last, self.per_head)
+
+    def probe(self) -> Probe | None:
+        """What `start` wants to have asked; it is then called behind each asking, and not behind the prompt alone."""
+        return None
 
     def check_length(self, length: int, count: int) -> None:
         """Raise UserError where `count` entries of a prompt of `length` tokens are too few; count < length."""

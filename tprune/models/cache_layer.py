@@ -55,6 +55,7 @@ class PrunedLayer(DynamicLayer):
         asked: [B, H, m, d], the latest queries, where the cache is pruned again by them; else None.
         budget: how many entries stay then, int64 [B] where rows differ.
         seeds: int64 [B], of the rows' prompts, where the method draws at random.
+        tokens: int64 [B, seen], what came by, -1 for padding; in the first layer, where the method reads text.
         stand: which place on which shelf (`room.Shelf`) its memory is, or None where the memory is its own.
         owner: whose rules it follows; once entries have left, the cache cannot be used without it.
     """
@@ -79,6 +80,7 @@ class PrunedLayer(DynamicLayer):
         self.asked: Tensor | None = None
         self.budget: int | Tensor = 0
         self.seeds: Tensor | None = None
+        self.tokens: Tensor | None = None
         self.stand: tuple[object, int] | None = None
         self._buffers: tuple[Tensor, Tensor] | None = None
         self._places: Tensor | None = None
@@ -306,6 +308,7 @@ class PrunedLayer(DynamicLayer):
         self._places = None if self._places is None else self._places[..., :held]
         self._real = self._real - (count if self.valid is None else self.valid[:, held:].sum(1))
         self.valid = None if self.valid is None else self.valid[:, :held]
+        self.tokens = None if self.tokens is None else self.tokens[:, :-count]
         self._each_number(lambda value: value[..., :held])
         self.seen -= count
 
@@ -323,6 +326,7 @@ class PrunedLayer(DynamicLayer):
             "asked",
             "budget",
             "seeds",
+            "tokens",
             "_places",
             "_real",
         ):

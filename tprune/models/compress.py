@@ -40,6 +40,9 @@ class Compression:
         kept: per layer, how many entries the latest prompt left there and how many tokens it had, over rows.
     """
 
+    chooses_in = "prune_prompt"
+    """Where the method chooses what a prompt leaves."""
+
     def __init__(self, model: nn.Module, method: CacheMethod, keep: float, seed: int, compact: bool):
         self.base = model.get_decoder()
         self.method, self.keep, self.seed = method, keep, seed
@@ -117,8 +120,8 @@ class Compression:
         if self.waiting:
             self.make_room(self.waiting)
         cache, self.cache = self.cache, None
-        if cache is not None and self.method.interval is not None:
-            self._prune_again(cache)
+        if cache is not None:
+            self.prune_again(cache)
         if cache is not None and not cache.layers[self.places[0]].started:
             raise UserError(
                 f"the attention of {type(base).__name__} does not go through transformers' attention interface, so "
@@ -195,8 +198,10 @@ class Compression:
         if self.turns[self.kinds[place]] is not None:
             layer.shift_to_compact(self.turns[self.kinds[place]])
 
-    def _prune_again(self, cache: DynamicCache) -> None:
+    def prune_again(self, cache: DynamicCache) -> None:
         """Prune the layers that have grown by an interval, by what the latest queries look at."""
+        if self.method.interval is None:
+            return
         for place in self.places:
             layer: PrunedLayer = cache.layers[place]
             if layer.grown < self.method.interval or self.keep == 1:

@@ -22,6 +22,7 @@ from tprune.methods.tokens import Shape
 from tprune.models import load as loaders
 from tprune.models.compress import Compression
 from tprune.models.decoder import DecoderDriver
+from tprune.models.probe import Probing
 from tprune.models.revive import RevivingDriver, can_revive
 from tprune.models.run import Inputs
 from tprune.models.subject import Subject, twin
@@ -49,7 +50,7 @@ class CacheHandle(Handle):
 
     def scoring(self) -> dict[str, tuple[Any, str]]:
         """Where the method chooses, and what it chose leaves: what a benchmark times apart."""
-        found = {"prefill": (self.compression, "prune_prompt")}
+        found = {"prefill": (self.compression, self.compression.chooses_in)}
         if self.compression.method.evicts_while_decoding and self.compression.keep < 1:
             found["decode"] = (self.compression, "make_room")
         return found
@@ -190,11 +191,10 @@ class ContextPipeline(Pipeline):
                 raise UserError(
                     f"{self.stage.method} needs --keep R, the fraction of cache entries that stay"
                 )
-            return CacheHandle(
-                Compression(
-                    subject.model, self.method, self.stage.keep, self.recipe.seed, positions == "compact"
-                )
-            )
+            compact = positions == "compact"
+            given = subject.model, self.method, self.stage.keep, self.recipe.seed, compact
+            asks = self.method.probe() is not None
+            return CacheHandle(Probing(*given, subject.processor) if asks else Compression(*given))
         depth = subject.model.config.get_text_config(decoder=True).num_hidden_layers
         keep = self.stage.keep
 
