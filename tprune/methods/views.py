@@ -205,6 +205,9 @@ class LayerView:
             per entry and follows evictions, new entries start at zero; an int is for all rows, and becomes int64 [B]
             where the rows of a padded batch differ.
         seeds: int64 [B], for methods that draw at random.
+        probed: float32 [B, H, T], what the last token of a method's probe (`CacheMethod.probe`) paid to every entry.
+        passage: int64 [B, T], in which passage of the text the entries stand, ascending, where no two heads hold
+            different ones; -1 for what must stay.
     """
 
     layer: int
@@ -215,6 +218,8 @@ class LayerView:
     position: Tensor
     state: dict[str, int | Tensor]
     seeds: Tensor | None = None
+    probed: Tensor | None = None
+    passage: Tensor | None = None
 
     @property
     def groups(self) -> int:
