@@ -82,7 +82,7 @@ def test_the_members_of_a_dependency_group_are_all_that_a_unit_has(name, kind):
     place = units.site(found, 1, kind)
     group = units.members(found, 1, place)
     entries = [units.by_unit(matrix.read(), axis, place.count) for matrix, axis in group]
-    assert sum(part.shape[1] for part in entries) == place.cost
+    assert sum(part[0].numel() for part in entries) == place.cost
     assert [axis for _, axis in group] == [0] * (len(group) - 1) + [1]
     before = [len(part) for part in entries]
     keep = torch.tensor([0])

@@ -278,6 +278,7 @@ class LinearView:
         channel_norm: float32 [out], of a matrix that feeds an MLP, the L2 norm of the channel that each output makes
             (as the projection behind reads it), where `norm` was asked for; None for any other matrix.
         gram: float32 [in, in], (2 / sequences) · Σ x xᵀ, if asked for.
+        output_gram: float32 [out, out], (2 / sequences) · Σ g gᵀ of the loss's gradients at the outputs, if asked for.
         gradient: float32 [out, in], the L2 norm over calibration sequences of the gradient of the dense model's loss,
             if asked for.
         tokens, sequences: how many calibration tokens it saw, of how many sequences.
@@ -304,13 +305,15 @@ class LinearView:
 
 @dataclass(eq=False)
 class MemberView:
-    """What the units of one kind in one block have of one matrix of their dependency group: a row per unit.
+    """What the units of one kind in one block have of one matrix of their dependency group, [U, R, other].
+
+    R of its rows (of its columns, in the output projection) belong to every unit, consecutive ones.
 
     Attributes:
-        weight: float32 [U, entries].
-        gradient: float32 [U, entries], the mean over calibration sequences of the dense model's gradient, where
-            "gradient_mean" was asked for.
-        square: float32 [U, entries], the mean of its square, where "gradient_square" was asked for.
+        weight: float32.
+        gradient: float32, the mean over calibration sequences of the dense model's gradient, where "gradient_mean"
+            was asked for.
+        square: float32, the mean of its square, where "gradient_square" was asked for.
     """
 
     weight: Tensor

@@ -108,8 +108,10 @@ def members(decoder: Decoder, index: int, place: Site) -> list[tuple[Matrix, int
 
 
 def by_unit(weight: Tensor, axis: int, count: int) -> Tensor:
-    """What each of `count` units has of a weight [out, in] that lists them along `axis`: [count, entries]."""
-    return (weight.t() if axis else weight).reshape(count, -1)
+    """What each of `count` units has of a weight [out, in] that lists them along `axis`: [count, R, other], where R
+    rows (axis 0) or columns (axis 1) belong to each.
+    """
+    return (weight.t() if axis else weight).unflatten(0, (count, -1))
 
 
 def shrink(decoder: Decoder, index: int, place: Site, keep: Tensor) -> None:

@@ -6,17 +6,17 @@ it; fluctuation times weight, standardised per layer, lets all layers compete fo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tprune.core.budget import bisect
-from tprune.core.select import floor_count, keep_by_cost, top
+from tprune.core.select import keep_by_cost
 from tprune.core.weights import StructureEdit
-from tprune.errors import BudgetError
 from tprune.methods.base import Paper, param
-from tprune.methods.views import ModelView, UnitView
+from tprune.methods.llm_weights._width import check_reach, same_share
+from tprune.methods.views import BlockView, ModelView, UnitView
 from tprune.methods.weights import WeightBudget, WeightMethod
 
 
@@ -32,8 +32,9 @@ class Flap(WeightMethod):
         code="github.com/CASIA-IVA-Lab/FLAP",
         checked="code",
         notes="The variance is the paper's (fluctuation=running is the code's recurrence) and the unit at the "
-        "threshold stays (rule=strict drops it, as the code does). Under grouped queries a unit is a whole key-value "
-        "group. Every block keeps at least one unit of each kind; biases are added, not replaced.",
+        "threshold stays (rule=strict drops it, as the code does); where all blocks lose the same share, channels take "
+        "what heads leave of it. Under grouped queries a unit is a whole key-value group. Every block keeps at least "
+        "one unit of each kind; biases are added, not replaced.",
     )
     kind = "calibrated"
     scope = "model"
@@ -66,18 +67,28 @@ class Flap(WeightMethod):
 
     def plan(self, model: ModelView, budget: WeightBudget) -> list[StructureEdit]:
         """Score all units, choose under the budget, compensate."""
-        sites = [(block.index, unit) for block in model.blocks for unit in block.units.values()]
+        scores = {
+            (block.index, kind): self.score(unit)
+            for block in model.blocks
+            for kind, unit in block.units.items()
+        }
         total = sum(block.parameters for block in model.blocks)
         same = model.uniform or self.structure == "ul-um"
-        choose = self.same_fraction if same else self.one_budget
-        kept = choose([unit for _, unit in sites], budget.sparsity, total)
-        edits = {block.index: StructureEdit(block.index) for block in model.blocks}
-        for (index, unit), keep in zip(sites, kept, strict=True):
-            edits[index].keep[unit.kind] = keep.nonzero().flatten()
-            if self.compensate and not bool(keep.all()):
-                gone = ~keep.repeat_interleave(unit.width)
-                edits[index].bias[unit.kind] = unit.weight[:, gone] @ unit.mean[gone]
-        return list(edits.values())
+        choose = same_share if same else self.one_budget
+        edits = choose(model.blocks, scores, budget.sparsity, total)
+        if self.compensate:
+            for edit in edits:
+                self.add_bias(edit, model.blocks[edit.block].units)
+        return edits
+
+    def add_bias(self, edit: StructureEdit, units: dict[str, UnitView]) -> None:
+        """The mean output of what the edit removes."""
+        for kind, unit in units.items():
+            gone = torch.ones(unit.count, dtype=torch.bool, device=unit.weight.device)
+            gone[edit.keep[kind]] = False
+            if bool(gone.any()):
+                columns = gone.repeat_interleave(unit.width)
+                edit.bias[kind] = unit.weight[:, columns] @ unit.mean[columns]
 
     def columns(self, unit: UnitView) -> Tensor:
         """The score of every input of the projection, [in]; attention's is squared."""
@@ -96,44 +107,20 @@ class Flap(WeightMethod):
         standard = (columns - columns.mean()) / columns.std().clamp_min(1e-12)
         return standard.view(-1, unit.heads, unit.width // unit.heads).mean(2).sum(1)
 
-    def one_budget(self, sites: list[UnitView], sparsity: float, total: int) -> list[Tensor]:
+    def one_budget(
+        self, blocks: Sequence[BlockView], scores: dict[tuple[int, str], Tensor], sparsity: float, total: int
+    ) -> list[StructureEdit]:
         """Keep the best units of all layers and kinds until the kept weights come nearest to the budget."""
-        scores = [self.score(unit) for unit in sites]
-        costs = [torch.full((len(score),), unit.cost) for unit, score in zip(sites, scores, strict=True)]
+        units = {(block.index, kind): unit for block in blocks for kind, unit in block.units.items()}
+        costs = [torch.full((unit.count,), unit.cost) for unit in units.values()]
         spent = sum(int(cost.sum()) for cost in costs)
-        self.check(sparsity, sum(int(cost[1:].sum()) for cost in costs) / total)
+        check_reach(sparsity, sum(int(cost[1:].sum()) for cost in costs) / total)
         strict = self.rule == "strict" and sparsity > 0
-        keep = keep_by_cost(torch.cat(scores).cpu(), torch.cat(costs), spent - sparsity * total, strict)
-        parts = list(keep.to(scores[0].device).split([len(score) for score in scores]))
-        for part, score in zip(parts, scores, strict=True):
-            if not bool(part.any()):
-                part[score.argmax()] = True
-        return parts
-
-    def same_fraction(self, sites: list[UnitView], sparsity: float, total: int) -> list[Tensor]:
-        """Remove the same fraction of units everywhere, the one that comes nearest to the budget."""
-        scores = [self.score(unit) for unit in sites]
-
-        def removed(fraction: float) -> float:
-            counts = (
-                unit.cost * min(floor_count(len(s), fraction), len(s) - 1)
-                for unit, s in zip(sites, scores, strict=True)
-            )
-            return sum(counts) / total
-
-        self.check(sparsity, removed(1.0))
-        fraction = bisect(removed, sparsity)
-        kept = []
-        for score in scores:
-            count = len(score) - min(floor_count(len(score), fraction), len(score) - 1)
-            kept.append(torch.zeros_like(score, dtype=torch.bool).index_fill_(0, top(score, count), True))
-        return kept
-
-    def check(self, sparsity: float, most: float) -> None:
-        """Refuse what one unit per layer does not leave room for."""
-        if sparsity > most:
-            raise BudgetError(
-                f"--sparsity {sparsity:g}: this model can lose at most {most:.4g} (a unit of each kind stays)",
-                0.0,
-                most,
-            )
+        pooled = torch.cat([scores[place] for place in units])
+        keep = keep_by_cost(pooled.cpu(), torch.cat(costs), spent - sparsity * total, strict)
+        edits = {block.index: StructureEdit(block.index) for block in blocks}
+        parts = keep.to(pooled.device).split([unit.count for unit in units.values()])
+        for (index, kind), part in zip(units, parts, strict=True):
+            best = scores[index, kind].argmax().unsqueeze(0)
+            edits[index].keep[kind] = part.nonzero().flatten() if bool(part.any()) else best
+        return list(edits.values())

@@ -1,0 +1,69 @@
+"""Structured methods against the authors' own code, through the whole pipeline, on tiny random decoders."""
+
+import pytest
+import torch
+
+from tests.decoders import decoder
+from tests.golden_values import golden
+from tests.llm_weights.test_contract import _driver as driver_of
+from tprune.methods import registry
+from tprune.methods.views import MemberView, UnitView
+from tprune.methods.weights import WeightBudget
+from tprune.models.blocks import find_decoder
+from tprune.pipelines.journal import Journal
+
+
+def edits(method, model, ids, sparsity, **settings):
+    """What a method keeps of a model, by the names of the record."""
+    driver = driver_of(method)
+    driver.method = registry.build(method, "llm-weights", settings)
+    return driver.prune(find_decoder(model), WeightBudget(sparsity), ids, Journal(None, "test")).edits
+
+
+@pytest.mark.parametrize("method", ["wanda-sp", "mag-sp"])
+@pytest.mark.parametrize("case", ["p25", "p50"])
+def test_flap_s_baselines_keep_the_authors_units(method, case):
+    tensors, told = golden("llm-weights", method)
+    model = decoder(**told["settings"]["model"])
+    found = edits(method, model, tensors["tokens"], told["settings"]["cases"][case])
+    for layer in range(3):
+        for kind in ("heads", "channels"):
+            assert torch.equal(found[f"keep/{layer}.{kind}"], tensors[f"{case}.{layer}.{kind}"])
+
+
+@pytest.mark.parametrize("case", ["first", "second", "mix", "vectorize", "prod"])
+def test_llm_pruner_keeps_the_authors_units_at_the_authors_scores(case, monkeypatch):
+    tensors, told = golden("llm-weights", "llm-pruner")
+    setting = told["settings"]["cases"][case]
+    start, end = setting["start"], setting["end"]
+    kind, scores = registry.load("llm-pruner", "llm-weights"), []
+    score = kind.score
+    monkeypatch.setattr(kind, "score", lambda self, unit: scores.append(score(self, unit)) or scores[-1])
+    found = edits(
+        "llm-pruner",
+        decoder(num_key_value_heads=4, num_hidden_layers=4),
+        tensors["tokens"],
+        setting["ch_sparsity"] * (end - start) / 4,
+        taylor=setting["taylor"].removeprefix("param_"),
+        reduction=setting["group_reduction"],
+        first=8 * start,
+        last=8 * (4 - end),
+    )
+    for layer in range(4):
+        for kind in ("heads", "channels"):
+            kept = found.get(f"keep/{layer}.{kind}", torch.arange(4 if kind == "heads" else 48))
+            assert torch.equal(kept, tensors[f"{case}.{layer}.{kind}"])
+    places = [f"{case}.{layer}.{kind}.score" for layer in range(start, end) for kind in ("heads", "channels")]
+    for place, found in zip(places, scores, strict=True):
+        assert torch.allclose(found, tensors[place], rtol=1e-4)
+
+
+def test_llm_pruner_adds_up_the_query_heads_of_a_key_value_group():
+    weight = torch.randn(3, 2 * 4, 5)  # 3 groups of 2 heads of width 4
+    narrow = torch.randn(3, 4, 5)
+    members = [MemberView(weight, torch.ones_like(weight)), MemberView(narrow, torch.ones_like(narrow))]
+    unit = UnitView("heads", torch.empty(5, 24), 8, 2, 1, members=lambda: iter(members))
+    method = registry.build("llm-pruner", "llm-weights", {"reduction": "max"})
+    per_head = weight.abs().sum(2).view(3, 2, 4)
+    expected = torch.maximum(per_head[:, 0] + per_head[:, 1], narrow.abs().sum(2)).sum(1)
+    assert torch.allclose(method.score(unit), expected)
