@@ -9,11 +9,13 @@ from tests.decoders import decoder, tokens
 from tests.llm_weights.tiny import logits, prune
 from tprune.errors import UserError
 from tprune.methods import registry
+from tprune.models.blocks import find_decoder
 from tprune.pipelines.stream import grouped_axis
 
 METHODS = [fact.id for fact in registry.facts("llm-weights")]
 MASKING = [name for name in METHODS if registry.load(name, "llm-weights").scope == "block"]
-STRUCTURED = [name for name in METHODS if name not in MASKING]
+STRUCTURED = [name for name in METHODS if registry.load(name, "llm-weights").scope == "model"]
+WHOLE = [name for name in METHODS if registry.load(name, "llm-weights").scope == "whole"]
 PATTERNED = [name for name in METHODS if registry.load(name, "llm-weights").patterns]
 
 
@@ -43,6 +45,17 @@ def test_the_count_of_removed_weights_is_exact(method, sparsity, text):
     for index in range(len(found.blocks)):
         for matrix in found.matrices(index):
             assert (matrix.read() == 0).sum() == sparsity * matrix.shape[0] * matrix.shape[1]
+
+
+@pytest.mark.parametrize("method", WHOLE)
+def test_matrices_that_are_chosen_together_lose_the_count_together(method, text):
+    model = decoder()
+    assert prune(model, method, text, sparsity=0.5).achieved().value == 0.5
+    found = find_decoder(model)
+    matrices = [matrix.read() for index in range(len(found.blocks)) for matrix in found.matrices(index)]
+    shares = [(matrix == 0).double().mean().item() for matrix in matrices]
+    assert sum((matrix == 0).sum() for matrix in matrices) == sum(matrix.numel() for matrix in matrices) / 2
+    assert max(shares) > min(shares) + 0.05
 
 
 @pytest.mark.parametrize("method", PATTERNED)
@@ -150,7 +163,7 @@ def test_a_method_without_a_budget_says_what_to_give(method, text):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_budget_that_rounds_to_nothing_is_refused(method, text):
     with pytest.raises(UserError, match="--sparsity"):
-        prune(decoder(), method, text, sparsity=1e-4)
+        prune(decoder(), method, text, sparsity=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -9,7 +9,7 @@ from tests.decoders import CONFIGS, VOCABULARY, decoder
 
 NAMES = sorted(CONFIGS)
 EXPERTS = ("mixtral", "qwen-moe", "qwen3-moe")
-QUICK = {"armor": {"iterations": 3}}
+QUICK = {"armor": {"iterations": 3}, "llm-surgeon": {"shots": 2}}
 """Hyperparameters of methods that would take long."""
 TEXT = "\n\n".join(
     f"{word} {place}: " + " ".join(f"{word[:letter]}{(place * letter) % 7}" for letter in range(40))

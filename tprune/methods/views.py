@@ -279,6 +279,7 @@ class LinearView:
             (as the projection behind reads it), where `norm` was asked for; None for any other matrix.
         gram: float32 [in, in], (2 / sequences) · Σ x xᵀ, if asked for.
         output_gram: float32 [out, out], (2 / sequences) · Σ g gᵀ of the loss's gradients at the outputs, if asked for.
+        output_gram: float32 [out, out], (2 / sequences) · Σ g gᵀ of the loss's gradients at the outputs, if asked for.
         gradient: float32 [out, in], the L2 norm over calibration sequences of the gradient of the dense model's loss,
             if asked for.
         tokens, sequences: how many calibration tokens it saw, of how many sequences.
@@ -291,6 +292,7 @@ class LinearView:
     norm: Tensor | None = None
     channel_norm: Tensor | None = None
     gram: Tensor | None = None
+    output_gram: Tensor | None = None
     gradient: Tensor | None = None
     tokens: int = 0
     sequences: int = 0

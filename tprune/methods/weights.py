@@ -34,7 +34,7 @@ class WeightMethod(Method):
 
     A method of scope "block" is asked once per linear layer while the model streams by, and its decisions need
     nothing but that layer (`prune`). One of scope "model" is asked once, when the statistics of all
-    blocks are known (`plan`).
+    blocks are known (`plan`); one of scope "whole" in rounds, with all matrices before it (`WholeMethod`).
     """
 
     scope: ClassVar[str] = "block"

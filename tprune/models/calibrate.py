@@ -219,6 +219,7 @@ class Watch:
                 self.inputs[name] = Inputs(self.kinds) if leader == name else self.inputs[leader]
             if self._leader[name] == name:
                 # OPT flattens its tokens before the MLP.
+                x = x.detach()
                 self.inputs[name].add(x if x.dim() == 3 else x.unflatten(0, (self._sequences, -1)))
             self._done(name)
 

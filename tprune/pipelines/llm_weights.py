@@ -21,7 +21,7 @@ from tprune.models.blocks import Decoder, find_decoder
 from tprune.models.calibrate import Stream
 from tprune.models.gradients import POWERS, gradient_statistics
 from tprune.models.subject import Subject
-from tprune.pipelines import allocation, recover, stream, structure
+from tprune.pipelines import allocation, recover, stream, structure, whole
 from tprune.pipelines.base import Achieved, Handle, Pipeline, Quality, Sample, Workload
 from tprune.pipelines.journal import Journal
 from tprune.pipelines.weights_report import (
@@ -141,7 +141,7 @@ class LlmWeights(Pipeline):
         found = parse(self.stage.allocate)
         if found is None:
             return None
-        if self.method.scope == "model":
+        if self.method.scope != "block":
             raise UserError(
                 f"--allocate {self.stage.allocate}: {self.stage.method} shares its budget out itself"
             )
@@ -193,7 +193,7 @@ class LlmWeights(Pipeline):
             )
         budget = self.budget()
         stream.check_pattern(decoder, budget.pattern, self.method.groups_outputs)
-        if self.method.scope == "block" and budget.pattern is None:
+        if self.method.scope != "model" and budget.pattern is None:
             self.progress.say("unstructured masks: no speed-up is to be expected from dense kernels")
         journal = Journal(work, f"stage-{self.recipe.stages.index(self.stage)}")
         return self.prune(decoder, budget, self.calibration_tokens(subject, decoder), journal)
@@ -205,6 +205,9 @@ class LlmWeights(Pipeline):
         training = decoder.model.training
         decoder.model.eval()
         try:
+            if self.method.scope == "whole":
+                rounds = whole.WholePruner(decoder, self.method, budget, tokens, self.progress)
+                return self._masked(decoder, rounds.run(journal), budget)
             start = partial(Stream, decoder, tokens, self.recipe.batch_size)
             gradients = shares = None
             kinds = [kind for kind in self.method.stats if kind in POWERS]

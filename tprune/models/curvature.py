@@ -1,0 +1,82 @@
+"""Second moments at the inputs and outputs of all linear layers of a decoder, by one backward pass per sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+
+from tprune.core.statistics import Gram, Inputs
+from tprune.errors import UserError
+from tprune.models.blocks import Decoder, is_experts
+from tprune.models.calibrate import Watch
+
+
+def moments(
+    decoder: Decoder, sequences: Iterable[Tensor]
+) -> list[tuple[dict[str, Inputs], dict[str, Tensor]]]:
+    """Per block, the statistics "gram" of its layers' inputs, and those of the gradients at their outputs.
+
+    The loss is the mean over a sequence's predicted tokens. Gradients flow to the embeddings alone: none of a
+    parameter is computed, and what asks for gradients is as before afterwards.
+
+    Args:
+        decoder: as it stands.
+        sequences: int64 [L] each.
+
+    Returns:
+        `Inputs` by a matrix's `input`, and float32 [out, out], (2 / sequences) · Σ g gᵀ, by the same name.
+
+    Raises:
+        UserError: experts are stacked, so that their outputs are not seen.
+    """
+    model, embeddings = decoder.model, decoder.model.get_input_embeddings()
+    asked = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    watches = [Watch(decoder, index, ("gram",), None) for index in range(len(decoder.blocks))]
+    seen: list[dict[str, Gram]] = [{} for _ in watches]
+    with ExitStack() as stack:
+        for watch, sums in zip(watches, seen, strict=True):
+            stack.enter_context(watch)
+            for name, module in watch.modules.items():
+                if is_experts(module):
+                    raise UserError(
+                        f"{name}: the outputs of stacked experts are not seen, and their curvature is needed; "
+                        "choose another method for this model"
+                    )
+                sums[name] = Gram()
+                stack.callback(module.register_forward_hook(_gradients_to(sums[name])).remove)
+        stack.callback(embeddings.register_forward_hook(_begin).remove)
+        try:
+            model.requires_grad_(False)
+            for sequence in sequences:
+                ids = sequence.to(embeddings.weight.device).unsqueeze(0)
+                for watch in watches:
+                    watch.begin(1, stop=False)
+                with torch.enable_grad():
+                    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        finally:
+            for parameter, wanted in asked.items():
+                parameter.requires_grad_(wanted)
+    return [
+        (watch.inputs, {name: total.result()["gram"] for name, total in sums.items()})
+        for watch, sums in zip(watches, seen, strict=True)
+    ]
+
+
+def _begin(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """The embedded tokens are what gradients flow to."""
+    return output.detach().requires_grad_()
+
+
+def _gradients_to(total: Gram) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    """A hook that adds the gradients at a layer's outputs, when they come."""
+
+    def look(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        def add(gradient: Tensor) -> None:
+            total.add(gradient.detach().float())
+
+        output.register_hook(add)
+
+    return look
