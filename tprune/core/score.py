@@ -111,6 +111,7 @@ def attention_column_sums(
     causal: bool = False,
     softcap: float | None = None,
     decay: float = 1.0,
+    counted: Tensor | None = None,
     tile: int | None = None,
 ) -> Tensor:
     """The attention every key receives, summed over queries: float32 [B, H, T], memory linear in T.
@@ -121,6 +122,7 @@ def attention_column_sums(
     Args:
         query, key, scale, bias, causal, softcap: as for `attention_rows`.
         decay: the last query counts 1, each one before it `decay` times the next (A2SF, the forgetting factor).
+        counted: bool [B, N], the queries that count; all by default.
         tile: query rows at a time; by default as many as keep a tile in the processor's cache.
     """
     batch, heads, length = query.shape[:3]
@@ -144,6 +146,8 @@ def attention_column_sums(
         received = logits.softmax(dim=-1)
         if bias is not None:
             received.nan_to_num_()
+        if counted is not None:
+            received *= counted[:, None, first:last, None]
         sums[..., :seen] += received.sum(2) if decay == 1 else weight[first:last] @ received
     return sums
 

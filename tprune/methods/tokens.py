@@ -80,6 +80,9 @@ class TokenMethod(Method):
     """Whether tokens that stay keep their "original" position ids, or are renumbered to be "compact"."""
     positions_inside: ClassVar[str | None] = None
     """The same for what leaves inside a VLM's decoder, where it differs from what leaves at the projector."""
+    cascades: ClassVar[bool] = False
+    """Whether it decides about a decoder's attention heads too: `heads` and `attend` are then asked, and `reduce` has in
+    `memory["heads"]`, bool [B, H], those that were left in the layer before a site."""
     projects: ClassVar[bool] = False
     """Whether tokens are merged before a VLM's projector: the view then holds what the projector makes tokens of, class
     tokens in front, and what is merged is projected again."""
@@ -205,6 +208,19 @@ class TokenMethod(Method):
                 float [S, C].
         """
         raise NotImplementedError
+
+    def heads(self, shape: Shape, stages: Sequence[Stage]) -> list[int]:
+        """How many attention heads every layer of a decoder keeps, where the method `cascades`; never rising.
+
+        Args:
+            shape: the model and the number of prunable tokens.
+            stages: where these leave.
+        """
+        return [shape.heads] * shape.depth
+
+    def attend(self, attention: Attention) -> Tensor | None:
+        """What the heads read in the method's own way, [B, H, N, d], where it `cascades`; None: the model's kernel."""
+        return None
 
     def revives(self) -> bool:
         """Whether tokens that left inside a decoder may come back in calls that follow the prompt: see `recall`."""

@@ -59,12 +59,13 @@ class Attention:
             softcap=self.softcap,
         )
 
-    def column_sums(self, decay: float = 1.0) -> Tensor:
+    def column_sums(self, decay: float = 1.0, counted: Tensor | None = None) -> Tensor:
         """The attention every key received, summed over the queries that see it: float32 [B, H, N].
 
-        The last query counts 1, each one before it `decay` times the next.
+        The last query counts 1, each one before it `decay` times the next; those that are not `counted`, bool [B, N],
+        do not count.
         """
-        if self.map is not None and decay == 1:
+        if self.map is not None and decay == 1 and counted is None:
             return self.map.sum(2)
         return score.attention_column_sums(
             self.query,
@@ -74,6 +75,7 @@ class Attention:
             causal=self.causal,
             softcap=self.softcap,
             decay=decay,
+            counted=counted,
         )
 
     def window(self, size: int) -> Tensor:

@@ -78,6 +78,7 @@ class Track:
         layers: per decoder layer where tokens left, what is left from there on, as slots of the entering sequence.
         prunable: bool [B, N], which of the prompt's tokens were prunable.
         images: how many of them a row had at most.
+        heads: per decoder layer, which attention heads are left, bool [B, H]; for methods by which they leave.
     """
 
     length: int
@@ -86,6 +87,7 @@ class Track:
     prunable: Tensor | None = None
     images: int = 0
     layers: dict[int, Kept] = field(default_factory=dict)
+    heads: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def entered(self) -> int:

@@ -22,6 +22,7 @@ from tprune.methods.tokens import Shape
 from tprune.models import load as loaders
 from tprune.models.compress import Compression
 from tprune.models.decoder import DecoderDriver
+from tprune.models.heads import CascadingDriver
 from tprune.models.probe import Probing
 from tprune.models.revive import RevivingDriver, can_revive
 from tprune.models.run import Inputs
@@ -202,7 +203,7 @@ class ContextPipeline(Pipeline):
             return solve(self.method, Shape(depth, tokens), keep)
 
         revives = self.method.revives() and can_revive(subject.model)
-        kind = RevivingDriver if revives else DecoderDriver
+        kind = RevivingDriver if revives else CascadingDriver if self.method.cascades else DecoderDriver
         return PrefillHandle(
             kind(subject.model, self.method, prompt_tokens, stages, positions=positions), keep
         )
