@@ -142,9 +142,6 @@ def family_command(family: str, help: str) -> click.Command:
             click.option(
                 "--positions", help="'original' or 'compact' position ids, for vlm also 'gap' [paper's]."
             ),
-        )
-    if family in ("vit", "vlm"):
-        extra += (
             click.option(
                 "--fit", metavar="DATA", help="Train a method that learns: 'built-in', or a folder."
             ),

@@ -42,8 +42,12 @@ class Part(ABC):
     def each_row(self, change: Callable[[Tensor], Tensor]) -> Part:
         """The part with `change` applied to the rows (the first axis) of everything it holds."""
 
+    def codes(self, inputs: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What `like` takes for later entries, made of the layer's inputs [B, t, D]; None: keys and values."""
+        return None
+
     def like(self, key: Tensor, value: Tensor) -> Part:
-        """Other entries [B, G, t, d] in the same form."""
+        """Other entries [B, G, t, d] in the same form; by their codes, where there are any."""
         raise NotImplementedError
 
     def join(self, later: Part) -> Part:
@@ -82,8 +86,18 @@ class Stored:
         last = self.parts[-1]
         return all(row.grows for row in last.rows) if isinstance(last, Rows) else last.grows
 
+    def codes(self, inputs: Tensor) -> tuple[Tensor, Tensor] | None:
+        """As `Part.codes`; rows have as many as the row with the most, the others' last being zero."""
+        last = self.parts[-1]
+        if not isinstance(last, Rows):
+            return last.codes(inputs)
+        found = [row.codes(one) for row, one in zip(last.rows, inputs.split(1), strict=True)]
+        return (
+            None if found[0] is None else tuple(torch.cat(widened(rows)) for rows in zip(*found, strict=True))
+        )
+
     def absorb(self, key: Tensor, value: Tensor, real: Tensor | None = None) -> Stored:
-        """With later entries [B, G, t, d]; of rows where `real` [B] is False nothing is taken in."""
+        """With later entries [B, G, t, d], or their codes; of rows where `real` [B] is False nothing is taken in."""
         last = self.parts[-1]
         if isinstance(last, Rows) or real is not None:
             rows = (
@@ -110,10 +124,14 @@ class Encode:
         stored: in which form.
         dense: how many of the latest stay as they are; where `stored` grows, an entry joins it as soon as so many
             later ones are there.
+        block: or, where given, as soon as so many entries are dense: then all of them join it.
+        codes: of the dense entries, where `stored` takes in codes: [B, 1, dense, R] for keys and for values.
     """
 
     stored: Stored
     dense: int = 0
+    block: int | None = None
+    codes: tuple[Tensor, Tensor] | None = None
 
 
 def attend_tiles(query: Tensor, tiles: Iterable[Tile], scale: float, softcap: float | None = None) -> Tensor:
@@ -227,6 +245,12 @@ def _widened(tile: Tile | None, like: Tile) -> Tile:
     visible = key.new_ones(1, key.shape[1], 1, held, dtype=torch.bool) if visible is None else visible
     key, value = (pad(x, (0, 0, 0, missing)) for x in (key, value))
     return key, value, pad(visible.expand(1, key.shape[1], 1, held), (0, missing))
+
+
+def widened(rows: Sequence[Tensor]) -> list[Tensor]:
+    """Rows [..., R] of different widths R, the narrower ones filled up with zeros."""
+    widest = max(row.shape[-1] for row in rows)
+    return [pad(row, (0, widest - row.shape[-1])) for row in rows]
 
 
 def stack_stored(rows: Sequence[Stored]) -> Stored:

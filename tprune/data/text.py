@@ -31,7 +31,7 @@ class Text:
     protocol: dict[str, Any]
 
 
-def read(source: str | None, split: str) -> Text:
+def read(source: str | None, split: str, option: str = "--data") -> Text:
     """The documents of `source` that belong to `split`.
 
     Args:
@@ -39,14 +39,15 @@ def read(source: str | None, split: str) -> Text:
             dataset (`hf:NAME:CONFIG:COLUMN`).
         split: "calibration" or "evaluation". Documents are dealt out in turn, so calibration never sees the
             evaluation part; a source of one document is cut in half.
+        option: begins the errors.
 
     Raises:
         UserError: missing, unreadable or empty.
     """
-    documents = _built_in() if source in (None, BUILT_IN) else _documents(source)
+    documents = _built_in() if source in (None, BUILT_IN) else _documents(source, option)
     documents = [document for document in documents if document.strip()]
     if not documents:
-        raise UserError(f"--data {source}: no text in it")
+        raise UserError(f"{option} {source}: no text in it")
     digest = hashlib.sha256("\0".join(documents).encode()).hexdigest()
     if len(documents) == 1:
         middle = len(documents[0]) // 2
@@ -70,6 +71,38 @@ def windows(text: Text, tokenizer: Any, length: int, limit: int | None, option: 
     return chosen if limit is None else chosen[:limit]
 
 
+@dataclass(frozen=True)
+class Sequences:
+    """Windows of text as a fit draws them.
+
+    Attributes:
+        tokens: int64 [W, L].
+        protocol: of the text.
+    """
+
+    tokens: Tensor
+    protocol: dict[str, Any]
+
+    def __len__(self) -> int:
+        """W."""
+        return len(self.tokens)
+
+    def sample(self, place: int) -> tuple[Tensor, Tensor]:
+        """A window, int64 [L], and what is learned from it: its own tokens."""
+        return self.tokens[place], self.tokens[place]
+
+
+def training(source: str, tokenizer: Any, length: int) -> Sequences:
+    """What `--fit` names, in windows of `length` tokens: "built-in", or anything that `read` reads.
+
+    Raises:
+        UserError: as `read` and `windows`.
+    """
+    found = read(None if source == "built-in" else source, "calibration", "--fit")
+    tokens = windows(found, tokenizer, length, None, "--fit")
+    return Sequences(tokens, found.protocol | {"windows": len(tokens), "length": length})
+
+
 def sample(text: Text, tokenizer: Any, length: int, count: int, seed: int) -> Tensor:
     """`count` windows of `length` tokens at places drawn from `seed`, int64 [count, length], with replacement.
 
@@ -91,20 +124,20 @@ def _built_in() -> list[str]:
     return [topics[name] for name in sorted(topics)]
 
 
-def _documents(source: str) -> list[str]:
+def _documents(source: str, option: str) -> list[str]:
     if source.startswith("hf:"):
-        return _dataset(source)
+        return _dataset(source, option)
     path = Path(source)
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix in (".txt", ".md", ".json", ".jsonl"))
         if not files:
-            raise UserError(f"--data {source}: no .txt, .md, .json or .jsonl files in this folder")
+            raise UserError(f"{option} {source}: no .txt, .md, .json or .jsonl files in this folder")
     else:
         files = [path]
-    return [document for file in files for document in _file(file)]
+    return [document for file in files for document in _file(file, option)]
 
 
-def _file(path: Path) -> list[str]:
+def _file(path: Path, option: str) -> list[str]:
     try:
         content = path.read_text(encoding="utf-8")
         if path.suffix == ".jsonl":
@@ -115,21 +148,21 @@ def _file(path: Path) -> list[str]:
             return [content]
         return [row if isinstance(row, str) else row["text"] for row in rows]
     except OSError as error:
-        raise UserError(f"--data {path}: {error.strerror}") from None
+        raise UserError(f"{option} {path}: {error.strerror}") from None
     except (UnicodeDecodeError, ValueError) as error:
-        raise UserError(f"--data {path}: not readable as text ({error})") from None
+        raise UserError(f"{option} {path}: not readable as text ({error})") from None
     except (KeyError, TypeError):
-        raise UserError(f"--data {path}: expected strings, or objects with a 'text' key") from None
+        raise UserError(f"{option} {path}: expected strings, or objects with a 'text' key") from None
 
 
-def _dataset(source: str) -> list[str]:
+def _dataset(source: str, option: str) -> list[str]:
     try:
         import datasets
     except ImportError:
-        raise UserError(f"--data {source} needs the datasets library: pip install datasets") from None
+        raise UserError(f"{option} {source} needs the datasets library: pip install datasets") from None
     name, config, column = [*source.removeprefix("hf:").split(":"), "", ""][:3]
     try:
         rows = datasets.load_dataset(name, config or None, split="train")
     except Exception as error:
-        raise UserError(f"--data {source}: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"{option} {source}: {' '.join(str(error).split())[:200]}") from None
     return list(rows[column or "text"])

@@ -31,7 +31,12 @@ def layer_bytes(layers: Iterable[Any]) -> int:
     return sum(
         part.nbytes
         for layer in layers
-        for part in (layer.keys, layer.values, getattr(layer, "stored", None))
+        for part in (
+            layer.keys,
+            layer.values,
+            getattr(layer, "stored", None),
+            *(getattr(layer, "codes", None) or ()),
+        )
         if part is not None
     )
 

@@ -120,6 +120,14 @@ class Method:
         return dataclasses.replace(self, state=State(tensors))
 
     def check_pairs(self, one: str, other: str) -> None:
+    def counted(self) -> typing.Self:
+        """The method as it runs under --keep: itself, unless without it the data decides how many stay."""
+        return self
+
+    def varies(self) -> bool:
+        """Whether the data decides how many stay."""
+        return False
+
         """Raise UserError where two hyperparameters that go together in pairs are not of one length."""
         first, second = len(getattr(self, one)), len(getattr(self, other))
         if first != second:
@@ -131,7 +139,7 @@ class Method:
             raise UserError(f"--fit {fit}: {self.id} learns nothing; leave it out")
         if fit is None and self.state is None and self.learns == "required":
             raise UserError(
-                f"{self.id} must be trained: add --fit DATA (--fit built-in for the digit scenes), or run a "
+                f"{self.id} must be trained: add --fit DATA (--fit built-in for data that is always there), or run a "
                 "folder that was fitted"
             )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -13,7 +14,21 @@ if TYPE_CHECKING:
 
     from tprune.core.cache import Evict, Replace
     from tprune.core.stored import Encode
-    from tprune.methods.views import LayerView, StepView
+    from tprune.methods.fit import Fit
+    from tprune.methods.views import LayerView, Projections, StepView
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """What a cache method may know of a decoder before it runs.
+
+    Attributes:
+        depth: number of layers.
+        projections: how every layer whose cache can be pruned makes keys and values of its inputs.
+    """
+
+    depth: int
+    projections: Mapping[int, Projections]
 
 
 @dataclass(frozen=True)
@@ -48,7 +63,7 @@ class CacheMethod(Method):
 
     positions: ClassVar[str] = "original"
     reads: ClassVar[tuple[str, ...]] = ("attention",)
-    """What is read and costs something to provide: "attention" (by `step`), "seeds" (by `start`)."""
+    """What is read and costs something to provide: "attention" (by `step`), "seeds" and "inputs" (by `start`)."""
 
     takes: ClassVar[tuple[str, ...]] = ("per_head", "interval")
     """Which of the hyperparameters of these names make sense: both where entries are chosen by a score alone."""
@@ -118,6 +133,16 @@ class CacheMethod(Method):
         if self.pyramid is None or keep == 1:
             return [round(keep * length)] * layers
         return falling_counts(keep * length, length - 1, layers, self.pyramid)
+
+    def fit(self, shape: CacheShape, keep: float, seed: int) -> Fit:
+        """The method in training (`learns` is not "no"); `at` gets a `LayerView` of every layer that can be pruned.
+
+        Args:
+            shape: of the model.
+            keep: the budget.
+            seed: of initial values.
+        """
+        raise NotImplementedError
 
     def start(self, layer: LayerView, count: int) -> Evict | Encode:
         """After the prompt went through `layer`: which `count` entries stay (all of them at --keep 1).

@@ -6,6 +6,7 @@ are the same for all (`tprune.pipelines.fit`).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -78,6 +79,8 @@ class Fit(nn.Module):
     """What of the model trains with it: "nothing", "all", or in a vision-language model "language": not its tower."""
     apart: ClassVar[bool] = False
     """Whether it learns from the pixels alone: the model does not run, and `memory["inputs"]` is all there is."""
+    answers: ClassVar[bool] = True
+    """Whether its losses read what the model says; where not, a language model's head does not run."""
     epsilon: ClassVar[float] = 1e-5
     keep_self: ClassVar[bool] = False
     """How attention weighs present tokens (`core.relax.mask_attention`)."""
@@ -104,6 +107,11 @@ class Fit(nn.Module):
             memory: what this forward carries from site to site and to `losses`.
         """
         raise NotImplementedError
+
+    def begin(self, forwards: Iterator[dict[str, Any]]) -> None:
+        """Before the first step, where initial values depend on the data: `forwards` gives the memories of forwards on
+        the training data, one step's after another's and without an end; no gradient is asked for.
+        """
 
     def finish(self, view: TokenView, memory: dict[str, Any]) -> None:
         """After the last block, of a method that `restores`: as the method's `finish`."""

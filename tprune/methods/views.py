@@ -195,6 +195,33 @@ class TokenView:
 
 
 @dataclass(eq=False)
+class Projections:
+    """How a layer makes keys and values of its inputs.
+
+    Attributes:
+        weights: () -> the projections' weights [C, D] and [E, D] in the model's own type; biases come in `finish`.
+        finish: projected keys [B, t, C] and values [B, t, E] at positions int64 [B, t] as they are attended to: keys
+            rotated, [B, G, t, d], and values [B, G, t, e].
+        shared: what was computed from the weights, for all prompts.
+    """
+
+    weights: Callable[[], tuple[Tensor, Tensor]]
+    finish: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    shared: dict[str, Any] = field(default_factory=dict)
+
+    def project(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of inputs [..., D], before `finish`."""
+        key, value = (inputs @ weight.mT for weight in self.weights())
+        return key, value
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """`make()`, computed once."""
+        if name not in self.shared:
+            self.shared[name] = make()
+        return self.shared[name]
+
+
+@dataclass(eq=False)
 class LayerView:
     """One layer's cache after the prompt went through it: one row or rows of equal length, without padding.
 
@@ -207,6 +234,8 @@ class LayerView:
             per entry and follows evictions, new entries start at zero; an int is for all rows, and becomes int64 [B]
             where the rows of a padded batch differ.
         seeds: int64 [B], for methods that draw at random.
+        inputs: [B, T, D], what the keys and values were projected from by `projections`, and `begin`, int64 [B], the
+            position of the first of them; for methods that read "inputs".
         probed: float32 [B, H, T], what the last token of a method's probe (`CacheMethod.probe`) paid to every entry.
         passage: int64 [B, T], in which passage of the text the entries stand, ascending, where no two heads hold
             different ones; -1 for what must stay.
@@ -220,6 +249,9 @@ class LayerView:
     position: Tensor
     state: dict[str, int | Tensor]
     seeds: Tensor | None = None
+    inputs: Tensor | None = None
+    begin: Tensor | None = None
+    projections: Projections | None = None
     probed: Tensor | None = None
     passage: Tensor | None = None
 

@@ -52,6 +52,8 @@ class PrunedLayer(DynamicLayer):
         cached: [B, G, m, d], these keys as they were before, where shifts will change; else None.
         stored: further entries in another form, older than those in `keys`, or None; they never change but for rows.
         window: how many entries stay in `keys`, where older ones join what is stored; None where none does.
+        block: how many entries in `keys` join what is stored at once; None where none does so.
+        codes: of the entries in `keys`, what is stored of them then, [B, 1, T, R] each; None for keys and values.
         asked: [B, H, m, d], the latest queries, where the cache is pruned again by them; else None.
         budget: how many entries stay then, int64 [B] where rows differ.
         seeds: int64 [B], of the rows' prompts, where the method draws at random.
@@ -77,6 +79,8 @@ class PrunedLayer(DynamicLayer):
         self.cached: Tensor | None = None
         self.stored: Stored | None = None
         self.window: int | None = None
+        self.block: int | None = None
+        self.codes: tuple[Tensor, Tensor] | None = None
         self.asked: Tensor | None = None
         self.budget: int | Tensor = 0
         self.seeds: Tensor | None = None
@@ -202,20 +206,20 @@ class PrunedLayer(DynamicLayer):
 
     @property
     def one_by_one(self) -> bool:
-        """Whether something happens to the cache at every token."""
-        return self.limit is not None or self.window is not None
+        """Whether something happens to the cache between a token and the next."""
+        return self.limit is not None or self.stores
 
-    def store_oldest(self) -> None:
-        """What is older than the window joins what is stored."""
-        count = self.length - self.window
-        if count <= 0:
-            return
-        places, old = self.places, slice(0, count)
-        real = None if self.valid is None else self.valid[:, old].all(1)
-        self.stored = self.stored.absorb(self.keys[:, :, old], self.values[:, :, old], real)
-        self.keys, self.values = self.keys[:, :, count:], self.values[:, :, count:]
-        self._places = places[..., count:]
-        self.valid = None if self.valid is None else self.valid[:, count:]
+    @property
+    def stores(self) -> bool:
+        """Whether entries join what is stored."""
+        return self.window is not None or self.block is not None
+
+    def take(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Hold what `change` leaves of [B, A, T, ...]: keys, values and all that is told per entry."""
+        places = self.places
+        self.keys, self.values, self._places = change(self.keys), change(self.values), change(places)
+        self.codes = None if self.codes is None else tuple(map(change, self.codes))
+        self.valid = None if self.valid is None else change(self.valid.unsqueeze(1)).squeeze(1)
 
     @property
     def grown(self) -> int:
@@ -335,6 +339,7 @@ class PrunedLayer(DynamicLayer):
                 setattr(self, name, change(value))
         self.state = {name: change(v) if isinstance(v, Tensor) else v for name, v in self.state.items()}
         self.stored = None if self.stored is None else self.stored.each_row(change)
+        self.codes = None if self.codes is None else tuple(map(change, self.codes))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows in a new order, for beam search."""

@@ -24,9 +24,11 @@ from tprune.methods.views import Attention
 from tprune.models.cache import prunable_layers, take_over
 from tprune.models.cache_layer import Owner, PrunedLayer, Turn
 from tprune.models.held import attend_by_map, attend_held, attend_stored, biased
+from tprune.models.key_values import KeyValues
 from tprune.models.prompt_cache import hold, prompt_views
 from tprune.models.room import Arrival, make_room
 from tprune.models.rope import Rotation
+from tprune.models.storing import encode, room
 from tprune.models.taps import AttentionCall, Output, Tap
 
 ASKED = 256
@@ -47,7 +49,7 @@ class Compression:
         self.base = model.get_decoder()
         self.method, self.keep, self.seed = method, keep, seed
         self.config = self.base.config
-        self.places, self.kinds, self.modules = _attention_modules(self.base)
+        self.places, self.kinds, self.modules = attention_modules(self.base)
         implementation = self.config._attn_implementation
         if implementation not in ("sdpa", "eager"):
             raise UserError(
@@ -73,6 +75,9 @@ class Compression:
         self.arriving: Tensor | None = None
         self.seeds: Tensor | None = None
         self.owner = Owner()
+        watched = {place: self.modules[place] for place in self.places}
+        reads = "inputs" in method.reads
+        self.made = KeyValues(model, watched, self.kinds, method.id) if reads else None
         self.parameters = list(inspect.signature(self.base.forward).parameters)
         self.hooks = [
             self.base.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -86,6 +91,8 @@ class Compression:
         for hook in self.hooks:
             hook.remove()
         self.tap.remove()
+        if self.made is not None:
+            self.made.remove()
 
     def _before(self, base: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Take the cache over, and see which of the coming tokens are padding."""
@@ -109,6 +116,8 @@ class Compression:
                 layer.valid = _some(real[:, : layer.seen])
         if not layers[0].started and "seeds" in self.method.reads:
             self.seeds = _seeds(tokens, self.arriving, self.seed)
+        if self.made is not None:
+            self.made.begin(kwargs.get("position_ids"), tokens, layers[0].seen)
         return (), kwargs
 
     def given_mask(self, kwargs: dict[str, Any]) -> Any:
@@ -141,24 +150,31 @@ class Compression:
         if not layer.one_by_one:
             return self._answer(layer, call)
         if layer.coming is None:
-            if layer.window is not None:
-                return attend_stored(layer, call, call.query), None
+            if layer.stores:
+                return self._store(place, layer, call, slice(0, 1)), None
             arrival, output = self._arrive(place, layer, call, call.query)
             self.waiting.append(arrival)
             return output, None
         (keys, values), layer.coming = layer.coming, None
-        outputs = []
-        for token in range(keys.shape[2]):
-            one = slice(token, token + 1)
-            real = None if self.arriving is None else self.arriving[:, one]
-            layer.append(keys[:, :, one], values[:, :, one], real)
-            if layer.window is not None:
-                outputs.append(attend_stored(layer, call, call.query[:, :, one]))
+        outputs, token = [], 0
+        while token < keys.shape[2]:
+            some = slice(token, token + room(layer))
+            real = None if self.arriving is None else self.arriving[:, some]
+            layer.append(keys[:, :, some], values[:, :, some], real)
+            token = some.stop
+            if layer.stores:
+                outputs.append(self._store(place, layer, call, some))
                 continue
-            arrival, output = self._arrive(place, layer, call, call.query[:, :, one])
+            arrival, output = self._arrive(place, layer, call, call.query[:, :, some])
             outputs.append(output)
             self.make_room([arrival])
         return torch.cat(outputs, dim=1), None
+
+    def _store(self, place: int, layer: PrunedLayer, call: AttentionCall, some: slice) -> Tensor:
+        """Attention of `some` of the coming tokens, which are appended; what must not stay dense is stored."""
+        if self.made is not None:
+            encode(layer, self.made.inputs[place][:, some])
+        return attend_stored(layer, call, call.query[:, :, some])
 
     def _answer(self, layer: PrunedLayer, call: AttentionCall) -> Output:
         """Attention of the latest tokens over what the layer holds, where nothing leaves for them."""
@@ -184,6 +200,8 @@ class Compression:
     def prune_prompt(self, place: int, layer: PrunedLayer, call: AttentionCall) -> None:
         """Prune what the prompt left: all rows at once, or row by row without their padding."""
         views = prompt_views(place, len(self.kinds), layer, call, self.seeds)
+        if self.made is not None:
+            self.made.show(place, views, layer.valid)
         counts = [self.count(place, view.length) for view in views]
         edits = [self.method.start(view, count) for view, count in zip(views, counts, strict=True)]
         kept, lengths = hold(layer, views, edits)
@@ -252,7 +270,7 @@ class Compression:
         return True
 
 
-def _attention_modules(base: nn.Module) -> tuple[list[int], list[str | None], dict[int, nn.Module]]:
+def attention_modules(base: nn.Module) -> tuple[list[int], list[str | None], dict[int, nn.Module]]:
     """The layers that can be pruned, every layer's type, and the attention modules by layer."""
     modules = {
         module.layer_idx: module

@@ -11,6 +11,7 @@ from tprune.core.score import attend
 from tprune.core.stored import attend_tiles
 from tprune.methods.views import Attention
 from tprune.models.cache_layer import PrunedLayer
+from tprune.models.storing import store
 from tprune.models.taps import AttentionCall, Output
 from tprune.models.threads import FewThreads
 
@@ -35,11 +36,10 @@ def attend_held(
 
 
 def attend_stored(layer: PrunedLayer, call: AttentionCall, query: Tensor) -> Tensor:
-    """Attention [B, q, H, d] over dense entries and stored ones; what then leaves the dense window is stored."""
+    """Attention [B, q, H, d] over dense entries and stored ones; what then shall not stay dense is stored."""
     tiles = chain([(layer.keys, layer.values, layer.visible(query.shape[2]))], layer.stored.tiles())
     output = attend_tiles(query, tiles, call.scale, call.softcap).transpose(1, 2)
-    if layer.window is not None:
-        layer.store_oldest()
+    store(layer)
     return output
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tprune.core.cache import Evict, merge_rows, per_entry, stack_rows
-from tprune.core.stored import Encode, stack_stored
+from tprune.core.stored import Encode, stack_stored, widened
 from tprune.methods.views import Attention, LayerView
 from tprune.models.cache_layer import PrunedLayer
 from tprune.models.taps import AttentionCall
@@ -109,7 +109,12 @@ def _encode(layer: PrunedLayer, views: Sequence[LayerView], edits: Sequence[Enco
         valid = stack_rows([row[2].new_ones(1, row[2].shape[2], dtype=torch.bool) for row in latest])
     layer.hold(keys, values, places, {}, valid)
     layer.stored = stack_stored([edit.stored for edit in edits])
-    layer.window = edits[0].dense if layer.stored.grows else None
+    layer.block = edits[0].block
+    layer.window = None if layer.block or not layer.stored.grows else edits[0].dense
+    if edits[0].codes is not None:
+        codes = zip(*(edit.codes for edit in edits), strict=True)
+        layer.codes = tuple(stack_rows(widened(rows), dim=2) for rows in codes)
+        stored += sum(x.nbytes for edit in edits for x in edit.codes) / entry
     rows = len(keys) // len(edits)
     return stored + rows * sum(edit.dense for edit in edits), rows * sum(view.length for view in views)
 

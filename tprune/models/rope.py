@@ -18,31 +18,33 @@ FIXED = ("default", "linear", "llama3", "yarn", "proportional")
 class Rotation:
     """A model's own rotary embedding, applied to keys once more.
 
+    Args:
+        model: with RoPE.
+        what: who asks for it, and `mend`, what to do where it cannot be had: begin and end of the errors.
+
     Raises:
         UserError: the model has no RoPE, or one whose frequencies change with the length.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(
+        self,
+        model: nn.Module,
+        what: str = "--positions compact",
+        mend: str = "use --positions original",
+    ):
         self.embedding = next(
             (module for module in model.modules() if hasattr(module, "rope_type") and module is not model),
             None,
         )
         if self.embedding is None:
-            raise UserError(
-                "--positions compact turns rotated keys, and this model has no RoPE; use --positions original"
-            )
+            raise UserError(f"{what} turns rotated keys, and this model has no RoPE; {mend}")
         kinds = self.embedding.rope_type
         for kind in kinds.values() if isinstance(kinds, dict) else [kinds]:
             if kind not in FIXED:
-                raise UserError(
-                    f"--positions compact: the frequencies of '{kind}' RoPE change with the length; "
-                    "use --positions original"
-                )
+                raise UserError(f"{what}: the frequencies of '{kind}' RoPE change with the length; {mend}")
         self.apply = getattr(sys.modules[type(self.embedding).__module__], "apply_rotary_pos_emb", None)
         if self.apply is None:
-            raise UserError(
-                f"--positions compact does not know how {type(model).__name__} rotates keys; use --positions original"
-            )
+            raise UserError(f"{what} does not know how {type(model).__name__} rotates keys; {mend}")
         self._known: tuple[Any, ...] | None = None
         self.typed = "layer_type" in inspect.signature(self.embedding.forward).parameters
 
@@ -52,6 +54,11 @@ class Rotation:
         cos, sin = self._angles(flat, shift, layer_type)
         _, turned = self.apply(flat[:, :0], flat, cos, sin)
         return turned.squeeze(1).view(keys.shape).to(keys.dtype)
+
+    def rotate(self, keys: Tensor, position: Tensor, layer_type: str | None) -> Tensor:
+        """Keys [B, G, t, d] that nothing has turned yet, as the model rotates them at `position` int64 [B, t]."""
+        kind: tuple[Any, ...] = (layer_type,) if self.typed else ()
+        return self.apply(keys[:, :0], keys, *self.embedding(keys, position, *kind))[1]
 
     def _angles(self, flat: Tensor, shift: Tensor, layer_type: str | None) -> tuple[Tensor, Tensor]:
         """Cosines and sines [B·G, m, d]; computed once where layer after layer turns by the same."""

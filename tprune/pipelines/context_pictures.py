@@ -15,7 +15,8 @@ from tprune.evaluate.pictures import Picture
 from tprune.evaluate.text_view import Token, text_picture
 from tprune.models.subject import Subject
 from tprune.pipelines.base import Handle, Sample
-from tprune.pipelines.llm_context import CacheHandle, ContextPipeline, PrefillHandle, window_length
+from tprune.pipelines.context_handle import CacheHandle, PrefillHandle
+from tprune.pipelines.llm_context import ContextPipeline, window_length
 from tprune.pipelines.pictures import heading, undisturbed
 
 

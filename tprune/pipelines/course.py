@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tprune.methods.base import Method
+from tprune.methods.cache import CacheShape
 from tprune.methods.fit import Fit
-from tprune.methods.tokens import Shape, TokenMethod
+from tprune.methods.tokens import Shape
 from tprune.pipelines.fit_loop import Batches
 
 
@@ -22,19 +24,21 @@ class Course(ABC):
         shape: what the method may know of it.
         data: what every step draws from: `len()`, `protocol`.
         labelled: whether its labels fit the model; if not, the dense model's outputs take their place.
+        unit: what the data consists of.
     """
 
     model: nn.Module
-    shape: Shape
+    shape: Shape | CacheShape
     data: Any
     labelled: bool
+    unit: str = "images"
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
         return next(self.model.parameters()).device
 
-    def admit(self, method: TokenMethod) -> None:  # noqa: B027  (most have nothing to refuse)
+    def admit(self, method: Method) -> None:  # noqa: B027  (most have nothing to refuse)
         """Refuse a method, as it will run once it is fitted, that the model cannot run.
 
         Raises:
@@ -58,9 +62,12 @@ class Course(ABC):
         """What the loss sees of the model: logits [n, C]."""
 
     @abstractmethod
-    def driver(self, method: TokenMethod, fit: Fit, seed: int) -> Any:
+    def driver(self, method: Method, fit: Fit, seed: int) -> Any:
         """`fit` put into the model: `memory` of the last forward, `away()` without it, `remove()`."""
 
-    @abstractmethod
-    def measured(self, method: TokenMethod, batches: Sequence[Any], seed: int) -> float:
-        """The mean fraction of tokens that enter a sublayer with this fitted method, over some inputs."""
+    def measured(self, method: Method, batches: Sequence[Any], seed: int) -> float:
+        """The mean fraction of tokens that enter a sublayer with this fitted method, over some inputs.
+
+        Asked only where counts vary from input to input.
+        """
+        raise NotImplementedError

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from torch import nn
 
 from tprune.errors import UserError
-from tprune.methods.tokens import TokenMethod
+from tprune.methods.base import Method
 from tprune.pipelines.course import Course
 from tprune.pipelines.fit_loop import Learner, Loop
 from tprune.progress import Progress
@@ -41,14 +42,14 @@ class Fitting:
         progress: where to say what goes on.
     """
 
-    method: TokenMethod
+    method: Method
     keep: float | None
     seed: int
     course: Course
     work: Path | None
     progress: Progress
 
-    def run(self) -> tuple[TokenMethod, dict[str, Any]]:
+    def run(self) -> tuple[Method, dict[str, Any]]:
         """The method with what it learned, and the facts of the fit for the report.
 
         The model's own weights stay as they were, unless the method tunes them.
@@ -61,9 +62,10 @@ class Fitting:
             self.progress.say("no labels that fit this model: fitting to the dense model's outputs")
         driver = course.driver(self.method, fit, self.seed)
         with trained(course, fit.tunes), torch.enable_grad():
+            fit.begin(self.forwards(fit.plan.batch, driver))
             learner = Learner(course.model, fit, driver, course.outputs, course.labelled)
             file = None if self.work is None else self.work / f"fit-{self.method.id}.safetensors"
-            loop = Loop(learner, fit.plan, len(course.data), file, self.progress)
+            loop = Loop(learner, fit.plan, len(course.data), file, self.progress, course.unit)
             accelerator = processes(course.model, fit.plan.batch)
             share = accelerator.process_index, accelerator.num_processes
             try:
@@ -84,7 +86,14 @@ class Fitting:
         )
         return method, facts | {"seconds": round(loop.seconds + time.monotonic() - looped, 1)}
 
-    def settled(self, method: TokenMethod) -> TokenMethod:
+    def forwards(self, size: int, driver: Any) -> Iterator[dict[str, Any]]:
+        """What forwards on the training data leave in `driver.memory`, `size` samples each."""
+        for inputs, _ in self.course.lessons(size, self.seed).read(count()):
+            with torch.no_grad():
+                self.course.outputs(inputs)
+            yield driver.memory
+
+    def settled(self, method: Method) -> Method:
         """`method` loosened or tightened until it keeps what was asked, measured on training images.
 
         While fitting nothing leaves, and what then really leaves differs a little.
@@ -95,7 +104,7 @@ class Fitting:
             steps = range(min(SETTLE_IMAGES, len(course.data)) // SETTLE_BATCH or 1)
             batches = [inputs for inputs, _ in read.read(steps)]
             low, high, knob = 0.0, 1.0, 0.5
-            best: tuple[float, TokenMethod] | None = None
+            best: tuple[float, Method] | None = None
             for _ in range(SETTLE_STEPS):
                 found = method.loosened(knob, course.shape)
                 missed = course.measured(found, batches, self.seed) - self.keep

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tprune.methods.tokens import TokenMethod
+from tprune.methods.base import Method
 from tprune.models.subject import Subject
 
 TUNED = "model."
@@ -15,7 +15,7 @@ TUNED = "model."
 
 
 def stored(
-    method: TokenMethod, model: nn.Module, fitted: dict[str, Any] | None, by_reference: bool
+    method: Method, model: nn.Module, fitted: dict[str, Any] | None, by_reference: bool
 ) -> dict[str, Tensor]:
     """What the method learned; of the model's own weights those that were tuned, where it is only named."""
     found = dict(method.state or {})

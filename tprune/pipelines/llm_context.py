@@ -27,7 +27,9 @@ from tprune.models.probe import Probing
 from tprune.models.revive import RevivingDriver, can_revive
 from tprune.models.run import Inputs
 from tprune.models.subject import Subject, twin
-from tprune.pipelines.base import Achieved, Handle, Pipeline, Quality, Sample, Workload
+from tprune.pipelines.base import Handle, Pipeline, Quality, Sample, Workload
+from tprune.pipelines.context_handle import CacheHandle, PrefillHandle
+from tprune.pipelines.learned import untuned
 from tprune.pipelines.tokens import solve
 
 WINDOW = 2048
@@ -37,83 +39,17 @@ PROBED = 8
 """Tokens after the context whose logits the probe stores."""
 
 
-class CacheHandle(Handle):
-    """A cache method at work on a model."""
-
-    kind = "wrapped"
-
-    def __init__(self, compression: Compression):
-        self.compression = compression
-
-    def remove(self) -> None:
-        """Take all hooks out again; caches that were pruned cannot be used any more."""
-        self.compression.remove()
-
-    def scoring(self) -> dict[str, tuple[Any, str]]:
-        """Where the method chooses, and what it chose leaves: what a benchmark times apart."""
-        found = {"prefill": (self.compression, self.compression.chooses_in)}
-        if self.compression.method.evicts_while_decoding and self.compression.keep < 1:
-            found["decode"] = (self.compression, "make_room")
-        return found
-
-    def achieved(self) -> Achieved:
-        """The fraction of entries that the latest prompt left, over all layers that can be pruned; asked before any."""
-        kept = self.compression.kept
-        if not kept:
-            return Achieved(self.compression.keep)
-        left, seen = (sum(counts) for counts in zip(*kept.values(), strict=True))
-        untouched = len(self.compression.kinds) - len(kept)
-        return Achieved(left / seen, {"sliding_layers_untouched": untouched} if untouched else {})
-
-    def per_layer(self) -> list[dict[str, Any]]:
-        """Entries per key-value head that the latest prompt left in every layer."""
-        rows = []
-        for layer in range(len(self.compression.kinds)):
-            left, seen = self.compression.kept.get(layer, (None, None))
-            share = None if left is None else left / seen
-            rows.append({"layer": layer, "entries": left, "of": seen, "kept": share})
-        return rows
-
-
-class PrefillHandle(Handle):
-    """A token method at work inside a model's decoder."""
-
-    kind = "wrapped"
-
-    def __init__(self, driver: DecoderDriver, keep: float | None):
-        self.driver, self.keep = driver, keep
-
-    def remove(self) -> None:
-        """Take all hooks out again."""
-        self.driver.remove()
-
-    def scoring(self) -> dict[str, tuple[Any, str]]:
-        """Where the method chooses, and what it chose leaves: what a benchmark times apart."""
-        return {"prefill": (self.driver, "_reduce")}
-
-    def achieved(self) -> Achieved:
-        """The mean fraction of prunable prompt tokens that entered a layer."""
-        tally = self.driver.tally
-        lost = self.driver.method.revives() and not isinstance(self.driver, RevivingDriver)
-        details = {"tokens_come_back": False} if lost else {}
-        if not tally.prompts:
-            return Achieved(self.keep or 1.0, details)
-        return Achieved((tally.entering.double().mean() / tally.tokens).item(), details)
-
-    def per_layer(self) -> list[dict[str, Any]]:
-        """Prunable tokens entering each layer, mean over prompts."""
-        tally = self.driver.tally
-        if not tally.prompts:
-            return []
-        rows = [count / tally.prompts for count in tally.entering.tolist()]
-        return [{"layer": layer, "tokens": count} for layer, count in enumerate(rows)]
-
-
 class ContextPipeline(Pipeline):
     """Load, measure and prune what a language model remembers of its context."""
 
     family = "llm-context"
     default_limit = 2
+    fitted: dict[str, Any] | None = None
+    lessons: text.Sequences | None = None
+
+    def check(self) -> None:
+        """A fit is asked for where there is one to make."""
+        self.method.check_fit(self.stage.fit)
 
     def load(self) -> Subject:
         """A causal language model of transformers."""
@@ -126,6 +62,9 @@ class ContextPipeline(Pipeline):
         """Read windows of evaluation text, or hide pass keys in it."""
         self.length = window_length(subject.model, self.recipe.length)
         self.windows, self.prompts, self.protocol = None, None, {}
+        if self.stage.fit is not None and self.method.state is None:
+            self.lessons = self.read_lessons(subject)
+            self.progress.say(f"{len(self.lessons):,} sequences to learn from")
         if subject.processor is None:
             return
         if self.recipe.data in passkey.SOURCES:
@@ -192,10 +131,12 @@ class ContextPipeline(Pipeline):
                 raise UserError(
                     f"{self.stage.method} needs --keep R, the fraction of cache entries that stay"
                 )
+            self.learn(subject, work, state)
             compact = positions == "compact"
             given = subject.model, self.method, self.stage.keep, self.recipe.seed, compact
             asks = self.method.probe() is not None
-            return CacheHandle(Probing(*given, subject.processor) if asks else Compression(*given))
+            compression = Probing(*given, subject.processor) if asks else Compression(*given)
+            return CacheHandle(compression, self.fitted)
         depth = subject.model.config.get_text_config(decoder=True).num_hidden_layers
         keep = self.stage.keep
 
@@ -207,6 +148,34 @@ class ContextPipeline(Pipeline):
         return PrefillHandle(
             kind(subject.model, self.method, prompt_tokens, stages, positions=positions), keep
         )
+
+    def learn(self, subject: Subject, work: Path | None, state: dict[str, Tensor] | None) -> None:
+        """Bind what the method learned before, or let it learn, where a fit is asked for."""
+        if state or (state is not None and self.stage.fit is not None):
+            self.method = self.method.bind(untuned(subject, state))
+        self.method.check_fit(self.stage.fit)
+        if self.stage.fit is None or self.method.state is not None:
+            return
+        from tprune.pipelines.context_course import ContextCourse
+        from tprune.pipelines.fit import Fitting
+
+        lessons = self.lessons or self.read_lessons(subject)
+        course = ContextCourse(self.method, subject, lessons)
+        fitting = Fitting(self.method, self.stage.keep, self.recipe.seed, course, work, self.progress)
+        self.method, self.fitted = fitting.run()
+
+    def read_lessons(self, subject: Subject) -> text.Sequences:
+        """What `--fit` names.
+
+        Raises:
+            UserError: no such text, one too short, or a model without a tokenizer.
+        """
+        if subject.processor is None:
+            raise UserError(
+                f"{self.method.id} is fitted to text, which takes a tokenizer: copy its files to the model, or give "
+                "tokenizer=TOKENIZER"
+            )
+        return text.training(self.stage.fit, subject.processor, self.method.sequence)
 
     def probe(self, subject: Subject) -> dict[str, Tensor]:
         """A context of random tokens, and the logits of some tokens after it."""

@@ -1,0 +1,134 @@
+"""Keys and values held as what low-rank maps make of a layer's inputs, and made again when they are attended to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from tprune.core.stored import TILE, Part, Tile
+
+
+@dataclass(frozen=True, eq=False)
+class LowRankMap:
+    """x -> up · down · x in place of W · x.
+
+    Attributes:
+        down: [R, D].
+        up: [C, R].
+    """
+
+    down: Tensor
+    up: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor, scale: Tensor | None = None) -> LowRankMap:
+        """All of `weight` [C, D], by falling singular values: its first R codes are the best of that number.
+
+        With `scale` [D] > 0 the inputs count as if they were so large (ASVD): W diag(a) = U S Vᵀ, down =
+        √S Vᵀ diag(1/a), up = U √S. Float32; min(C, D) codes.
+        """
+        scale = weight.new_ones(weight.shape[1]) if scale is None else scale
+        left, size, right = torch.linalg.svd(weight.float() * scale.float(), full_matrices=False)
+        root = size.sqrt()
+        return cls(root.unsqueeze(1) * right / scale, left * root)
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return len(self.down)
+
+    def first(self, rank: int) -> LowRankMap:
+        """Only so many codes."""
+        return LowRankMap(self.down[:rank], self.up[:, :rank])
+
+    def to(self, like: Tensor) -> LowRankMap:
+        """On the device and in the type of `like`."""
+        return LowRankMap(self.down.to(like), self.up.to(like))
+
+    def encode(self, inputs: Tensor) -> Tensor:
+        """[..., D] -> [..., R]."""
+        return linear(inputs, self.down)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """[..., R] -> [..., C]."""
+        return linear(codes, self.up)
+
+
+Finish = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""What a layer makes of projected keys [B, t, C] and values [B, t, E] at positions int64 [B, t] before it attends to
+them: [B, G, t, d] and [B, G, t, e]."""
+
+
+@dataclass(frozen=True, eq=False)
+class KeyValueMaps:
+    """How one layer's entries are held: a value that caches share, whatever becomes of them."""
+
+    key: LowRankMap
+    value: LowRankMap
+    finish: Finish
+
+    def __deepcopy__(self, memo: dict) -> KeyValueMaps:
+        return self
+
+    def encode(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes of a layer's inputs [B, t, D], for keys and for values: [B, 1, t, R] each, of all heads together."""
+        return self.key.encode(inputs).unsqueeze(1), self.value.encode(inputs).unsqueeze(1)
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank(Part):
+    """Entries as codes.
+
+    Attributes:
+        key, value: [B, 1, t, R] each, ranks of their own.
+        maps: what makes entries of them.
+        begin: int64 [B], the position of the first entry; the others follow one by one.
+    """
+
+    key: Tensor
+    value: Tensor
+    maps: KeyValueMaps
+    begin: Tensor
+    grows = True
+
+    @property
+    def length(self) -> int:
+        """t."""
+        return self.key.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """The codes."""
+        return self.key.nbytes + self.value.nbytes
+
+    def tiles(self) -> Iterator[Tile]:
+        """Dense, a tile at a time."""
+        for first in range(0, self.length, TILE):
+            key, value = (x[:, 0, first : first + TILE] for x in (self.key, self.value))
+            place = torch.arange(first, first + key.shape[1], device=key.device)
+            maps = self.maps
+            made = maps.key.decode(key), maps.value.decode(value), self.begin.unsqueeze(1) + place
+            yield *maps.finish(*made), None
+
+    def each_row(self, change: Callable[[Tensor], Tensor]) -> LowRank:
+        """Of all tensors with a row per sample."""
+        return replace(self, key=change(self.key), value=change(self.value), begin=change(self.begin))
+
+    def codes(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Of entries to come."""
+        return self.maps.encode(inputs)
+
+    def like(self, key: Tensor, value: Tensor) -> LowRank:
+        """The entries behind these, by their codes; those of a smaller rank are the first."""
+        codes = {"key": key[..., : self.key.shape[-1]], "value": value[..., : self.value.shape[-1]]}
+        return replace(self, begin=self.begin + self.length, **codes)
+
+    def join(self, later: LowRank) -> LowRank:
+        """Along the entries."""
+        pairs = ((self.key, later.key), (self.value, later.value))
+        key, value = (torch.cat(pair, dim=2) for pair in pairs)
+        return replace(self, key=key, value=value)

@@ -1,0 +1,67 @@
+"""A decoder while a cache method is fitted in it: every layer that can be pruned is shown, and nothing leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from tprune.core.budget import Site
+from tprune.methods.cache import CacheShape
+from tprune.methods.fit import Fit
+from tprune.methods.views import LayerView
+from tprune.models.compress import attention_modules
+from tprune.models.key_values import KeyValues, projections
+from tprune.models.taps import AttentionCall, Tap
+
+
+def cache_shape(model: nn.Module, who: str) -> CacheShape:
+    """What the method `who` may know of a model."""
+    places, kinds, modules = attention_modules(model.get_decoder())
+    return CacheShape(len(kinds), projections(model, {place: modules[place] for place in places}, kinds, who))
+
+
+class CacheFitDriver:
+    """Calls a fit's `at` in every layer that can be pruned, until removed.
+
+    Attributes:
+        memory: of the last forward.
+    """
+
+    def __init__(self, model: nn.Module, fit: Fit, who: str):
+        self.fit, self.memory, self.absent = fit, {}, False
+        base = model.get_decoder()
+        places, kinds, modules = attention_modules(base)
+        watched = {place: modules[place] for place in places}
+        self.depth = len(kinds)
+        self.made = KeyValues(model, watched, kinds, who)
+        self.hook = base.register_forward_pre_hook(self._begin)
+        self.tap = Tap(watched.values(), self._see)
+
+    def remove(self) -> None:
+        """Take all hooks out again."""
+        self.hook.remove()
+        self.made.remove()
+        self.tap.remove()
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """The model without the method, for a while."""
+        self.absent = True
+        try:
+            yield
+        finally:
+            self.absent = False
+
+    def _begin(self, base: nn.Module, args: tuple) -> None:
+        if not self.absent:
+            self.memory = {}
+
+    def _see(self, call: AttentionCall) -> None:
+        if self.absent:
+            return
+        place = call.module.layer_idx
+        view = LayerView(place, self.depth, call.view(), call.key, call.value, None, {})
+        view.inputs, view.projections = self.made.inputs[place], self.made.projections[place]
+        self.fit.at(Site(place), view, self.memory)

@@ -1,0 +1,59 @@
+"""Language models and text, as a fit wants them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tprune.data.text import Sequences
+from tprune.methods.cache import CacheMethod
+from tprune.methods.fit import Fit
+from tprune.models.cache_fit import CacheFitDriver, cache_shape
+from tprune.models.subject import Subject
+from tprune.pipelines.course import Course
+from tprune.pipelines.fit_loop import Batches
+
+
+class ContextCourse(Course):
+    """Learns from text: what comes next, or what the model computes on the way.
+
+    Args:
+        method: which is fitted.
+        subject: the model.
+        data: windows of text.
+    """
+
+    labelled = True
+    unit = "sequences"
+
+    def __init__(self, method: CacheMethod, subject: Subject, data: Sequences):
+        self.model, self.data = subject.model, data
+        self.shape = cache_shape(self.model, method.id)
+        self.answers = True
+
+    def lessons(self, size: int, seed: int, share: tuple[int, int] = (0, 1)) -> Batches:
+        """Windows, and the tokens that follow theirs."""
+        return Batches(self.data, None, size, seed, share, self.collated)
+
+    def samples(self, size: int, seed: int) -> Batches:
+        """The same."""
+        return self.lessons(size, seed)
+
+    def collated(self, samples: Sequence[tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
+        """int64 [b, L], and what is said after each but the last, [b · (L - 1)]."""
+        tokens = torch.stack([tokens for tokens, _ in samples]).to(self.device)
+        return tokens, tokens[:, 1:].flatten()
+
+    def outputs(self, inputs: Tensor) -> Tensor:
+        """Logits of what comes next, [b · (L - 1), V]; the last hidden states where nobody asks for these."""
+        if not self.answers:
+            return self.model.get_decoder()(input_ids=inputs, use_cache=False).last_hidden_state
+        return self.model(input_ids=inputs, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+
+    def driver(self, method: CacheMethod, fit: Fit, seed: int) -> CacheFitDriver:
+        """`fit` beside the attention."""
+        self.answers = fit.answers
+        return CacheFitDriver(self.model, fit, method.id)
