@@ -119,7 +119,6 @@ class Method:
         """The same method with what was learned."""
         return dataclasses.replace(self, state=State(tensors))
 
-    def check_pairs(self, one: str, other: str) -> None:
     def counted(self) -> typing.Self:
         """The method as it runs under --keep: itself, unless without it the data decides how many stay."""
         return self
@@ -128,6 +127,7 @@ class Method:
         """Whether the data decides how many stay."""
         return False
 
+    def check_pairs(self, one: str, other: str) -> None:
         """Raise UserError where two hyperparameters that go together in pairs are not of one length."""
         first, second = len(getattr(self, one)), len(getattr(self, other))
         if first != second:
