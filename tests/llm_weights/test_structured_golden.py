@@ -6,11 +6,13 @@ import torch
 from tests.decoders import decoder
 from tests.golden_values import golden
 from tests.llm_weights.test_contract import _driver as driver_of
+from tests.llm_weights.tiny import prune
 from tprune.methods import registry
 from tprune.methods.views import MemberView, UnitView
 from tprune.methods.weights import WeightBudget
 from tprune.models.blocks import find_decoder
 from tprune.pipelines.journal import Journal
+from tprune.pipelines.removal import Removal
 
 
 def edits(method, model, ids, sparsity, **settings):
@@ -67,3 +69,42 @@ def test_llm_pruner_adds_up_the_query_heads_of_a_key_value_group():
     per_head = weight.abs().sum(2).view(3, 2, 4)
     expected = torch.maximum(per_head[:, 0] + per_head[:, 1], narrow.abs().sum(2)).sum(1)
     assert torch.allclose(method.score(unit), expected)
+
+
+@pytest.mark.parametrize("case", ["mix", "mha", "mlp"])
+def test_blockpruner_removes_the_authors_halves_at_the_authors_perplexities(case, tmp_path, monkeypatch):
+    tensors, told = golden("llm-weights", "blockpruner")
+    order = [
+        ({"mha": "attention", "mlp": "mlp"}[kind], layer) for kind, layer in told["settings"]["cases"][case]
+    ]
+    model = decoder(num_hidden_layers=5)
+    sizes = {"attention": 3072, "mlp": 4608}
+    asked, measure = [], Removal._measure
+
+    def measured(self, made, candidates):
+        asked.append(measure(self, made, candidates))
+        return asked[-1]
+
+    monkeypatch.setattr(Removal, "_measure", measured)
+    sparsity = sum(sizes[kind] for kind, _ in order) / 38400
+    halves = {"mix": "both", "mha": "attention", "mlp": "mlp"}[case]
+    found = edits("blockpruner", model, tensors["tokens"], sparsity, halves=halves)
+    for kind in sizes:
+        gone = sorted(layer for one, layer in order if one == kind)
+        assert found.get(f"without.{kind}", torch.tensor([])).tolist() == gone
+    assert torch.allclose(torch.cat(asked).exp(), tensors[f"{case}.ppl"], rtol=1e-4)
+    left = find_decoder(model).blocks
+    assert len(left) == 5 - sum((("attention", i) in order) and (("mlp", i) in order) for i in range(5))
+
+
+def test_blockpruner_at_a_lower_budget_removes_the_first_of_what_it_removes_at_a_higher(text):
+    def gone(sparsity):
+        edited = prune(decoder(), "blockpruner", text, sparsity=sparsity).tensors(by_reference=True)
+        return {
+            (kind, at)
+            for kind in ("attention", "mlp")
+            for at in edited.get(f"without.{kind}", torch.tensor([])).tolist()
+        }
+
+    few, more, most = gone(0.15), gone(0.35), gone(0.6)
+    assert few < more < most

@@ -399,6 +399,7 @@ class BlockView:
         index: which block.
         parameters: its prunable parameters.
         units: by kind.
+        halves: prunable parameters of its "attention" and its "mlp", for methods with the unit "halves".
         similarity: mean cosine between the residual stream before and after the block, if asked for.
         entering, leaving: float32 [N, D], the residual stream at the last token of each calibration sequence before
             and after the block, if `similarity` was asked for.
@@ -407,6 +408,7 @@ class BlockView:
     index: int
     parameters: int
     units: dict[str, UnitView] = field(default_factory=dict)
+    halves: dict[str, int] = field(default_factory=dict)
     similarity: float | None = None
     entering: Tensor | None = None
     leaving: Tensor | None = None

@@ -43,7 +43,7 @@ class WeightMethod(Method):
     every weight of the dense model, before anything is pruned, "gradient" (its norm over sequences),
     "gradient_mean" or "gradient_square" (the mean of its square)."""
     units: ClassVar[tuple[str, ...]] = ()
-    """The kinds of unit whose statistics a method of scope "model" reads: "heads", "channels"."""
+    """The kinds of unit that a method of scope "model" looks at: "heads", "channels", "halves" of blocks."""
     measures: ClassVar[bool] = False
     """Whether a method of scope "model" asks for losses of the edited model (`ModelView.losses_with`)."""
     uniform: ClassVar[bool] = True

@@ -81,13 +81,7 @@ def stand_ins(block: nn.Module, half: str) -> dict[str, nn.Module]:
     Raises:
         UserError: a block of an unknown layout.
     """
-    layout = next((one for one in LAYOUTS if all(hasattr(block, name) for name in _names(one))), None)
-    if layout is None:
-        raise UserError(
-            f"{type(block).__name__}: attention and MLP cannot be taken out apart, its modules are not known here; "
-            "choose a method that removes whole blocks, such as sleb"
-        )
-    modules, norms = layout[half]
+    modules, norms = _layout(block)[half]
     if half == "attention":
         found = {name: NoAttention(getattr(getattr(block, name), "layer_idx", None)) for name in modules}
     else:
@@ -96,6 +90,31 @@ def stand_ins(block: nn.Module, half: str) -> dict[str, nn.Module]:
     if getattr(block, "do_layer_norm_before", True):
         found |= {name: nn.Identity() for name in norms}
     return found
+
+
+def _layout(block: nn.Module) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
+    layout = next((one for one in LAYOUTS if all(hasattr(block, name) for name in _names(one))), None)
+    if layout is None:
+        raise UserError(
+            f"{type(block).__name__}: attention and MLP cannot be taken out apart, its modules are not known here; "
+            "choose a method that removes whole blocks, such as sleb"
+        )
+    return layout
+
+
+def half_sizes(decoder: Decoder, index: int) -> dict[str, int]:
+    """Prunable weights of each half of a block.
+
+    Raises:
+        UserError: a block of an unknown layout.
+    """
+    layout, prefix = _layout(decoder.blocks[index]), decoder.block_name(index) + "."
+    sizes = dict.fromkeys(HALVES, 0)
+    for matrix in decoder.matrices(index):
+        module = matrix.parameter_name.removeprefix(prefix).partition(".")[0]
+        half = next(half for half, (modules, _) in layout.items() if module in modules)
+        sizes[half] += matrix.shape[0] * matrix.shape[1]
+    return sizes
 
 
 def _names(layout: dict[str, tuple[tuple[str, ...], tuple[str, ...]]]) -> list[str]:

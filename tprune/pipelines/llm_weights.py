@@ -277,7 +277,8 @@ class LlmWeights(Pipeline):
         edits, view = pruner.run(journal)
         after = sizes(decoder)
         if budget.sparsity > 0 and after == before:
-            least = min(unit.cost for block in view.blocks for unit in block.units.values()) / sum(before)
+            costs = [[*block.halves.values(), *(unit.cost for unit in block.units.values())] for block in view.blocks]
+            least = min(map(min, costs)) / sum(before)
             raise BudgetError(
                 f"--sparsity {budget.sparsity:g} rounds to no unit at all; one unit is {least:.2g} of the weights",
                 least,

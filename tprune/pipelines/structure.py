@@ -17,7 +17,7 @@ from tprune.models import shapes, units
 from tprune.models.blocks import Decoder
 from tprune.models.calibrate import Stream
 from tprune.models.gradients import POWERS
-from tprune.models.halves import masked
+from tprune.models.halves import half_sizes, masked
 from tprune.pipelines.journal import Journal
 from tprune.pipelines.removal import Removal
 from tprune.progress import Progress
@@ -105,6 +105,8 @@ class StructurePruner:
         known = journal.read(index)
         known = self._known(index, places, journal) if self.gathers else {}
         view = BlockView(index, parameters)
+        if "halves" in self.method.units:
+            view.halves = half_sizes(self.decoder, index)
         if "similarity" in known:
             view.similarity = known["similarity"].item()
             view.entering, view.leaving = known["entering"], known["leaving"]

@@ -1,0 +1,49 @@
+"""BlockPruner: remove attentions and MLPs one after the other, each time the one whose absence costs least.
+
+A block is two halves that add to the residual stream, and attention is often the redundant one: taken apart, each half
+is worth what the model's perplexity says without it, measured again for all that are left.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tprune.core.weights import HALVES, StructureEdit
+from tprune.methods.base import Paper, param
+from tprune.methods.llm_weights._depth import remove_halves
+from tprune.methods.views import ModelView
+from tprune.methods.weights import WeightBudget, WeightMethod
+
+
+@dataclass(frozen=True)
+class BlockPruner(WeightMethod):
+    """Halves of blocks, greedily, by the perplexity of the model without them."""
+
+    paper = Paper(
+        title="BlockPruner: Fine-grained Pruning for Large Language Models",
+        venue="arXiv",
+        year=2024,
+        arxiv="2406.10594",
+        code="github.com/MrGGLS/BlockPruner",
+        checked="code",
+        notes="The authors give a number of halves; here they go, in the same order, until the removed weights come "
+        "nearest to the budget. They search on 256 rows of Alpaca, joined and cut into windows of 2,048 tokens.",
+    )
+    kind = "calibrated"
+    scope = "model"
+    measures = True
+    units = ("halves",)
+    uniform = False
+    patterns = False
+
+    halves: str = param("both", "Which halves may go: both, attention or mlp", choices=("both", *HALVES))
+
+    def plan(self, model: ModelView, budget: WeightBudget) -> list[StructureEdit]:
+        """Perplexity is always that of the model without all that have gone before."""
+        kinds = HALVES if self.halves == "both" else (self.halves,)
+        total = sum(block.parameters for block in model.blocks)
+        gone = remove_halves(model, kinds, budget.sparsity * total)
+        return [
+            StructureEdit(block.index, halves=tuple(kind for kind in HALVES if (kind, block.index) in gone))
+            for block in model.blocks
+        ]
