@@ -139,6 +139,6 @@ def load(folder: str, device: str = "cpu") -> Any:
 
     if not artifact.is_artifact(folder):
         raise UserError(f"{folder} is not an output folder of tprune")
-    opened = open_artifact(folder, Progress(), device)
+    opened = open_artifact(folder, Progress(), device, whole=True)
     opened.subject.model.tprune_handle = opened.handles[-1]
     return opened.subject.model

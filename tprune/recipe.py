@@ -78,6 +78,7 @@ class Recipe:
         batch_size: samples per batch.
         device, dtype: where and in which precision.
         seed: of everything random.
+        max_memory: for weights: the model is read block by block, and calibration keeps to so much, "8GB".
         paper: the paper's setting and its reported numbers, for reproductions; not read by any code.
     """
 
@@ -91,6 +92,7 @@ class Recipe:
     device: str = "cpu"
     dtype: str = "float32"
     seed: int = 0
+    max_memory: str | None = None
     paper: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -221,7 +223,9 @@ def check_budget(stage: Stage) -> None:
     if not weights and stage.allocate != "uniform":
         raise UserError(f"--allocate {stage.allocate}: only budgets of weights are shared out; leave it out")
     if not weights and stage.recover is not None:
-        raise UserError(f"--recover {stage.recover}: only pruned weights are trained to recover; leave it out")
+        raise UserError(
+            f"--recover {stage.recover}: only pruned weights are trained to recover; leave it out"
+        )
     if stage.recover is None and stage.recover_data is not None:
         raise UserError(f"--recover-data {stage.recover_data}: give --recover lora or full with it")
     policies = ("original", "compact", "gap") if stage.family == "vlm" else ("original", "compact")
@@ -243,3 +247,20 @@ def pattern(text: str) -> tuple[int, int]:
     if len(parts) != 2 or not all(part.isdigit() for part in parts) or not 0 < int(parts[0]) <= int(parts[1]):
         raise UserError(f"--pattern {text}: expected N:M, N weights kept of every M, such as 2:4")
     return int(parts[0]), int(parts[1])
+
+
+def size(text: str) -> int:
+    """Bytes of "500MB" or "8GB", in powers of 1,024.
+
+    Raises:
+        UserError: no such size.
+    """
+    number, unit = text[:-2], text[-2:].upper()
+    scale = {"MB": 2**20, "GB": 2**30}.get(unit)
+    try:
+        found = float(number)
+    except ValueError:
+        found = 0.0
+    if scale is None or not 0 < found < float("inf"):
+        raise UserError(f"--max-memory {text}: expected a size such as 500MB or 8GB")
+    return int(found * scale)

@@ -100,11 +100,7 @@ def family_command(family: str, help: str) -> click.Command:
         budget = {name: options.pop(name) for name in STAGE_OPTIONS if name in options}
         budget = {name: value for name, value in budget.items() if value is not None}
         stage = Stage(family, method, set=parse_settings(settings), **budget)
-        output = {
-            name: options.pop(name)
-            for name in OUTPUT_OPTIONS
-            if name in options
-        }
+        output = {name: options.pop(name) for name in OUTPUT_OPTIONS if name in options}
         source = ModelSource(
             model, options.pop("revision"), options.pop("weights"), options.pop("random_weights")
         )
@@ -131,6 +127,11 @@ def family_command(family: str, help: str) -> click.Command:
                 "--recover",
                 metavar="HOW",
                 help="Train what is left: lora[:rank=8,epochs=1,lr=1e-4,batch=8] or full[:…].",
+            ),
+            click.option(
+                "--max-memory",
+                metavar="SIZE",
+                help="Read the model block by block and keep to so much, such as 8GB (needs --out).",
             ),
             click.option(
                 "--recover-data", metavar="SOURCE", help="Text for it [the calibration part of --data]."
@@ -185,7 +186,9 @@ def launch(
     for stage in recipe.stages:
         check_budget(stage)
     if max_minutes is not None and out is None:
-        raise UserError(f"--max-minutes {max_minutes:g}: what a search found is kept beside --out DIR; give one")
+        raise UserError(
+            f"--max-minutes {max_minutes:g}: what a search found is kept beside --out DIR; give one"
+        )
     recipe = with_absolute_paths(recipe)
     if dry_run:
         show_plan(recipe, out, force, as_json)

@@ -49,14 +49,19 @@ def score_windows(
     rows = max(1, min(batch_size, TOKENS_AT_ONCE // windows.shape[1]))
     losses, predictions = [], []
     for chunk in track(list(windows.split(rows))):
-        chunk = chunk.to(device)
-        parts = []
-        for first, logits in logits_in_parts(model, chunk):
-            targets = chunk[:, first + 1 : first + 1 + logits.shape[1]]
-            parts.append((token_losses(logits, targets).cpu(), logits.argmax(-1).cpu()))
-        losses.append(torch.cat([part[0] for part in parts], 1))
-        predictions.append(torch.cat([part[1] for part in parts], 1))
+        found = score_batch(model, chunk.to(device))
+        losses.append(found[0])
+        predictions.append(found[1])
     return torch.cat(losses), torch.cat(predictions)
+
+
+def score_batch(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses float32 [B, L - 1] and top-1 predictions int64 [B, L - 1] of tokens int64 [B, L], on the CPU."""
+    parts = []
+    for first, logits in logits_in_parts(model, tokens):
+        targets = tokens[:, first + 1 : first + 1 + logits.shape[1]]
+        parts.append((token_losses(logits, targets).cpu(), logits.argmax(-1).cpu()))
+    return torch.cat([part[0] for part in parts], 1), torch.cat([part[1] for part in parts], 1)
 
 
 def logits_in_parts(model: nn.Module, tokens: Tensor) -> Iterator[tuple[int, Tensor]]:

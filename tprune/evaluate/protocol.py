@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tprune.models.pages import named_parameters
 from tprune.models.subject import Subject
 from tprune.recipe import Recipe
 
@@ -56,7 +57,7 @@ def protocol(recipe: Recipe, subject: Subject, data: dict[str, Any]) -> dict[str
 def fingerprint(model: nn.Module) -> str:
     """A short hash of names, shapes, and the values at both ends of every parameter: retraining changes it."""
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_parameters(model):
         flat = parameter.detach().flatten()
         ends = torch.cat([flat[:SAMPLED], flat[-SAMPLED:]]).float().cpu()
         digest.update(f"{name}{tuple(parameter.shape)}".encode() + ends.numpy().tobytes())

@@ -69,7 +69,9 @@ class Matrix:
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
-        rows, width = self._view().shape
+        rows, width = self.parameter.shape[-2:]
+        if self.transposed:
+            rows, width = width, rows
         return (rows if self.rows is None else len(self.rows)), width
 
     def read(self) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from torch.nn import functional
 
 from tprune.core.statistics import Inputs, token_cosine
 from tprune.models.blocks import Decoder, is_experts
+from tprune.models.pages import at_hand
+from tprune.models.spill import Spilled
 
 TOKENS_AT_ONCE = {"cpu": 512}
 """At most so many tokens go through a block together (at least one sequence): on a CPU more hardly run faster, and
@@ -42,25 +45,30 @@ class Stream:
     Attributes:
         decoder: the model they go through.
         tokens: int64 [N, L], the sequences themselves.
-        hidden: [N, L, D], inputs of the coming block.
+        hidden: [N, L, D], inputs of the coming block; `Spilled` where they are in a file.
         rows: how many sequences go through a block together.
     """
 
-    def __init__(self, decoder: Decoder, tokens: Tensor, batch_size: int):
-        """Embed `tokens` int64 [N, L]; runs no block."""
+    def __init__(self, decoder: Decoder, tokens: Tensor, batch_size: int, spill: Path | None = None):
+        """Embed `tokens` int64 [N, L]; runs no block. `spill` is a folder for activations that leave memory."""
         self.decoder, self.tokens = decoder, tokens
         device = next(decoder.core.parameters()).device
         self.rows = rows_at_once(batch_size, tokens.shape[1], device)
         self._arguments: dict[tuple[int, int], tuple[tuple, dict[str, Any]]] = {}
-        self.hidden = torch.empty(0)
+        self.hidden: Tensor | Spilled = torch.empty(0)
         parts: list[Tensor] = []
         with _noting(decoder, parts, self._arguments), torch.no_grad():
             for place, chunk in enumerate(tokens.split(self.rows)):
                 decoder.core(input_ids=chunk.to(device), use_cache=False)
                 part = parts.pop()
                 if place == 0:
-                    self.hidden = part.new_empty(len(tokens), *part.shape[1:])
-                self.hidden[place * self.rows :][: len(chunk)] = part
+                    shape = torch.Size((len(tokens), *part.shape[1:]))
+                    self.hidden = (
+                        part.new_empty(shape)
+                        if spill is None
+                        else Spilled(spill, shape, part.dtype, part.device)
+                    )
+                self._keep(place, part)
 
     def arguments(self, index: int, size: int) -> tuple[tuple, dict[str, Any]]:
         """What block `index` is called with beside the hidden states of `size` sequences."""
@@ -76,11 +84,19 @@ class Stream:
         out = self.decoder.blocks[index](x, *positional, **named)
         return out[0] if isinstance(out, tuple) else out
 
+    def _keep(self, place: int, hidden: Tensor) -> None:
+        """Put the hidden states of the batch at `place` where they belong."""
+        if isinstance(self.hidden, Spilled):
+            self.hidden.write(place * self.rows, hidden)
+        else:
+            self.hidden[place * self.rows :][: len(hidden)] = hidden
+
     @torch.no_grad()
     def advance(self, index: int) -> None:
         """Send all sequences through block `index` as it stands."""
-        for x in self.hidden.split(self.rows):
-            x.copy_(self.run(index, x))
+        with at_hand(self.decoder, index):
+            for place, x in enumerate(self.hidden.split(self.rows)):
+                self._keep(place, self.run(index, x))
 
     @torch.no_grad()
     def gather(
@@ -102,7 +118,7 @@ class Stream:
             By the name of a matrix's `input`; modules with the same input share one object.
         """
         hidden = self.hidden if chosen is None else self.hidden[chosen]
-        with Watch(self.decoder, index, kinds, names) as watch:
+        with at_hand(self.decoder, index), Watch(self.decoder, index, kinds, names) as watch:
             for x in hidden.split(self.rows):
                 watch.begin(len(x), stop=True)
                 with suppress(_LastInput):
@@ -119,13 +135,13 @@ class Stream:
             The statistics as in `gather`, and the mean cosine between a token before and after the block.
         """
         total = torch.zeros((), dtype=torch.float64, device=self.hidden.device)
-        with Watch(self.decoder, index, kinds, names) as watch:
-            for x in self.hidden.split(self.rows):
+        with at_hand(self.decoder, index), Watch(self.decoder, index, kinds, names) as watch:
+            for place, x in enumerate(self.hidden.split(self.rows)):
                 watch.begin(len(x), stop=False)
                 out = self.run(index, x)
                 if "similarity" in kinds:
                     total += token_cosine(x, out).double().sum()
-                x.copy_(out)
+                self._keep(place, out)
         return watch.inputs, total.item() / (self.hidden.shape[0] * self.hidden.shape[1])
 
 

@@ -93,6 +93,48 @@ def _transformers(source: Source, family: str, dtype: torch.dtype, seed: int) ->
     return Subject(model, _processor(transformers, family, folder, revision), source)
 
 
+def load_paged(source: Source, family: str, *, device: str, dtype: str) -> Subject:
+    """As `load`, of a model whose decoder blocks are read when they run (`tprune.models.pages`).
+
+    Raises:
+        UserError: as `load`; no safetensors files, or a model that is converted while it is loaded.
+    """
+    import transformers
+    from accelerate import init_empty_weights
+
+    from tprune.models.blocks import find_decoder
+    from tprune.models.pages import Pages
+    from tprune.models.shards import Shards
+
+    transformers.utils.logging.set_verbosity_error()
+    folder = _guard(source, lambda: _downloaded(source))
+    files = (
+        sorted(Path(folder).glob("model*.safetensors")) if source.weights is None else [Path(source.weights)]
+    )
+    if not files or source.random_weights:
+        raise UserError(f"--max-memory: {source.name} has no model*.safetensors files to read block by block")
+    config = _guard(source, lambda: transformers.AutoConfig.from_pretrained(folder))
+    if hasattr(config.get_text_config(decoder=True), "tprune"):
+        raise UserError(f"--max-memory: {source.name} has shapes of its own; leave --max-memory out")
+    kind = _auto_class(transformers, family, config, source)
+    build = getattr(kind, "from_config", None) or kind._from_config
+    precision = getattr(torch, dtype)
+    with init_empty_weights(include_buffers=False):
+        model = build(config, dtype=precision).requires_grad_(False).eval()
+    Pages(find_decoder(model), Shards(files), device, precision)
+    return Subject(model, _processor(transformers, family, folder, {}), source)
+
+
+def _downloaded(source: Source) -> str:
+    """The folder with a model's files."""
+    if source.kind == "folder":
+        return converted(source) if source.name in PACKAGED else source.location
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt"]
+    return snapshot_download(source.location, revision=source.revision, allow_patterns=wanted)
+
+
 def _of_own_shapes(kind: Any) -> Any:
     """The model class `kind`, built with the widths and factors per layer of its configuration's `tprune` section.
 

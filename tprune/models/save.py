@@ -10,6 +10,7 @@ from typing import Any
 from tprune import artifact
 from tprune.errors import UserError
 from tprune.models import load as loaders
+from tprune.models.pages import pages_of
 from tprune.models.source import Source, sha256
 from tprune.models.subject import Subject
 from tprune.recipe import Recipe
@@ -20,7 +21,8 @@ def model(subject: Subject, folder: Path) -> None:
     if subject.source.library == "timm":
         _timm(subject, folder)
     else:
-        subject.model.save_pretrained(folder)
+        pages = pages_of(subject.model)
+        (subject.model.save_pretrained if pages is None else pages.save)(folder)
         if subject.processor is not None:
             subject.processor.save_pretrained(folder)
 
@@ -38,7 +40,15 @@ def load(folder: Path, recipe: Recipe, report: dict[str, Any]) -> Subject:
     """The model of an artifact that holds its weights, before any run-time method is put on it."""
     library = "timm" if "architecture" in json.loads((folder / "config.json").read_text()) else "transformers"
     source = Source(recipe.model.name, "folder", str(folder), library)
-    return loaders.load(source, report["family"], device=recipe.device, dtype=recipe.dtype, seed=recipe.seed)
+    return load_as(recipe, source, report["family"])
+
+
+def load_as(recipe: Recipe, source: Source, family: str) -> Subject:
+    """A model where and in which precision a recipe wants it; read block by block where it says so."""
+    where = {"device": recipe.device, "dtype": recipe.dtype}
+    if recipe.max_memory is not None:
+        return loaders.load_paged(source, family, **where)
+    return loaders.load(source, family, **where, seed=recipe.seed)
 
 
 def weight_files(source: Source) -> list[Path]:

@@ -13,6 +13,7 @@ from tprune.methods.views import LinearView
 from tprune.methods.weights import WeightMethod
 from tprune.models.blocks import Decoder
 from tprune.models.calibrate import Stream
+from tprune.models.pages import at_hand
 from tprune.pipelines.journal import Journal
 from tprune.pipelines.stream import look
 from tprune.progress import Progress
@@ -60,8 +61,9 @@ class Sharing:
             def views() -> Iterator[LinearView]:
                 for index in blocks:
                     seen = None if inputs is None else inputs[index]
-                    for matrix in self.decoder.matrices(index):
-                        yield look(matrix, seen, kinds, self.gradients)
+                    with at_hand(self.decoder, index):
+                        for matrix in self.decoder.matrices(index):
+                            yield look(matrix, seen, kinds, self.gradients)
 
             found = self.rule.sparsities(views, self.method, sparsity)
             known = {"sparsity": torch.tensor(found, dtype=torch.float64)}

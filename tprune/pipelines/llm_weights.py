@@ -15,13 +15,13 @@ from tprune.errors import BudgetError, UserError
 from tprune.evaluate.perplexity import perplexity, score_windows
 from tprune.methods.allocate import Allocation, parse
 from tprune.methods.weights import WeightBudget
-from tprune.models import factored, masks, shapes
-from tprune.models import load as loaders
+from tprune.models import factored, masks, save, shapes
 from tprune.models.blocks import Decoder, find_decoder
 from tprune.models.calibrate import Stream
 from tprune.models.gradients import POWERS, gradient_statistics
+from tprune.models.pages import pages_of
 from tprune.models.subject import Subject
-from tprune.pipelines import allocation, recover, stream, structure, whole
+from tprune.pipelines import allocation, memory, recover, stream, structure, whole
 from tprune.pipelines.base import Achieved, Handle, Pipeline, Quality, Sample, Workload
 from tprune.pipelines.journal import Journal
 from tprune.pipelines.weights_report import (
@@ -63,13 +63,12 @@ class LlmWeights(Pipeline):
         self.allocation()
         if self.stage.recover is not None:
             recover.check(self.stage, self.recipe)
+        if self.recipe.max_memory is not None:
+            memory.check(self.recipe, self.method)
 
     def load(self) -> Subject:
         """The dense model and its tokenizer."""
-        recipe = self.recipe
-        return loaders.load(
-            self.source(), self.family, device=recipe.device, dtype=recipe.dtype, seed=recipe.seed
-        )
+        return save.load_as(self.recipe, self.source(), self.family)
 
     def prepare(self, subject: Subject) -> None:
         """Cut the evaluation windows; refuse a model or a budget that does not fit before anything is measured."""
@@ -155,12 +154,16 @@ class LlmWeights(Pipeline):
 
     def evaluate(self, subject: Subject) -> Quality:
         """Perplexity on the windows, and what is predicted for every token."""
-        losses, predictions = score_windows(
-            subject.model,
-            self.windows,
-            self.recipe.batch_size,
-            lambda chunks: self.progress.track(chunks, "perplexity"),
-        )
+        if self.recipe.max_memory is not None:
+            windows = self.calibration(self.decoder(subject.model), self.windows)
+            losses, predictions = memory.score_paged(windows, self.progress)
+        else:
+            losses, predictions = score_windows(
+                subject.model,
+                self.windows,
+                self.recipe.batch_size,
+                lambda chunks: self.progress.track(chunks, "perplexity"),
+            )
         return Quality({"perplexity": perplexity(losses)}, predictions)
 
     def workload(self, subject: Subject) -> Workload:
@@ -178,6 +181,10 @@ class LlmWeights(Pipeline):
         source = text.read(self.recipe.data, "calibration")
         count = self.recipe.calibration or CALIBRATION
         return text.sample(source, self.tokenizer(subject), self.length, count, self.recipe.seed)
+
+    def calibration(self, decoder: Decoder, tokens: Tensor, folder: Path | None = None) -> Stream:
+        """Sequences int64 [N, L] before the first block."""
+        return memory.calibration(decoder, self.method, tokens, self.recipe, folder)
 
     def apply(self, subject: Subject, work: Path | None, state: dict[str, Tensor] | None = None) -> Handle:
         """Prune in place, or make stored edits again."""
@@ -208,7 +215,7 @@ class LlmWeights(Pipeline):
             if self.method.scope == "whole":
                 rounds = whole.WholePruner(decoder, self.method, budget, tokens, self.progress)
                 return self._masked(decoder, rounds.run(journal), budget)
-            start = partial(Stream, decoder, tokens, self.recipe.batch_size)
+            start = partial(self.calibration, decoder, tokens, journal.folder)
             gradients = shares = None
             kinds = [kind for kind in self.method.stats if kind in POWERS]
             measured = {}
@@ -277,7 +284,10 @@ class LlmWeights(Pipeline):
         edits, view = pruner.run(journal)
         after = sizes(decoder)
         if budget.sparsity > 0 and after == before:
-            costs = [[*block.halves.values(), *(unit.cost for unit in block.units.values())] for block in view.blocks]
+            costs = [
+                [*block.halves.values(), *(unit.cost for unit in block.units.values())]
+                for block in view.blocks
+            ]
             least = min(map(min, costs)) / sum(before)
             raise BudgetError(
                 f"--sparsity {budget.sparsity:g} rounds to no unit at all; one unit is {least:.2g} of the weights",
@@ -298,8 +308,9 @@ class LlmWeights(Pipeline):
             shapes.apply(decoder, structure.edits_of(state))
             kind = "wrapped" if hasattr(decoder.config, "tprune") else "plain"
             return WeightHandle(kind, Achieved(float("nan")), [], state, {})
-        for index in range(len(decoder.blocks)):
-            masks.replay(decoder.matrices(index), state)
+        if pages_of(decoder.model) is None:
+            for index in range(len(decoder.blocks)):
+                masks.replay(decoder.matrices(index), state)
         return self._masked(decoder, state, None)
 
     def probe(self, subject: Subject) -> dict[str, Tensor]:

@@ -23,8 +23,12 @@ class Opened:
     handles: list[Handle]
 
 
-def open_artifact(folder: str | Path, progress: Progress, device: str | None = None) -> Opened:
+def open_artifact(
+    folder: str | Path, progress: Progress, device: str | None = None, whole: bool = False
+) -> Opened:
     """The model in an output folder, with its run-time methods in place.
+
+    One that was pruned within `--max-memory` is read block by block again, unless it shall be in memory as a `whole`.
 
     Raises:
         UserError: not an artifact, damaged, or (by reference) its base weights are not the ones it names.
@@ -35,6 +39,8 @@ def open_artifact(folder: str | Path, progress: Progress, device: str | None = N
     report, recipe = artifact.read_report(folder), read(folder / artifact.RECIPE)
     if device is not None:
         recipe = replace(recipe, device=device)
+    if whole:
+        recipe = replace(recipe, max_memory=None)
     tensors_file = folder / artifact.TENSORS
     tensors = artifact.read_tensors(tensors_file) if tensors_file.exists() else {}
     drivers = pipelines(recipe, progress)

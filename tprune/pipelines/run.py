@@ -13,7 +13,7 @@ import torch
 
 from tprune import artifact
 from tprune.errors import UserError
-from tprune.evaluate.cost import cost
+from tprune.evaluate.cost import cost, flops
 from tprune.evaluate.protocol import protocol
 from tprune.methods import registry
 from tprune.models import save
@@ -52,6 +52,17 @@ def check_device(recipe: Recipe) -> None:
         raise UserError(f"--dtype {recipe.dtype}: expected float32, bfloat16 or float16")
 
 
+def check_memory(recipe: Recipe, out: str | None, by_reference: bool) -> None:
+    """Refuse `--max-memory` where blocks cannot go to disk as they are finished."""
+    said = f"--max-memory {recipe.max_memory}"
+    if recipe.max_memory is None:
+        return
+    if any(stage.family != "llm-weights" for stage in recipe.stages):
+        raise UserError(f"{said}: only llm-weights reads a model block by block; leave it out")
+    if out is None or by_reference:
+        raise UserError(f"{said}: pruned blocks go to a folder; give --out DIR, and no --by-reference")
+
+
 def execute(
     recipe: Recipe,
     progress: Progress,
@@ -71,6 +82,7 @@ def execute(
         UserError: anything that does not fit, before anything is written.
     """
     check_device(recipe)
+    check_memory(recipe, out, by_reference)
     if out is not None:
         artifact.check_free(out, force)
     drivers = pipelines(recipe, progress)
@@ -135,7 +147,11 @@ def measure(
 ) -> tuple[dict[str, Any], Quality | None]:
     """Quality and cost of the model as it stands; agreement with `reference` where there is one."""
     found, seen = quality(driver, subject, reference, evaluate, progress, name)
-    return found | cost(driver.workload(subject), subject.device), seen
+    workload = driver.workload(subject)
+    if driver.recipe.max_memory is not None:
+        # Blocks that come from disk say nothing about speed.
+        return found | {"flops": flops(workload.run)}, seen
+    return found | cost(workload, subject.device), seen
 
 
 def quality(

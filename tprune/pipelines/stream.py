@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from tprune.models import masks
 from tprune.models.blocks import Decoder, Matrix
 from tprune.models.calibrate import Stream
 from tprune.models.memory import give_back
+from tprune.models.pages import at_hand, pages_of
 from tprune.pipelines.journal import Journal
 from tprune.pipelines.region import LiveRegion
 from tprune.progress import Progress
@@ -111,29 +113,41 @@ class BlockPruner:
         """Prune all blocks; finished ones are taken from the journal. Returns the record of all edits."""
         records: dict[str, Tensor] = {}
         depth = len(self.decoder.blocks)
+        pages = pages_of(self.decoder.model)
         for index in self.progress.track(range(depth), "pruning"):
-            matrices = self.decoder.matrices(index)
-            finished = journal.read(index)
-            dense_feeds = self.stream is not None and self.method.propagate == "dense"
-            if finished is not None:
-                if dense_feeds:
+            with at_hand(self.decoder, index):
+                finished = self._one(index, journal)
+                if self.stream is not None and not self._dense_feeds and index + 1 < depth:
                     self.stream.advance(index)
-                masks.replay(matrices, finished)
-            else:
-                finished = self._prune(index, matrices, dense_feeds)
-                journal.write(index, finished)
-            if self.stream is not None and not dense_feeds and index + 1 < depth:
-                self.stream.advance(index)
+            if pages is not None:
+                pages.edits[index] = partial(journal.read, index)
+                finished = masks.only_masks(finished)
             records |= finished
             give_back()
         self._warn()
         return records
 
-    def _prune(self, index: int, matrices: list[Matrix], dense_feeds: bool) -> dict[str, Tensor]:
+    @property
+    def _dense_feeds(self) -> bool:
+        return self.stream is not None and self.method.propagate == "dense"
+
+    def _one(self, index: int, journal: Journal) -> dict[str, Tensor]:
+        """Prune a block, or carry out what the journal says of it; the record of its edits."""
+        matrices, finished = self.decoder.matrices(index), journal.read(index)
+        if finished is None:
+            finished = self._prune(index, matrices)
+            journal.write(index, finished)
+        else:
+            if self._dense_feeds:
+                self.stream.advance(index)
+            masks.replay(matrices, finished)
+        return finished
+
+    def _prune(self, index: int, matrices: list[Matrix]) -> dict[str, Tensor]:
         inputs: dict[str, Inputs] = {}
         if isinstance(self.method, RegionMethod):
             return self._prune_region(index)
-        if dense_feeds:
+        if self._dense_feeds:
             inputs, _ = self.stream.gather_and_advance(index, self.method.stats)
         elif self.stream is not None:
             inputs = self.stream.gather(index, self.method.stats)

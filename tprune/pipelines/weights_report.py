@@ -11,6 +11,7 @@ from tprune.errors import UserError
 from tprune.methods.views import ModelView
 from tprune.models import masks
 from tprune.models.blocks import Decoder
+from tprune.models.pages import at_hand
 from tprune.pipelines.base import Achieved, Handle
 from tprune.pipelines.stream import grouped_axis
 
@@ -81,10 +82,11 @@ def pattern_share(decoder: Decoder, pattern: tuple[int, int], groups_outputs: bo
     """The fraction of groups of m weights with at most n left; 1 where the pattern holds."""
     good = total = 0
     for index in range(len(decoder.blocks)):
-        for matrix in decoder.matrices(index):
-            axis = grouped_axis(matrix, groups_outputs)
-            left = (matrix.read().unflatten(axis, (-1, pattern[1])) != 0).sum(axis + 1)
-            good, total = good + int((left <= pattern[0]).sum()), total + left.numel()
+        with at_hand(decoder, index):
+            for matrix in decoder.matrices(index):
+                axis = grouped_axis(matrix, groups_outputs)
+                left = (matrix.read().unflatten(axis, (-1, pattern[1])) != 0).sum(axis + 1)
+                good, total = good + int((left <= pattern[0]).sum()), total + left.numel()
     return good / total
 
 
