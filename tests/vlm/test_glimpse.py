@@ -280,7 +280,7 @@ def test_questions_without_boxes_are_refused_in_one_line(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     line = {"image": "a.png", "prompt": "what ?", "answer": "it"}
     (tmp_path / questions.FILE).write_text(json.dumps(line))
-    with pytest.raises(UserError, match=r'--fit .*: this method learns where .*"boxes"'):
+    with pytest.raises(UserError, match=r'--fit .*: this method learns from boxes: .*"boxes"'):
         questions.BoxedQuestions(questions.training(str(tmp_path)))
     for wrong in ([], [[0, 0, 1]], [[0, 0, 2, 1]], [[0.5, 0, 0.2, 1]], "all"):
         (tmp_path / questions.FILE).write_text(json.dumps(line | {"boxes": wrong}))

@@ -125,3 +125,9 @@ def covered(cells: Tensor, size: Tensor, boxes: Tensor) -> Tensor:
     first, last = edges[:, None, :, 0], torch.minimum(edges[:, None, :, 1], size[:, None, None] - 1)
     cells = cells.unsqueeze(2)
     return ((cells >= first) & (cells <= last)).all(3).any(2)
+
+
+def best_near(score: Tensor, size: Size, reach: int) -> Tensor:
+    """The largest score among the cells of a grid within `reach` rows and columns of each: [B, rows · columns]."""
+    pooled = functional.max_pool2d(score.view(-1, 1, *size), 2 * reach + 1, stride=1, padding=reach)
+    return pooled.flatten(1)

@@ -52,8 +52,8 @@ class Questions:
         """The image of one question, and (prompt, answer)."""
         return self.open(place), (self.items[place].prompt, self.items[place].answer)
 
-    def boxes(self, place: int) -> tuple[tuple[float, ...], ...] | None:
-        """Where the answer of one question is read, if that is known."""
+    def boxes(self, place: int, everything: bool = False) -> tuple[tuple[float, ...], ...] | None:
+        """Where the answer of one question is read, or what there is, if that is known."""
         return self.items[place].boxes
 
     def open(self, place: int) -> Image.Image:
@@ -91,9 +91,10 @@ class TrainingQuestions(DrawnScenes):
         asked = self._asked(place)
         return asked.image, (asked.prompt, asked.answer)
 
-    def boxes(self, place: int) -> tuple[tuple[float, ...], ...]:
-        """Where the answer of one question is read."""
-        return self._asked(place).boxes
+    def boxes(self, place: int, everything: bool = False) -> tuple[tuple[float, ...], ...]:
+        """Where the answer of one question is read, or where any digit stands."""
+        asked = self._asked(place)
+        return asked.digits if everything else asked.boxes
 
     def _asked(self, place: int) -> Any:
         from tprune.data.scenes import question_scene
@@ -105,17 +106,21 @@ class TrainingQuestions(DrawnScenes):
 class BoxedQuestions:
     """Questions, and where their answers are read.
 
+    Attributes:
+        everything: whether the boxes of the built-in scenes are those of all digits; a folder has one kind of them.
+
     Raises:
         UserError: that is not known of some.
     """
 
     data: Questions | TrainingQuestions
+    everything: bool = False
 
     def __post_init__(self) -> None:
         known = isinstance(self.data, TrainingQuestions) or all(item.boxes for item in self.data.items)
         if not known:
             raise UserError(
-                f"--fit {self.data.protocol['source']}: this method learns where answers are read: give every line of "
+                f"--fit {self.data.protocol['source']}: this method learns from boxes: give every line of "
                 f'{FILE} "boxes": [[left, top, right, bottom], …] in fractions of the image'
             )
 
@@ -131,7 +136,7 @@ class BoxedQuestions:
     def sample(self, place: int) -> tuple[Image.Image, tuple]:
         """The image of one question, and (prompt, answer, boxes)."""
         image, asked = self.data.sample(place)
-        return image, (*asked, self.data.boxes(place))
+        return image, (*asked, self.data.boxes(place, self.everything))
 
 
 def training(source: str) -> Questions | TrainingQuestions:

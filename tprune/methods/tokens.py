@@ -86,6 +86,9 @@ class TokenMethod(Method):
     projects: ClassVar[bool] = False
     """Whether tokens are merged before a VLM's projector: the view then holds what the projector makes tokens of, class
     tokens in front, and what is merged is projected again."""
+    before_tower: ClassVar[bool] = False
+    """Whether what leaves at a VLM's projector leaves before a tower that sees images as one sequence; `reduce` is asked
+    there too, and has the pixels and the grid alone."""
     calibrates: ClassVar[bool] = False
     """Whether `state` comes from a look at `images` calibration images, before anything is pruned or fitted."""
     restores: ClassVar[bool] = False

@@ -25,6 +25,8 @@ from tprune.models.taps import AttentionCall, Output, Tap
 class Learning:
     """A method whose choices are those of its `Fit`; all else is the method's own."""
 
+    before_tower = False
+
     def __init__(self, method: TokenMethod, fit: Fit):
         self.method, self.fit = method, fit
 

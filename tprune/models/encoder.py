@@ -141,24 +141,27 @@ class Sight:
             }
         return self.converted[dtype]
 
+    def pixels(self, crops: Sequence[int]) -> Tensor:
+        """The pixels of every patch of some crops as the tower sees them: float32 [crops, P, channels, n]."""
+        pixels = self.inputs["pixel_values"].float()
+        if self.lengths is not None and pixels.dim() == 2:
+            channels = self.parts.tower.config.in_channels
+            merged = torch.cat([pixels.split(self.lengths)[crop][None] for crop in crops])
+            return merged.unflatten(2, (channels, -1))
+        pixels = pixels.flatten(0, 1)[self._given()] if pixels.dim() == 5 else pixels
+        rows, columns = pair(self.parts.patch)
+        chosen = pixels[torch.tensor(crops, device=pixels.device)]
+        grid = chosen.unfold(2, rows, rows).unfold(3, columns, columns)
+        return grid.permute(0, 2, 3, 1, 4, 5).flatten(4).flatten(1, 2)
+
     def patches(self, crops: Sequence[int], normalisation: tuple[Any, Any] | None) -> Tensor:
-        """The pixels of every patch as the tower saw them, brought back to 0 .. 1: float32 [crops, P, channels, n].
+        """`pixels` brought back to 0 .. 1: float32 [crops, P, channels, n].
 
         Args:
             crops: which.
             normalisation: mean and deviation per channel; without them the darkest value of all is 0, the brightest 1.
         """
-        pixels = self.inputs["pixel_values"].float()
-        if self.lengths is not None and pixels.dim() == 2:
-            channels = self.parts.tower.config.in_channels
-            merged = torch.cat([pixels.split(self.lengths)[crop][None] for crop in crops])
-            patches = merged.unflatten(2, (channels, -1))
-        else:
-            pixels = pixels.flatten(0, 1)[self._given()] if pixels.dim() == 5 else pixels
-            rows, columns = pair(self.parts.patch)
-            chosen = pixels[torch.tensor(crops, device=pixels.device)]
-            grid = chosen.unfold(2, rows, rows).unfold(3, columns, columns)
-            patches = grid.permute(0, 2, 3, 1, 4, 5).flatten(4).flatten(1, 2)
+        patches = self.pixels(crops)
         if normalisation is None:
             low, high = patches.aminmax()
             return (patches - low) / (high - low).clamp_min(1e-8)

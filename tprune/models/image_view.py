@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ from tprune.methods.tokens import TokenMethod
 from tprune.methods.views import TokenView
 from tprune.models.clip import Clip
 from tprune.models.encoder import Sight
-from tprune.models.layout import Unit, members, pack, unit_seeds
+from tprune.models.layout import Unit, members, pack, pair, unit_seeds
 from tprune.models.pixels import normalisation
 from tprune.models.run import Run
 from tprune.models.vlm import Anatomy
@@ -58,6 +59,7 @@ class ImageViews:
           as a function str -> str leaves it;
         - "rows", whose prompt each unit is in, int64 [B];
         - "patches", the pixels of the encoder's patches, 0 to 1, float32 [E, P, channels, n];
+        - "pixels", those of every token as the tower sees them, float32 [B, N, channels, rows, columns];
         - "thumbnail", bool [B, N], the tokens of the crop that shows the whole image;
         - "newlines", bool [B, N], tokens that no patch makes;
         - "left", bool [B, N], what a method left inside the tower (there where it could);
@@ -83,6 +85,7 @@ class ImageViews:
             "text": partial(self._text, run, embeds, row),
             "rows": lambda: row,
             "patches": partial(sight.patches, crops, normalisation(self.processor)),
+            "pixels": partial(self._pixels, sight, alike, crops),
             "thumbnail": partial(self._thumbnail, sight, alike, slot.device),
             "newlines": partial(self._newlines, sight, alike, slot.device),
         }
@@ -100,6 +103,25 @@ class ImageViews:
             view.signals["projector"] = lambda: sight.project
             view.signals["features"] = lambda: self._arrange(sight, alike, sight.features(crops))
         return self._before_projector(view) if self.method.projects else view
+
+    def of_pixels(self, sight: Sight, alike: list[Unit]) -> TokenView:
+        """Images of one size, one crop each, before the tower has seen them: their grid and the signal "pixels"."""
+        there = torch.ones(len(alike), len(alike[0].slot), dtype=torch.bool)
+        there = there.to(sight.inputs["pixel_values"].device)
+        view = TokenView(there.unsqueeze(2), there, real=there, grid=self.grid(sight, alike[0]))
+        view.signals["pixels"] = partial(self._pixels, sight, alike, [unit.crop for unit in alike])
+        return view
+
+    def _pixels(self, sight: Sight, alike: list[Unit], crops: list[int]) -> Tensor:
+        """The pixels of every token; of a video's patch those of its first frame."""
+        size = pair(self.parts.patch)
+        patches = sight.pixels(crops).unflatten(3, (-1, *size))[:, :, :, 0]
+        members = self._members(sight, patches.shape[1])
+        if members is not None:
+            side = math.isqrt(members.shape[1])
+            blocks = patches[:, members.sort(1).values.to(patches.device)].unflatten(2, (side, side))
+            patches = blocks.permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
+        return self._arrange(sight, alike, patches)
 
     def _text(self, run: Run, embeds: Tensor, rows: Tensor) -> TokenView:
         """The text of these rows, with the means to put it in other words where there is a tokenizer."""

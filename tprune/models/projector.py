@@ -20,6 +20,7 @@ from tprune.models.clip import Clip
 from tprune.models.encoder import Sight, Watch
 from tprune.models.image_view import ImageViews, check
 from tprune.models.layout import Unit, real_crops, token_count, unit_seeds, units
+from tprune.models.patch_site import PatchSite
 from tprune.models.run import Inputs, Run
 from tprune.models.tower import TowerSite
 from tprune.models.vlm import Anatomy, image_tokens
@@ -57,6 +58,8 @@ class Projector:
         self.watch = Watch(parts, check(method, parts), "projector" in method.reads)
         blocks = method.tower_blocks(len(parts.blocks), parts.projected)
         self.inside = TowerSite(parts, blocks, method, stages_of) if blocks else None
+        if method.before_tower:
+            self.inside = PatchSite(parts, method, stages_of, self.views)
 
         encode = parts.outer.get_image_features
         names = list(signature(encode).parameters)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tprune.errors import UserError
 from tprune.models.blocks import find_decoder
-from tprune.models.layout import tokens_per_crop
+from tprune.models.layout import pair, tokens_per_crop
 from tprune.models.run import Inputs
 
 TOWERS = ("vision_tower", "visual", "vision_model")
@@ -112,6 +112,19 @@ def tower_width(parts: Anatomy) -> int:
     """The width of the residual stream in the tower's blocks; 0 where they cannot be told."""
     linear = (m for block in parts.blocks[:1] for m in block.modules() if isinstance(m, nn.Linear))
     return next((module.in_features for module in linear), 0)
+
+
+def token_size(parts: Anatomy) -> tuple[int, int, int]:
+    """Channels, rows and columns of the pixels that one image token stands for; zeros where they cannot be told."""
+    if not parts.patch:
+        return 0, 0, 0
+    config = parts.outer.config
+    vision = config.vision_config
+    names = ("num_channels", "in_channels", "in_chans")
+    channels = next((getattr(vision, name) for name in names if hasattr(vision, name)), 3)
+    shuffled = getattr(config, "scale_factor", 1) / getattr(config, "downsample_ratio", 1)
+    rows, columns = (round(side * parts.merge * shuffled) for side in pair(parts.patch))
+    return channels, rows, columns
 
 
 def image_tokens(model: nn.Module, inputs: Inputs) -> Tensor | None:

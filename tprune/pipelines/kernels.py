@@ -18,6 +18,7 @@ from tprune.methods.views import Attention, TokenView
 
 IMAGE, WIDTH, HEADS, BEFORE, BEHIND, KEPT = 576, 4096, 32, 35, 41, 64
 NEURONS = 11008
+PATCH = (3, 14, 14)
 PATCH_WIDTH, PATCH_HEADS, TOWER_DEPTH, GRID = 1024, 16, 24, 24
 
 
@@ -25,7 +26,7 @@ def selection(method: TokenMethod, device: torch.device | str) -> Callable[[], R
     """A call that chooses 64 of 576 tokens of noise, as at the first site of `method`."""
     if method.evicts():
         return partial(_best_of_heads, method, _prompt(device))
-    shape = Shape(32, IMAGE, heads=HEADS, has_cls=True, width=WIDTH, tower=PATCH_WIDTH)
+    shape = Shape(32, IMAGE, heads=HEADS, has_cls=True, width=WIDTH, tower=PATCH_WIDTH, patch=PATCH)
     if method.learns == "required":
         # What it learned in a smaller model does not fit; the values do not change the time.
         state = method.neutral_state(shape, 0)
@@ -76,6 +77,7 @@ def _image(method: TokenMethod, device: torch.device | str) -> TokenView:
         "projector": lambda: project,
         "text": lambda: text,
         "patches": lambda: _noise(1, IMAGE, 3, 14 * 14, device=device).sigmoid(),
+        "pixels": lambda: _noise(1, IMAGE, *PATCH, device=device),
         "thumbnail": lambda: ~prefix[None, 1:],
         "newlines": lambda: torch.zeros(1, IMAGE, dtype=torch.bool, device=device),
         "rows": lambda: torch.zeros(1, dtype=torch.int64, device=device),

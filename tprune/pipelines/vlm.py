@@ -73,7 +73,9 @@ class VlmPipeline(Pipeline):
     def lessons(self) -> questions.Questions | questions.TrainingQuestions | questions.BoxedQuestions:
         """What `--fit` names, with the boxes that the method learns from."""
         found = questions.training(self.stage.fit)
-        return questions.BoxedQuestions(found) if self.method.labels == "boxes" else found
+        if self.method.labels in ("boxes", "foreground"):
+            return questions.BoxedQuestions(found, self.method.labels == "foreground")
+        return found
 
     def admit(self, parts: adapter.Anatomy) -> None:
         """Raise UserError where the model lacks what the method reads, or the budget is out of reach."""
@@ -99,6 +101,7 @@ class VlmPipeline(Pipeline):
             has_cls=parts.prefix > 0,
             width=parts.core.config.hidden_size,
             tower=adapter.tower_width(parts),
+            patch=adapter.token_size(parts),
         )
 
     def evaluate(self, subject: Subject) -> Quality:
@@ -192,6 +195,8 @@ class VlmPipeline(Pipeline):
     ) -> tuple[DecoderDriver, Projector]:
         """What runs `method` inside the decoder, and before it."""
         positions = self.positions(parts)
+        # Before the first hook is in place.
+        check_positions(numbering(positions), parts.core)
         projector = Projector(
             subject.model,
             parts,
