@@ -128,8 +128,8 @@ class Fit(nn.Module):
                 that learns from patches, float [B, N, names], how much of every patch each name covers.
             memory: of this forward; "left" holds the fraction of tokens left after each site, "inputs" the images, or
                 what a vision-language model is called with ("answers" beside it, which of the tokens are answers, bool
-                [B, N], and "boxes" [B, n, 4] for a method with these labels), and "again" a function: the fitted model's logits for
-                other inputs.
+                [B, N], and "boxes" [B, n, 4] for a method with these labels), and "again" a function: the fitted
+                model's logits for other inputs.
             dense: a function without arguments, the unpruned model's logits for the same inputs, with a gradient.
         """
         return {"task": functional.cross_entropy(outputs, labels)}
