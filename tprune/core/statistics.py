@@ -6,6 +6,8 @@ named tensors by `result`; nothing but sums is kept, so memory does not grow wit
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -45,6 +47,14 @@ class Norm:
         for part in x.flatten(0, -2).split(self.strip):
             self.total = self.total + part.float().square().sum(0)
 
+    def share(self) -> tuple[Tensor, ...]:
+        """The sums so far, float64."""
+        return (self.total.double(),)
+
+    def join(self, sums: tuple[Tensor, ...]) -> None:
+        """Start from sums like these."""
+        self.total = sums[0].float()
+
     def result(self) -> dict[str, Tensor]:
         """{"norm": [C]}."""
         return {"norm": self.total.sqrt()}
@@ -71,6 +81,14 @@ class Gram:
         for first in range(0, width, self.strip):
             rows = slice(first, first + self.strip)
             self.total[rows, first:].addmm_(x[:, rows].t(), x[:, first:])
+
+    def share(self) -> tuple[Tensor, ...]:
+        """The sums so far, float64, and the number of sequences."""
+        return self.total.double(), torch.tensor(self.sequences, dtype=torch.float64)
+
+    def join(self, sums: tuple[Tensor, ...]) -> None:
+        """Start from sums like these."""
+        self.total, self.sequences = sums[0].float(), int(sums[1])
 
     def result(self) -> dict[str, Tensor]:
         """{"gram": [C, C]}."""
@@ -128,6 +146,8 @@ class Moments:
 
 
 KINDS = {"norm": Norm, "gram": Gram, "moments": Moments}
+SHARED = ("norm", "gram")
+"""Kinds that are sums over tokens, so that several processes may each gather a part."""
 
 
 class Inputs:
@@ -154,6 +174,28 @@ class Inputs:
             self.sequences += 1 if x.dim() == 2 else x.shape[0]
             for part in self.parts:
                 part.add(x)
+
+    def share(self) -> tuple[int, int, list[tuple[Tensor, ...]]]:
+        """What it took in as sums, float64 on the CPU, for `join`; there are none where it took in nothing."""
+        sums = [tuple(one.cpu() for one in part.share()) for part in self.parts] if self.tokens else []
+        return self.tokens, self.sequences, sums
+
+    def join(self, shares: Iterable[tuple[int, int, list[tuple[Tensor, ...]]]]) -> None:
+        """Be what took in everything that `shares` did, in place of its own; added up in their order.
+
+        For the kinds in `SHARED`; the others depend on the order of sequences.
+        """
+        device = next((part.total.device for part in self.parts if isinstance(part.total, Tensor)), "cpu")
+        self.tokens = self.sequences = 0
+        total: list[tuple[Tensor, ...]] = []
+        for tokens, sequences, sums in shares:
+            self.tokens, self.sequences = self.tokens + tokens, self.sequences + sequences
+            if total and sums:
+                total = [tuple(map(torch.add, one, other)) for one, other in zip(total, sums, strict=True)]
+            else:
+                total = total or sums
+        for part, sums in zip(self.parts, total, strict=False):
+            part.join(tuple(one.to(device) for one in sums))
 
     def result(self) -> dict[str, Tensor]:
         """All of them, by name; computed at the first call, when everything is taken in, and the sums are let go."""

@@ -8,7 +8,7 @@ statistics gathered at the inputs of its linear layers.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,10 @@ class Stream:
         tokens: int64 [N, L], the sequences themselves.
         hidden: [N, L, D], inputs of the coming block; `Spilled` where they are in a file.
         rows: how many sequences go through a block together.
+        join: what is called with the statistics of a pass, where other processes have the rest of the sequences.
     """
+
+    join: Callable[[Iterable[Inputs]], None] | None = None
 
     def __init__(self, decoder: Decoder, tokens: Tensor, batch_size: int, spill: Path | None = None):
         """Embed `tokens` int64 [N, L]; runs no block. `spill` is a folder for activations that leave memory."""
@@ -123,7 +126,13 @@ class Stream:
                 watch.begin(len(x), stop=True)
                 with suppress(_LastInput):
                     self.run(index, x)
-        return watch.inputs
+        return self._joined(watch.inputs)
+
+    def _joined(self, inputs: dict[str, Inputs]) -> dict[str, Inputs]:
+        """The statistics of all processes' sequences; modules with the same input share one object."""
+        if self.join is not None:
+            self.join(dict.fromkeys(inputs.values()))
+        return inputs
 
     @torch.no_grad()
     def gather_and_advance(
@@ -142,7 +151,7 @@ class Stream:
                 if "similarity" in kinds:
                     total += token_cosine(x, out).double().sum()
                 self._keep(place, out)
-        return watch.inputs, total.item() / (self.hidden.shape[0] * self.hidden.shape[1])
+        return self._joined(watch.inputs), total.item() / (self.hidden.shape[0] * self.hidden.shape[1])
 
 
 def _noting(

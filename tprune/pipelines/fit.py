@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch import nn
 
 from tprune.errors import UserError
 from tprune.methods.base import Method
+from tprune.models.together import PATIENCE
 from tprune.pipelines.course import Course
 from tprune.pipelines.fit_loop import Learner, Loop
 from tprune.progress import Progress
@@ -25,8 +25,6 @@ SETTLE_IMAGES = 256
 SETTLE_BATCH = 16
 SETTLE_STEPS = 12
 SETTLE_TOLERANCE = 0.0025
-PATIENCE = timedelta(days=1)
-"""How long processes wait for the first one, which measures the dense model before it fits."""
 
 
 @dataclass(eq=False)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -11,19 +13,28 @@ from tprune.artifact import read_tensors
 
 
 class Journal:
-    """Tensors of finished blocks in a folder; without a folder nothing is kept."""
+    """Tensors of finished blocks in a folder; without a folder nothing is kept.
 
-    def __init__(self, folder: Path | None, name: str):
-        self.folder, self.name = folder, name
+    Args:
+        folder: where, or None.
+        name: of the files.
+        agree: tells several processes what the first one found, so that they leave out the same blocks.
+    """
+
+    def __init__(self, folder: Path | None, name: str, agree: Callable[[Any], Any] = lambda found: found):
+        self.folder, self.name, self.agree = folder, name, agree
+
+    def part(self, name: str) -> Journal:
+        """A journal beside this one."""
+        return Journal(self.folder, f"{self.name}-{name}", self.agree)
 
     def _file(self, block: int) -> Path:
         return self.folder / f"{self.name}-{block:05}.safetensors"
 
     def read(self, block: int) -> dict[str, Tensor] | None:
         """What was written for `block`; None if it is not finished."""
-        if self.folder is None or not self._file(block).exists():
-            return None
-        return read_tensors(self._file(block))
+        there = self.folder is not None and self._file(block).exists()
+        return self.agree(read_tensors(self._file(block)) if there else None)
 
     def write(self, block: int, tensors: dict[str, Tensor]) -> None:
         """Keep the tensors of a finished block; the file appears whole or not at all."""

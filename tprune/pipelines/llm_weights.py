@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from tprune.models.calibrate import Stream
 from tprune.models.gradients import POWERS, gradient_statistics
 from tprune.models.pages import pages_of
 from tprune.models.subject import Subject
-from tprune.pipelines import allocation, memory, recover, stream, structure, whole
+from tprune.pipelines import allocation, memory, recover, share, stream, structure, whole
 from tprune.pipelines.base import Achieved, Handle, Pipeline, Quality, Sample, Workload
 from tprune.pipelines.journal import Journal
 from tprune.pipelines.weights_report import (
@@ -215,7 +214,7 @@ class LlmWeights(Pipeline):
             if self.method.scope == "whole":
                 rounds = whole.WholePruner(decoder, self.method, budget, tokens, self.progress)
                 return self._masked(decoder, rounds.run(journal), budget)
-            start = partial(self.calibration, decoder, tokens, journal.folder)
+            start, journal = share.begin(self, decoder, tokens, journal)
             gradients = shares = None
             kinds = [kind for kind in self.method.stats if kind in POWERS]
             measured = {}
@@ -226,9 +225,7 @@ class LlmWeights(Pipeline):
             rule = self.allocation()
             if rule is not None and budget.sparsity > 0:
                 sharing = allocation.Sharing(decoder, rule, self.method, gradients, self.progress)
-                shares = sharing.run(
-                    budget.sparsity, start, Journal(journal.folder, f"{journal.name}-shares")
-                )
+                shares = sharing.run(budget.sparsity, start, journal.part("shares"))
             reads = set(self.method.stats) - POWERS.keys() or self.method.measures
             calibration = start() if reads else None
             if self.method.scope == "model":

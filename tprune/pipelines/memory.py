@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,8 @@ def check(recipe: Recipe, method: WeightMethod) -> None:
             f"{said}: {method.id} looks at the whole model at once; block by block go those that need only a layer "
             "and its inputs, such as wanda, sparsegpt or alps"
         )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"{said}: blocks are read by one process; start one, or leave it out")
     if len(recipe.stages) > 1 or recipe.stage.recover is not None:
         raise UserError(
             f"{said}: further stages and --recover need the whole model; run them on the output folder"

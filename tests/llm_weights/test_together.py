@@ -1,0 +1,68 @@
+"""Several processes share the calibration sequences."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests.decoders import decoder, tokens
+from tests.llm_weights.test_command import SMALL, run
+from tprune import artifact
+from tprune.core.statistics import Inputs
+from tprune.core.weights import unpack_bits
+from tprune.errors import UserError
+from tprune.models.blocks import find_decoder
+from tprune.models.calibrate import Stream
+from tprune.models.together import Together
+
+
+def test_two_processes_prune_what_one_does_and_one_of_them_writes_it(folder, text, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    asked = (
+        f"--method sparsegpt --sparsity 0.5 --allocate owl {folder} --data {text} --no-eval --json".split()
+    )
+    run(*asked, *SMALL, "--out", one)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    words = [*launcher, "-m", "tprune.cli", "llm-weights", *asked, *SMALL, "--out", str(two)]
+    subprocess.run(words, capture_output=True, text=True, check=True)
+    alone, together = (artifact.read_tensors(place / artifact.TENSORS) for place in (one, two))
+    assert alone.keys() == together.keys()
+    bits = sum(8 * mask.numel() for mask in alone.values())
+    apart = sum(
+        int(unpack_bits(alone[name] ^ together[name], (8 * alone[name].numel(),)).sum()) for name in alone
+    )
+    assert apart <= 1e-5 * bits
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "opt"])
+def test_statistics_of_parts_are_those_of_the_whole(name):
+    ids, found = tokens(5, 20), find_decoder(decoder(name))
+    whole = Stream(found, ids, 2).gather(0, ("norm", "gram"))
+    parts = [Stream(found, part, 2).gather(0, ("norm", "gram")) for part in ids.tensor_split(3)]
+    for place, one in whole.items():
+        joined = Inputs(("norm", "gram"))
+        joined.join([part[place].share() for part in parts])
+        assert (joined.tokens, joined.sequences) == (one.tokens, one.sequences)
+        if one.tokens:
+            first, second = joined.result(), one.result()
+            assert all(torch.allclose(first[kind], second[kind], rtol=1e-5, atol=1e-6) for kind in second)
+
+
+def test_parts_that_saw_nothing_do_not_count():
+    x = torch.randn(2, 3, 4)
+    one, empty = Inputs(("norm", "gram")), Inputs(("norm", "gram"))
+    one.add(x)
+    alone = Inputs(("norm", "gram"))
+    alone.add(x)
+    empty.join([Inputs(("norm", "gram")).share(), one.share()])
+    assert all(torch.equal(value, alone.result()[name]) for name, value in empty.result().items())
+
+
+def test_sequences_are_dealt_out_in_order_and_must_be_enough():
+    ids = torch.arange(7).unsqueeze(1)
+    shares = [Together.share(SimpleNamespace(rank=rank, count=3), ids) for rank in range(3)]
+    assert torch.equal(torch.cat(shares), ids)
+    with pytest.raises(UserError, match="--calibration 7: 8 processes share the sequences"):
+        Together.share(SimpleNamespace(rank=0, count=8), ids)
