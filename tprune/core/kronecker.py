@@ -1,4 +1,4 @@
-"""Optimal Brain Surgeon with a Kronecker-factored curvature: the loss rises by ½ tr(Gᵀ Δ A Δᵀ) with the change Δ [R, C].
+"""Optimal Brain Surgeon, Kronecker-factored: the loss rises by ½ tr(Gᵀ Δ A Δᵀ) with the change Δ [R, C].
 
 G [R, R] is the second moment of the loss's gradients at a layer's outputs, A [C, C] that of its inputs (K-FAC), so that
 the inverse of the curvature is G⁻¹ ⊗ A⁻¹ (The LLM Surgeon, arXiv 2312.17244).
