@@ -151,4 +151,4 @@ def test_hiding_inside_the_decoder_is_removing(method, positions):
         hidden, full = cached_decode(model, inputs, told)
     assert torch.allclose(removed, hidden, atol=2e-4)
     lengths = [[layer.keys.shape[2] for layer in cache.layers] for cache in (short, full)]
-    assert lengths[1] == lengths[0][:1] * len(lengths[0])
+    assert lengths[1] == [track.entered + NEW] * len(lengths[0])

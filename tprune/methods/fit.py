@@ -81,6 +81,8 @@ class Fit(nn.Module):
     """Whether it learns from the pixels alone: the model does not run, and `memory["inputs"]` is all there is."""
     answers: ClassVar[bool] = True
     """Whether its losses read what the model says; where not, a language model's head does not run."""
+    explains: ClassVar[bool] = False
+    """Whether the maps of layers it watches are there to be differentiated by, though nothing before them learns."""
     epsilon: ClassVar[float] = 1e-5
     keep_self: ClassVar[bool] = False
     """How attention weighs present tokens (`core.relax.mask_attention`)."""

@@ -160,15 +160,19 @@ class TokenView:
             return self.received()
         return self.attention.rows(slice(0, 1)).mean(1)[:, 0, self.prefix :]
 
-    def text_looks(self) -> tuple[Tensor, Tensor]:
-        """What each token of the instruction pays to every token, mean over heads: float32 [B, R, N]; and which of
-        these rows are real, bool [B, R], the others being 0.
-
-        Where no text stands behind the images it is the last token that looks.
+    def askers(self) -> tuple[Tensor, Tensor]:
+        """Where the instruction's tokens are, int64 [B, R], and which of these are real, bool [B, R]; the last token
+        where no text stands behind the images.
         """
         text = self.text
         none = ~text.any(1, keepdim=True) & (self._places() == self.last)
-        rows, said = select.places(text | none)
+        return select.places(text | none)
+
+    def text_looks(self) -> tuple[Tensor, Tensor]:
+        """What each token of the instruction pays to every token, mean over heads: float32 [B, R, N]; and which of
+        these rows are real, bool [B, R], the others being 0 (`askers`).
+        """
+        rows, said = self.askers()
         paid = self.attention.rows(rows).mean(1)
         # Rows of padding, which see nothing, are NaN.
         return paid.masked_fill(~said.unsqueeze(2), 0), said

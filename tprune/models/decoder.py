@@ -115,7 +115,7 @@ class DecoderDriver:
     def _check(self, run: Run) -> None:
         """Refuse sites that a decoder does not have."""
         for site in run.counts:
-            first = site.layer == 0 and self.rejoin is None
+            first = site.layer == 0 and "attention" in self.method.reads and self.rejoin is None
             if site.between or first or (site == PROJECTOR and self.entrance is None):
                 raise UserError(
                     f"{self.method.id} lets tokens leave at '{site}', which a decoder does not have"

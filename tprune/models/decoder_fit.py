@@ -124,6 +124,8 @@ class DecoderFitDriver(DecoderDriver):
         if self.present is None and not watched:
             return None
         rows = finite(call.view()).rows()
+        if self.fit.explains and watched and not rows.requires_grad:
+            rows.requires_grad_()
         if watched:
             self.memory["dense" if self.absent else "attention"][self.places[call.module]] = rows
         if self.present is not None:
