@@ -17,8 +17,8 @@ from tprune import artifact
 from tprune.errors import UserError
 from tprune.models.blocks import find_decoder
 from tprune.models.calibrate import Stream
-from tprune.models.pages import pages_of
 from tprune.models.shards import Shards
+from tprune.models.subject import pages_of
 
 
 def prune(model, text, out, method, *more):

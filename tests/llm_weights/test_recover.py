@@ -36,6 +36,14 @@ def test_zeros_stay_while_the_rest_is_trained(name, how, text):
     assert not torch.allclose(logits(model, tokens(1, 9)), logits(other, tokens(1, 9)), atol=1e-3)
 
 
+def test_a_step_in_parts_is_a_step_at_once(text):
+    models = [decoder(), decoder()]
+    for model, together in zip(models, (1, 8), strict=True):
+        prune(model, "magnitude", text, sparsity=0.5, recover=FEW["full"], batch_size=together)
+    pairs = zip(*(model.parameters() for model in models), strict=True)
+    assert all(torch.allclose(one, other, atol=1e-4) for one, other in pairs)
+
+
 @pytest.mark.parametrize("method", ["flap", "shortgpt", "sleb"])
 def test_what_lost_structure_learns_too(method, text):
     model = decoder()
@@ -59,16 +67,18 @@ def test_what_is_merged_is_what_was_trained(name, text):
 
 
 def asked(folder, text, out, *more):
-    return [*f"--method wanda --sparsity 0.5 {folder} --data {text} --out {out} --json".split(), *SMALL, *more]
+    return [
+        *f"--method wanda --sparsity 0.5 {folder} --data {text} --out {out} --json".split(),
+        *SMALL,
+        *more,
+    ]
 
 
 def test_the_report_tells_both_perplexities_and_a_reference_brings_back_what_was_trained(
     folder, text, tmp_path
 ):
     out = tmp_path / "out"
-    report = json.loads(
-        run(*asked(folder, text, out, "--recover", FEW["lora"], "--by-reference")).stdout
-    )
+    report = json.loads(run(*asked(folder, text, out, "--recover", FEW["lora"], "--by-reference")).stdout)
     assert report["pruned"]["perplexity"] < report["recovery"]["before"]["perplexity"]
     assert report["recovery"]["sequences"] > 0
     assert {"rank", "epochs", "losses", "steps"} <= report["recovery"].keys()
@@ -111,13 +121,15 @@ def test_an_interrupted_recovery_goes_on_and_ends_in_the_same_bytes(how, folder,
         (["--recover", "lora:ranks=3"], "lora has no hyperparameter 'ranks'"),
         (["--recover", "lora:epochs=0"], "trains nothing"),
         (["--recover", "full", "--dtype", "bfloat16"], "lost in bfloat16"),
+        (["--recover", "lora", "--method", "armor", "--pattern", "2:4"], "armor puts matrices around"),
         (["--recover-data", "here.txt"], "give --recover lora or full with it"),
         (["--recover", "lora", "--recover-data", "nowhere.txt"], "nowhere.txt: No such file"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(arguments, message, folder, text):
     with pytest.raises(UserError, match=message):
-        run("--method", "wanda", "--sparsity", "0.5", folder, "--data", text, *SMALL, "--no-eval", *arguments)
+        given = arguments if "--pattern" in arguments else ["--sparsity", "0.5", *arguments]
+        run("--method", "wanda", folder, "--data", text, *SMALL, "--no-eval", *given)
 
 
 def test_a_missing_package_is_named_before_anything_is_loaded(folder, text, monkeypatch):

@@ -34,7 +34,17 @@ STAGE_OPTIONS = (
 )
 """The options that belong to a stage of the recipe, by their names there."""
 
-OUTPUT_OPTIONS = ("out", "force", "by_reference", "no_eval", "dry_run", "as_json", "quiet", "max_minutes")
+OUTPUT_OPTIONS = (
+    "out",
+    "force",
+    "by_reference",
+    "no_eval",
+    "dry_run",
+    "as_json",
+    "quiet",
+    "max_minutes",
+    "export",
+)
 """The options of `launch`."""
 
 
@@ -129,6 +139,11 @@ def family_command(family: str, help: str) -> click.Command:
                 help="Train what is left: lora[:rank=8,epochs=1,lr=1e-4,batch=8] or full[:…].",
             ),
             click.option(
+                "--export",
+                metavar="FORM",
+                help="'sparse24': measure 2:4 weights on sparse tensor cores (needs --device cuda).",
+            ),
+            click.option(
                 "--max-memory",
                 metavar="SIZE",
                 help="Read the model block by block and keep to so much, such as 8GB (needs --out).",
@@ -179,6 +194,7 @@ def launch(
     as_json: bool,
     quiet: bool,
     max_minutes: float | None = None,
+    export: str | None = None,
 ) -> None:
     """Run a recipe and print its report: a table for people, or one JSON object."""
     from tprune.progress import Progress
@@ -207,6 +223,7 @@ def launch(
         by_reference=by_reference,
         evaluate=not no_eval,
         max_minutes=max_minutes,
+        export=export,
     )
     show_report(report, as_json)
 

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tprune.models.pages import named_parameters
-from tprune.models.subject import Subject
+from tprune.models.subject import Subject, named_parameters
 from tprune.recipe import Recipe
 
 SAMPLED = 256

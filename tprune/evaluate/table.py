@@ -98,6 +98,12 @@ def print_report(report: dict[str, Any]) -> None:
         told = report["recovery"]
         before = "".join(f"; {name} before {shown(name, value)}" for name, value in told["before"].items())
         console.print(training_line(f"recovery ({told['kind']})", "sequences", told) + before)
+    if report.get("export"):
+        form = report["export"]
+        console.print(
+            f"{form['kind']}: {form['converted']} layers ({form['left']} left as they are), "
+            f"{form['dense_ms']:,.2f} ms as {form['sparse_ms']:,.2f} ms, {form['speed_up']:.2f}x faster"
+        )
     table = new_table(console, None, "", "dense", "pruned", "")
     dense, pruned = flat(report["dense"]), flat(report["pruned"])
     for name, value in dense.items():

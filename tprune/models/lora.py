@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -43,7 +44,9 @@ def low_rank(
     from peft import LoraConfig, get_peft_model
 
     names = [name.removesuffix(".weight") for name in changed(model)]
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        # peft asks transformers by names that are going out of use.
+        warnings.simplefilter("ignore")
         torch.manual_seed(seed)
         adapted = get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=names))
     layers = {name: adapted.base_model.model.get_submodule(name) for name in names}

@@ -22,6 +22,7 @@ from tprune.models import masks
 from tprune.models.blocks import Decoder
 from tprune.models.memory import give_back
 from tprune.models.shards import Shards
+from tprune.models.subject import pages_of
 
 FILE, INDEX = "model-{:05}-of-{:05}.safetensors", "model.safetensors.index.json"
 
@@ -165,17 +166,6 @@ def at_hand(decoder: Decoder, index: int) -> AbstractContextManager[None]:
     """A block's weights are in memory in here, whether the model is paged or not."""
     pages = pages_of(decoder.model)
     return nullcontext() if pages is None else pages.held(index)
-
-
-def pages_of(model: nn.Module) -> Pages | None:
-    """What reads a model's blocks; None where they are all in memory."""
-    return getattr(model, "tprune_pages", None)
-
-
-def named_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """A model's parameters with their names, in memory while it is their turn."""
-    pages = pages_of(model)
-    return model.named_parameters() if pages is None else pages.parameters()
 
 
 def _put(model: nn.Module, name: str, parameter: nn.Parameter) -> None:

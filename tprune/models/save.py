@@ -10,9 +10,8 @@ from typing import Any
 from tprune import artifact
 from tprune.errors import UserError
 from tprune.models import load as loaders
-from tprune.models.pages import pages_of
 from tprune.models.source import Source, sha256
-from tprune.models.subject import Subject
+from tprune.models.subject import Subject, pages_of
 from tprune.recipe import Recipe
 
 

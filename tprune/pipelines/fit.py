@@ -117,7 +117,7 @@ class Fitting:
         return best[1]
 
 
-def processes(model: nn.Module, batch: int) -> Accelerator:
+def processes(model: nn.Module, batch: int, option: str = "--set batch") -> Accelerator:
     """One process, or those that were started together; bfloat16 on a GPU for float32 models.
 
     Raises:
@@ -137,7 +137,7 @@ def processes(model: nn.Module, batch: int) -> Accelerator:
     )
     if batch % found.num_processes:
         raise UserError(
-            f"--set batch={batch}: does not divide among {found.num_processes} processes; give a multiple"
+            f"{option}={batch}: does not divide among {found.num_processes} processes; give a multiple"
         )
     return found
 

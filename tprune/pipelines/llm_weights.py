@@ -18,8 +18,7 @@ from tprune.models import factored, masks, save, shapes
 from tprune.models.blocks import Decoder, find_decoder
 from tprune.models.calibrate import Stream
 from tprune.models.gradients import POWERS, gradient_statistics
-from tprune.models.pages import pages_of
-from tprune.models.subject import Subject
+from tprune.models.subject import Subject, pages_of
 from tprune.pipelines import allocation, memory, recover, share, stream, structure, whole
 from tprune.pipelines.base import Achieved, Handle, Pipeline, Quality, Sample, Workload
 from tprune.pipelines.journal import Journal
@@ -61,7 +60,7 @@ class LlmWeights(Pipeline):
         self.budget()
         self.allocation()
         if self.stage.recover is not None:
-            recover.check(self.stage, self.recipe)
+            recover.check(self)
         if self.recipe.max_memory is not None:
             memory.check(self.recipe, self.method)
 

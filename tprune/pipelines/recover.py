@@ -17,6 +17,7 @@ from tprune.errors import UserError
 from tprune.methods.fit import Plan
 from tprune.methods.recovery import Full, Lora, Recovery, parse
 from tprune.models import masks
+from tprune.models.blocks import Matrix
 from tprune.models.calibrate import rows_at_once
 from tprune.models.gradients import asking_for
 from tprune.models.lora import changed, low_rank
@@ -24,7 +25,6 @@ from tprune.models.subject import Subject
 from tprune.pipelines.fit import processes
 from tprune.pipelines.fit_loop import Batches, Loop
 from tprune.progress import Progress
-from tprune.recipe import Recipe, Stage
 
 if TYPE_CHECKING:
     from tprune.pipelines.llm_weights import LlmWeights
@@ -48,18 +48,17 @@ class Sequences:
         return self.tokens[place], self.tokens[place]
 
 
-class NextToken(nn.Module):
-    """A language model and its loss, as the loop trains them.
+@dataclass(eq=False)
+class Steps:
+    """What the loop asks beside the loss: nothing is drawn, and zeros are kept.
 
-    Args:
-        model: what of it asks for gradients is trained.
+    Attributes:
         held: matrices and what is pruned of them, set to zero again after every step.
+        generator: set by the loop.
     """
 
-    def __init__(self, model: nn.Module, held: list[tuple[Any, Tensor]]):
-        super().__init__()
-        self.model, self.held, self.fit = model, held, self
-        self.generator: torch.Generator | None = None
+    held: list[tuple[Matrix, Tensor]]
+    generator: torch.Generator | None = None
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """All that is trained, alike."""
@@ -69,19 +68,34 @@ class NextToken(nn.Module):
         """After a step: what moved away from zero goes back."""
         masks.remove(self.held)
 
+
+class NextToken(nn.Module):
+    """A language model and its loss, as the loop trains them: what of it asks for gradients."""
+
+    def __init__(self, model: nn.Module, fit: Steps):
+        super().__init__()
+        self.model, self.fit = model, fit
+
     def forward(self, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """The mean loss over the predicted tokens of sequences [b, L]."""
         ids = inputs.to(next(self.model.parameters()).device)
         return {"next token": self.model(input_ids=ids, labels=ids, use_cache=False).loss}
 
 
-def check(stage: Stage, recipe: Recipe) -> Recovery:
+def check(driver: LlmWeights) -> Recovery:
     """What the stage asks for.
 
     Raises:
-        UserError: an unknown name or setting, a package that is missing, or a precision that learns nothing.
+        UserError: an unknown name or setting, a package that is missing, a precision that learns nothing, or a method
+            that leaves no linear layers.
     """
+    stage, recipe = driver.stage, driver.recipe
     asked = parse(stage.recover)
+    if driver.method.wraps:
+        raise UserError(
+            f"--recover {stage.recover}: {stage.method} puts matrices around those it prunes, which are not trained; "
+            "leave it out"
+        )
     if asked.needs and importlib.util.find_spec(asked.needs) is None:
         raise UserError(
             f"--recover {stage.recover} needs the {asked.needs} library: pip install {asked.needs}"
@@ -104,7 +118,7 @@ def recover(driver: LlmWeights, subject: Subject, handle: WeightHandle, work: Pa
     tokens = text.windows(source, driver.tokenizer(subject), driver.length, None, "--recover-data")
     packed = {name.removeprefix(masks.MASK): mask for name, mask in masks.only_masks(handle.edits).items()}
     recovering = Recovering(
-        check(stage, recipe),
+        check(driver),
         subject.model,
         packed,
         tokens,
@@ -175,18 +189,18 @@ class Recovering:
             weight_decay=asked.weight_decay,
             at_once=together,
         )
-        accelerator = processes(model, plan.batch)
+        accelerator = processes(model, plan.batch, f"--recover {asked.id}:batch")
         share = accelerator.process_index, accelerator.num_processes
         batches = Batches(Sequences(self.tokens), None, plan.batch, self.seed, share)
         held = masks.matched(model, self.packed)
         with torch.enable_grad(), self._trained(held):
-            learner = NextToken(model, held if isinstance(asked, Full) else [])
+            learner = NextToken(model, Steps(held if isinstance(asked, Full) else []))
             loop = Loop(learner, plan, len(self.tokens), self.file, self.progress, "sequences")
             loop.run(batches, accelerator, self.seed)
         return {"kind": asked.id, **asked.settings(), **loop.figures(), "seconds": round(loop.seconds, 1)}
 
     @contextmanager
-    def _trained(self, held: list[tuple[Any, Tensor]]) -> Iterator[None]:
+    def _trained(self, held: list[tuple[Matrix, Tensor]]) -> Iterator[None]:
         """What is trained asks for gradients in here, and is the model's own afterwards."""
         asked, model = self.recovery, self.model
         if isinstance(asked, Full):

@@ -72,6 +72,7 @@ def execute(
     by_reference: bool = False,
     evaluate: bool = True,
     max_minutes: float | None = None,
+    export: str | None = None,
 ) -> dict[str, Any]:
     """Prune as the recipe says; measure before and after; write the artifact if `out` is given.
 
@@ -83,6 +84,10 @@ def execute(
     """
     check_device(recipe)
     check_memory(recipe, out, by_reference)
+    if export is not None:
+        from tprune.pipelines import export as exports
+
+        exports.check(export, recipe)
     if out is not None:
         artifact.check_free(out, force)
     drivers = pipelines(recipe, progress)
@@ -102,12 +107,14 @@ def execute(
         for driver in drivers:
             handle = driver.apply(subject, parts)
             if driver.stage.recover is not None:
-                before = quality(last, subject, reference, evaluate, progress, "unrecovered")[0]
+                before, _ = measure(last, subject, reference, evaluate, progress, "unrecovered", costs=False)
                 handle.recovered = driver.recover(subject, handle, parts) | {"before": before}
             handles.append(handle)
         pruned, _ = measure(last, subject, reference, evaluate, progress, "pruned")
         dense = handles[-1].whole | dense
         report = describe(recipe, drivers, handles, dense, pruned, subject) | {"protocol": record}
+        if export is not None:
+            report["export"] = exports.export(last, subject)
         if folder is not None:
             report["out"] = str(out)
             with progress.step("writing"):
@@ -144,33 +151,25 @@ def measure(
     evaluate: bool,
     progress: Progress,
     name: str,
+    costs: bool = True,
 ) -> tuple[dict[str, Any], Quality | None]:
-    """Quality and cost of the model as it stands; agreement with `reference` where there is one."""
-    found, seen = quality(driver, subject, reference, evaluate, progress, name)
+    """Quality and cost (where it is asked for) of the model; agreement with `reference` where there is one."""
+    found: dict[str, Any] = {}
+    quality = None
+    if evaluate:
+        progress.say(f"measuring the {name} model")
+        quality = driver.evaluate(subject)
+        same = 1.0 if reference is None else agreement(quality, reference)
+        found = quality.metrics | {"agreement": same}
+        if reference is None:
+            warn_if_silly(quality, progress)
+    if not costs:
+        return found, quality
     workload = driver.workload(subject)
     if driver.recipe.max_memory is not None:
         # Blocks that come from disk say nothing about speed.
-        return found | {"flops": flops(workload.run)}, seen
-    return found | cost(workload, subject.device), seen
-
-
-def quality(
-    driver: Pipeline,
-    subject: Subject,
-    reference: Quality | None,
-    evaluate: bool,
-    progress: Progress,
-    name: str,
-) -> tuple[dict[str, Any], Quality | None]:
-    """The part of `measure` that `evaluate` asks for."""
-    if not evaluate:
-        return {}, None
-    progress.say(f"measuring the {name} model")
-    seen = driver.evaluate(subject)
-    if reference is None:
-        warn_if_silly(seen, progress)
-    same = 1.0 if reference is None else agreement(seen, reference)
-    return seen.metrics | {"agreement": same}, seen
+        return found | {"flops": flops(workload.run)}, quality
+    return found | cost(workload, subject.device), quality
 
 
 def agreement(quality: Quality, reference: Quality) -> float:

@@ -20,7 +20,8 @@ from tprune.models import masks
 from tprune.models.blocks import Decoder, Matrix
 from tprune.models.calibrate import Stream
 from tprune.models.memory import give_back
-from tprune.models.pages import at_hand, pages_of
+from tprune.models.pages import at_hand
+from tprune.models.subject import pages_of
 from tprune.pipelines.journal import Journal
 from tprune.pipelines.region import LiveRegion
 from tprune.progress import Progress
