@@ -7,6 +7,7 @@ from tests.decoders import decoder
 from tests.golden_values import golden
 from tests.llm_weights.test_contract import _driver as driver_of
 from tests.llm_weights.tiny import prune
+from tprune.core.allocate import widths_by_importance
 from tprune.methods import registry
 from tprune.methods.views import MemberView, UnitView
 from tprune.methods.weights import WeightBudget
@@ -108,3 +109,35 @@ def test_blockpruner_at_a_lower_budget_removes_the_first_of_what_it_removes_at_a
 
     few, more, most = gone(0.15), gone(0.35), gone(0.6)
     assert few < more < most
+
+
+CFSP = ("default", "sharp", "half", "free", "cosine", "constant", "wanda", "shrunk")
+
+
+@pytest.mark.parametrize("case", CFSP)
+def test_cfsp_keeps_the_authors_channels_in_every_block(case):
+    tensors, told = golden("llm-weights", "cfsp")
+    setting, ids = told["settings"]["cases"][case], tensors["tokens"]
+    model = decoder(**told["settings"]["model"])
+    mlp, attention = 3 * 32 * 1024, 3072
+    found = edits(
+        "cfsp",
+        model,
+        ids,
+        setting["pruning_ratio"] * mlp / (mlp + attention),
+        importance=setting["global_metrics"],
+        metric={"wanda_base": "wanda"}.get(setting["local_metrics"], "activation"),
+        sharpness=setting["a"] * ids.numel() / (128 * 1024),
+        multiple=128 if setting["cuda_friendly"] else 1,
+    )
+    for layer in range(5):
+        assert torch.equal(found[f"keep/{layer}.channels"], tensors[f"{case}.{layer}"])
+
+
+def test_widths_by_importance_have_the_asked_mean_and_none_is_whole():
+    for sharpness in (0.0, 1.0, 50.0, 1000.0):
+        shares = widths_by_importance([0.1, 0.4, 0.2, 0.9], 0.2, sharpness)
+        assert sum(shares) / 4 == pytest.approx(0.8)
+        assert max(shares) < 1
+        assert (shares[3] > shares[1] > shares[2] > shares[0]) == (0 < sharpness < 1000)
+    assert widths_by_importance([0.3, 0.3], 0.0, 5.0) == [1.0, 1.0]

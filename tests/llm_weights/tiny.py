@@ -9,8 +9,8 @@ from tests.decoders import CONFIGS, VOCABULARY, decoder
 
 NAMES = sorted(CONFIGS)
 EXPERTS = ("mixtral", "qwen-moe", "qwen3-moe")
-QUICK = {"armor": {"iterations": 3}, "llm-surgeon": {"shots": 2}}
-"""Hyperparameters of methods that would take long."""
+QUICK = {"cfsp": {"multiple": 1}, "armor": {"iterations": 3}, "llm-surgeon": {"shots": 2}}
+"""Hyperparameters of methods that would take long, or whose steps are wider than the models."""
 TEXT = "\n\n".join(
     f"{word} {place}: " + " ".join(f"{word[:letter]}{(place * letter) % 7}" for letter in range(40))
     for place, word in enumerate(

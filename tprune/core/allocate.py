@@ -108,3 +108,22 @@ def _histogram(score: Tensor, high: int | None) -> Tensor:
     keys = _keys(score)
     halves = keys >> 16 if high is None else keys[keys >> 16 == high] & 0xFFFF
     return torch.bincount(halves, minlength=65536)
+
+
+def widths_by_importance(importance: Sequence[float], sparsity: float, sharpness: float) -> list[float]:
+    """What share of its width every block keeps, 1 - sparsity in the mean, more where importance is higher (CFSP).
+
+    Proportional to the logistic function of sharpness · (importance - its mean). Where the widest would keep all or
+    more, all distances from the mean shrink until it keeps a little less.
+
+    Args:
+        importance: one figure per block.
+        sparsity: the mean share that goes.
+        sharpness: 0 keeps all equal.
+    """
+    given = torch.tensor(importance, dtype=torch.float64)
+    weight = (sharpness * (given - given.mean())).sigmoid()
+    mean, most = weight.mean(), weight.max()
+    if most / mean * (1 - sparsity) >= 1 and most > mean:
+        weight = mean + (weight - mean) * (mean * sparsity / (1 - sparsity)) / (most - mean) / 1.05
+    return (weight / weight.mean() * (1 - sparsity)).tolist()

@@ -404,9 +404,10 @@ class BlockView:
         parameters: its prunable parameters.
         units: by kind.
         halves: prunable parameters of its "attention" and its "mlp", for methods with the unit "halves".
-        similarity: mean cosine between the residual stream before and after the block, if asked for.
+        similarity, angle: mean over tokens of the cosine, and of the angle as a part of π, between the residual stream
+            before and after the block, if asked for.
         entering, leaving: float32 [N, D], the residual stream at the last token of each calibration sequence before
-            and after the block, if `similarity` was asked for.
+            and after the block, if statistics of dense blocks were asked for.
     """
 
     index: int
@@ -414,6 +415,7 @@ class BlockView:
     units: dict[str, UnitView] = field(default_factory=dict)
     halves: dict[str, int] = field(default_factory=dict)
     similarity: float | None = None
+    angle: float | None = None
     entering: Tensor | None = None
     leaving: Tensor | None = None
 

@@ -39,8 +39,8 @@ class WeightMethod(Method):
 
     scope: ClassVar[str] = "block"
     stats: ClassVar[tuple[str, ...]] = ()
-    """What is gathered at the input of every linear layer: "norm", "gram", "moments"; per block "similarity"; or for
-    every weight of the dense model, before anything is pruned, "gradient" (its norm over sequences),
+    """What is gathered at the input of every linear layer: "norm", "gram", "moments"; per block "similarity", "angle";
+    or for every weight of the dense model, before anything is pruned, "gradient" (its norm over sequences),
     "gradient_mean" or "gradient_square" (the mean of its square)."""
     units: ClassVar[tuple[str, ...]] = ()
     """The kinds of unit that a method of scope "model" looks at: "heads", "channels", "halves" of blocks."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
+from math import pi
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tprune.core.statistics import Inputs, token_cosine
+from tprune.core.statistics import KINDS, Inputs, token_cosine
 from tprune.models.blocks import Decoder, is_experts
 from tprune.models.pages import at_hand
 from tprune.models.spill import Spilled
@@ -137,21 +138,25 @@ class Stream:
     @torch.no_grad()
     def gather_and_advance(
         self, index: int, kinds: tuple[str, ...], names: list[str] | None = None
-    ) -> tuple[dict[str, Inputs], float]:
+    ) -> tuple[dict[str, Inputs], dict[str, float]]:
         """Statistics of block `index` and its outputs in one pass, for methods that propagate dense activations.
 
         Returns:
-            The statistics as in `gather`, and the mean cosine between a token before and after the block.
+            The statistics as in `gather`; and where `kinds` has them, means over all tokens between before and after
+            the block: "similarity", of their cosine, and "angle", of their angle as a part of π.
         """
-        total = torch.zeros((), dtype=torch.float64, device=self.hidden.device)
+        turned = {kind: 0.0 for kind in ("similarity", "angle") if kind in kinds}
         with at_hand(self.decoder, index), Watch(self.decoder, index, kinds, names) as watch:
             for place, x in enumerate(self.hidden.split(self.rows)):
                 watch.begin(len(x), stop=False)
                 out = self.run(index, x)
-                if "similarity" in kinds:
-                    total += token_cosine(x, out).double().sum()
+                if turned:
+                    cosine = token_cosine(x, out)
+                    parts = {"similarity": cosine, "angle": cosine.clamp(-1, 1).acos() / pi}
+                    turned = {kind: total + parts[kind].double().sum() for kind, total in turned.items()}
                 self._keep(place, out)
-        return self._joined(watch.inputs), total.item() / (self.hidden.shape[0] * self.hidden.shape[1])
+        tokens = self.hidden.shape[0] * self.hidden.shape[1]
+        return self._joined(watch.inputs), {kind: total.item() / tokens for kind, total in turned.items()}
 
 
 def _noting(
@@ -216,7 +221,7 @@ class Watch:
 
     def __enter__(self) -> Watch:
         self._hooks = []
-        if any(kind != "similarity" for kind in self.kinds):
+        if any(kind in KINDS for kind in self.kinds):
             for name, module in self.modules.items():
                 look = self._experts if is_experts(module) else self._linear
                 self._hooks.append(module.register_forward_pre_hook(look(name)))

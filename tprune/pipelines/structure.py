@@ -102,14 +102,14 @@ class StructurePruner:
                     "cannot be removed (experts, norms over all heads, or an unknown layout)"
                 )
         parameters = sum(matrix.shape[0] * matrix.shape[1] for matrix in self.decoder.matrices(index))
-        known = journal.read(index)
         known = self._known(index, places, journal) if self.gathers else {}
         view = BlockView(index, parameters)
         if "halves" in self.method.units:
             view.halves = half_sizes(self.decoder, index)
-        if "similarity" in known:
-            view.similarity = known["similarity"].item()
-            view.entering, view.leaving = known["entering"], known["leaving"]
+        view.similarity, view.angle = (
+            known[name].item() if name in known else None for name in ("similarity", "angle")
+        )
+        view.entering, view.leaving = known.get("entering"), known.get("leaving")
         for kind, place in places.items():
             weight = _weight(place)
             own = {
@@ -134,9 +134,9 @@ class StructurePruner:
         known = {}
         if dense:
             known["entering"] = self.stream.hidden[:, -1].float().cpu().clone()
-            inputs, similarity = self.stream.gather_and_advance(index, self.method.stats, readers)
+            inputs, turned = self.stream.gather_and_advance(index, self.method.stats, readers)
             known["leaving"] = self.stream.hidden[:, -1].float().cpu().clone()
-            known["similarity"] = torch.tensor(similarity, dtype=torch.float64)
+            known |= {kind: torch.tensor(mean, dtype=torch.float64) for kind, mean in turned.items()}
         else:
             inputs = self.stream.gather(index, self.method.stats, readers)
         for kind, place in places.items():
