@@ -6,12 +6,15 @@ import torch
 from tests.decoders import decoder, tokens
 from tests.golden_values import golden
 from tests.llm_weights.tiny import logits, prune
-from tprune.core.statistics import Norm
+from tprune.core.allocate import fill_by_score
+from tprune.core.statistics import Norm, mean_likeness
 from tprune.errors import UserError
 from tprune.methods import allocate, registry
 from tprune.methods.views import LinearView
 from tprune.methods.weights import WeightBudget
 from tprune.models.blocks import find_decoder
+from tprune.models.calibrate import Stream
+from tprune.models.outputs import watching_outputs
 
 
 def norm(x):
@@ -62,13 +65,55 @@ def removed(model):
     return [(matrix.read() == 0).double().mean().item() for matrix in matrices]
 
 
-@pytest.mark.parametrize("rule", ["owl:factor=2,spread=0.2", "erk", "global"])
+@pytest.mark.parametrize("rule", ["owl:factor=2,spread=0.2", "erk", "global", "tamp-das"])
 @pytest.mark.parametrize("method", ["magnitude", "wanda"])
 def test_matrices_lose_different_shares_that_add_up_to_the_budget(rule, method, text):
     model = decoder()
     handle = prune(model, method, text, sparsity=0.5, allocate=rule)
     assert len(set(removed(model))) > 1
     assert handle.achieved().value == pytest.approx(0.5, abs=0.03)  # rows lose whole weights, of few
+
+
+def test_likeness_within_text_is_the_authors():
+    tensors, _ = golden("llm-weights", "tamp")
+    assert torch.allclose(mean_likeness(tensors["Y"]), tensors["likeness"], rtol=1e-5)
+    assert mean_likeness(torch.eye(3).unsqueeze(0)).item() == 0
+
+
+@pytest.mark.parametrize("percent", [30, 50, 70])
+def test_weights_are_dealt_out_as_the_authors_do_and_add_up_to_the_budget(percent):
+    tensors, told = golden("llm-weights", "tamp")
+    sizes, scores, sparsity = told["settings"]["sizes"], told["settings"]["scores"], percent / 100
+    found = fill_by_score(scores, sizes, sparsity, sparsity + 0.1)
+    assert found == pytest.approx(tensors[f"sparsity_{percent}"].tolist(), abs=0.01)
+    kept = [size * (1 - share) for size, share in zip(sizes, found, strict=True)]
+    assert kept == pytest.approx([round(count) for count in kept], abs=1e-6)
+    assert round(sum(kept)) == int(sum(sizes) * (1 - sparsity) + 1e-9)
+    assert max(found) <= sparsity + 0.1
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+def test_likeness_is_of_each_matrix_s_own_outputs_sequence_by_sequence(name):
+    model, ids = decoder(name), tokens(3, 20)
+    found = find_decoder(model)
+    stream = Stream(found, ids, batch_size=2)
+    with watching_outputs(found, 0, 20) as likeness:
+        stream.advance(0)
+    first = found.matrices(0)[0]
+    seen = {}
+    hook = first.module.register_forward_pre_hook(lambda module, given: seen.update(x=given[0]))
+    logits(model, ids)
+    hook.remove()
+    outputs = seen["x"] @ first.read().T
+    if first.module.bias is not None:
+        outputs = outputs + (first.module.bias if first.rows is None else first.module.bias[first.rows])
+    assert likeness[first.name] == pytest.approx(mean_likeness(outputs).mean().item(), rel=1e-4)
+    assert likeness.keys() == {matrix.name for matrix in found.matrices(0)}
+
+
+def test_experts_whose_outputs_are_not_seen_are_refused(text):
+    with pytest.raises(UserError, match="tamp-das: the outputs of"):
+        prune(decoder("mixtral"), "wanda", text, sparsity=0.5, allocate="tamp-das")
 
 
 def test_magnitudes_under_one_threshold_are_the_smallest_of_the_whole_model(text):
@@ -101,7 +146,7 @@ def test_nothing_is_shared_out_of_nothing(text):
         ("wanda", {"pattern": "2:4"}, "owl", "--pattern 2:4 leaves nothing to share out"),
         ("flap", {"sparsity": 0.3}, "erk", "flap shares its budget out itself"),
         ("sparsegpt", {"sparsity": 0.5}, "global", "use owl or erk"),
-        ("wanda", {"sparsity": 0.5}, "owls", "expected uniform, global, owl or erk"),
+        ("wanda", {"sparsity": 0.5}, "owls", "expected uniform, global, owl, erk or tamp-das"),
         ("wanda", {"sparsity": 0.5}, "owl:width=1", "no hyperparameter 'width'"),
         ("wanda", {"sparsity": 0.5}, "owl:spread=wide", "spread=wide: expected float"),
     ],

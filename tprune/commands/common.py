@@ -124,7 +124,7 @@ def family_command(family: str, help: str) -> click.Command:
                 "--allocate",
                 default="uniform",
                 metavar="RULE",
-                help="How it is shared out: uniform, global, owl[:factor=5,spread=0.08], erk.",
+                help="How it is shared out: uniform, global, owl[:factor=5,spread=0.08], erk, tamp-das.",
             ),
             click.option("--loadable", default="any", help="'plain': only shapes that stock loaders read."),
             click.option(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
+
+from tprune.core.select import floor_count
 
 
 def spread_by_outliers(outliers: Sequence[float], sparsity: float, spread: float) -> list[float]:
@@ -45,6 +48,35 @@ def erk(shapes: Sequence[tuple[int, int]], sparsity: float) -> list[float]:
             return torch.where(dense, 0.0, 1 - raw * scale).tolist()
         dense |= over
     return [0.0] * len(shapes)
+
+
+def fill_by_score(scores: Sequence[float], sizes: Sequence[int], sparsity: float, most: float) -> list[float]:
+    """Sparsities of matrices whose weights kept are proportional to their scores, as far as that goes.
+
+    Each keeps ceil(size · (1 - most)) at least; what is left of the budget is dealt out in proportion to the scores,
+    again and again, among those that are not full, so that together they keep int(total · (1 - sparsity)).
+
+    Args:
+        scores: one per matrix, not negative.
+        sizes: their numbers of weights.
+        sparsity: of all of them together.
+        most: of one of them; at least `sparsity`.
+    """
+    size = torch.tensor(sizes, dtype=torch.int64)
+    score = torch.tensor(scores, dtype=torch.float64)
+    least = torch.tensor([math.ceil(count * (1 - most) - 1e-9) for count in sizes])
+    kept, left = least, floor_count(int(size.sum()), 1 - sparsity) - int(least.sum())
+    while left > 0:
+        free = kept < size
+        part = torch.where(free, score, 0.0)
+        part = part if bool(part.sum() > 0) else free.double()
+        given = torch.minimum((part / part.sum() * left).floor().long(), size - kept)
+        if not bool(given.any()):
+            # Fewer are left than there are matrices: one each, the highest scores first.
+            first = part.masked_fill(~free, -1).argsort(descending=True, stable=True)[:left]
+            given[first] = free[first].long()
+        kept, left = kept + given, left - int(given.sum())
+    return (1 - kept.double() / size).tolist()
 
 
 def share_out(offset: Tensor, most: Tensor, total: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tprune.core.allocate import erk, smallest_of_all, spread_by_outliers
+from tprune.core.allocate import erk, fill_by_score, smallest_of_all, spread_by_outliers
 from tprune.errors import UserError
 from tprune.methods.base import Method, Paper, param
 from tprune.methods.choice import chosen
@@ -122,7 +122,33 @@ class Erk(Allocation):
         return erk([tuple(view.weight.shape) for view in views()], sparsity)
 
 
-ALLOCATIONS: dict[str, type[Allocation]] = {kind.id: kind for kind in (Global, Owl, Erk)}
+@dataclass(frozen=True)
+class TampDas(Allocation):
+    """Diversity-aware sparsity of TAMP: matrices whose outputs differ more from token to token lose less."""
+
+    id = "tamp-das"
+    paper = Paper(
+        title="TAMP: Token-Adaptive Layerwise Pruning in Multimodal Large Language Models",
+        venue="arXiv",
+        year=2025,
+        arxiv="2504.09897",
+        code="github.com/G-JWLee/TAMP",
+        checked="code",
+        notes="Calibration is on text, which has no visual tokens: of the three terms, within images, within text and "
+        "between them, the one within text is left.",
+    )
+    stats = ("likeness",)
+
+    reach: float = param(0.1, "How far the sparsity of a matrix may be above that asked for", low=0, high=1)
+
+    def sparsities(self, views: Views, method: WeightMethod, sparsity: float) -> list[float]:
+        """Weights kept in proportion to |1 - the mean likeness of two tokens' outputs|, whatever the size."""
+        found = [(abs(1 - view.likeness), view.weight.numel()) for view in views()]
+        scores, sizes = zip(*found, strict=True)
+        return fill_by_score(scores, sizes, sparsity, min(sparsity + self.reach, 1.0))
+
+
+ALLOCATIONS: dict[str, type[Allocation]] = {kind.id: kind for kind in (Global, Owl, Erk, TampDas)}
 
 
 def parse(text: str) -> Allocation | None:

@@ -320,6 +320,7 @@ class LinearView:
         output_gram: float32 [out, out], (2 / sequences) · Σ g gᵀ of the loss's gradients at the outputs, if asked for.
         gradient: float32 [out, in], the L2 norm over calibration sequences of the gradient of the dense model's loss,
             if asked for.
+        likeness: the mean of the positive cosines between its outputs for two tokens of a sequence, if asked for.
         tokens, sequences: how many calibration tokens it saw, of how many sequences.
         shared: what was computed from the statistics so far, for all matrices with the same inputs.
     """
@@ -332,6 +333,7 @@ class LinearView:
     gram: Tensor | None = None
     output_gram: Tensor | None = None
     gradient: Tensor | None = None
+    likeness: float | None = None
     tokens: int = 0
     sequences: int = 0
     shared: dict[str, Any] = field(default_factory=dict)

@@ -13,6 +13,7 @@ from tprune.methods.views import LinearView
 from tprune.methods.weights import WeightMethod
 from tprune.models.blocks import Decoder
 from tprune.models.calibrate import Stream
+from tprune.models.outputs import watching_outputs
 from tprune.models.pages import at_hand
 from tprune.pipelines.journal import Journal
 from tprune.pipelines.stream import look
@@ -53,7 +54,14 @@ class Sharing:
         if known is None:
             kinds = self.rule.needs(self.method)
             inputs: list[dict[str, Inputs]] | None = None
-            if set(kinds) - {"gradient"}:
+            likeness: dict[str, float] = {}
+            if "likeness" in kinds:
+                stream = start()
+                for index in self.progress.track(blocks, "allocating"):
+                    with watching_outputs(self.decoder, index, stream.hidden.shape[1]) as found:
+                        stream.advance(index)
+                    likeness |= found
+            elif set(kinds) - {"gradient"}:
                 stream = start()
                 track = self.progress.track(blocks, "allocating")
                 inputs = [stream.gather_and_advance(index, kinds)[0] for index in track]
@@ -63,7 +71,9 @@ class Sharing:
                     seen = None if inputs is None else inputs[index]
                     with at_hand(self.decoder, index):
                         for matrix in self.decoder.matrices(index):
-                            yield look(matrix, seen, kinds, self.gradients)
+                            view = look(matrix, seen, kinds, self.gradients)
+                            view.likeness = likeness.get(matrix.name)
+                            yield view
 
             found = self.rule.sparsities(views, self.method, sparsity)
             known = {"sparsity": torch.tensor(found, dtype=torch.float64)}
