@@ -53,17 +53,20 @@ def test_it_beats_random_at_the_same_budget(method, model_and_scenes, floor):
 SHORT = {
     "tnt": (KEEP, {"epochs": 32 * 16 / 2048}),
     "mstm": (0.35, {"epochs": 32 * 16 / 2048}),
+    "diffrate": (0.3, {"epochs": 64 * 2 / 2048, "batch": 2, "lr": 0.3}),
+    "ltmp": (0.3, {"epochs": 32 * 2 / 2048, "batch": 2, "lr": 1e-3, "merge_lr": 0.05}),
 }
 """A budget at which much is lost, and a fit of seconds."""
 
 
 @pytest.mark.parametrize("method", SHORT)
 def test_what_a_short_fit_learns_beats_the_neutral_state_and_random_at_the_same_budget(
-    method, model_and_scenes
+    method, model_and_scenes, monkeypatch
 ):
     model, pixels, labels = model_and_scenes
     # A fit may tune the model, which the other tests want as it was.
     model = deepcopy(model)
+    monkeypatch.setattr("tprune.pipelines.fit.SETTLE_IMAGES", 64)
     keep, short = SHORT[method]
     neutral = [(method, start(method, model)), ("vit/random", {})]
     rivals = []

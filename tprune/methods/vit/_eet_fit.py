@@ -61,17 +61,27 @@ class Distilled(Fit):
         self.whole = True
         taught = again(pixels)
         self.whole = False
-        hidden = again(hide(pixels, self.attended, method.hidden, self.grid))
         codes = self.codes[labels] if labels.dim() == 1 else labels @ self.codes
-        task, blind, own = (functional.cross_entropy(one, labels) for one in (outputs, hidden, taught))
+        task, own = (functional.cross_entropy(one, labels) for one in (outputs, taught))
+        if method.hidden:
+            hidden = again(hide(pixels, self.attended, method.hidden, self.grid))
+            task = task + functional.cross_entropy(hidden, labels)
         code, pattern = self.head(outputs), self.teacher(taught)
         return {
-            "task": method.task * (task + blind),
+            "task": method.task * task,
             "codes": functional.mse_loss(code, codes),
             "distillation": method.distillation
             * (1 - functional.cosine_similarity(code, pattern.detach())).mean(),
             "teacher": own + functional.mse_loss(pattern, codes),
         }
+
+    def groups(self, model):
+        """The heads, which begin from nothing, and the model, which does not."""
+        learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return [
+            {"params": list(self.parameters()), "lr": self.method.head_lr or self.plan.lr},
+            {"params": learned},
+        ]
 
     def state(self):
         """Of the head whose signs are the codes: weight [bits, classes] and bias [bits]."""
