@@ -13,7 +13,7 @@ from tprune.evaluate.context import layer_bytes
 from tprune.methods import registry
 from tprune.methods.cache import CacheMethod
 
-METHODS = [fact.id for fact in registry.facts("llm-context")]
+METHODS = [fact.id for fact in registry.facts("llm-context") if fact.learns != "required"]
 CACHE_METHODS = [name for name in METHODS if issubclass(registry.load(name, "llm-context"), CacheMethod)]
 REVIVING = [
     name for name in METHODS if name not in CACHE_METHODS and registry.build(name, "llm-context").revives()
@@ -106,7 +106,8 @@ def test_the_prompt_itself_is_answered_by_the_dense_model(method):
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
 def test_cache_bytes_fall_by_exactly_what_was_asked(method, name):
     model, ids = decoder(name), tokens(2, PROMPT)
-    encodes = registry.load(method, "llm-context").encodes
+    own = registry.load(method, "llm-context")
+    encodes = own.encodes
     full = [layer for layer in model(ids).past_key_values.layers if not layer.is_sliding]
     dense = layer_bytes(full[:1])
     with prune(model, method, 0.5, name) as handle:
@@ -114,6 +115,8 @@ def test_cache_bytes_fall_by_exactly_what_was_asked(method, name):
         for layer, kind in zip(cache.layers, DynamicCache(config=model.config).layers, strict=True):
             if kind.is_sliding:
                 assert layer.keys.shape[2] == model.config.sliding_window - 1
+            elif not own.forgets:
+                assert layer_bytes([layer]) == dense
             elif not encodes:
                 assert layer.keys.shape[2] == layer.values.shape[2] == PROMPT // 2
                 assert layer.keys.untyped_storage().nbytes() == layer.keys.nbytes

@@ -28,6 +28,8 @@ class Part(ABC):
 
     grows: ClassVar[bool] = False
     """Whether later entries can be held in the same form (`like` and `join`)."""
+    splits: ClassVar[bool] = True
+    """Whether a further part begins where one that grows holds as many entries as a tile."""
 
     @property
     @abstractmethod
@@ -37,6 +39,15 @@ class Part(ABC):
     @abstractmethod
     def tiles(self) -> Iterator[Tile]:
         """All of it, a tile at a time."""
+
+    def seen_by(self, query: Tensor) -> Iterator[Tile]:
+        """What queries [B, H, q, d] attend to; tiles may then hold other entries for every query head (G = H)."""
+        return self.tiles()
+
+    @property
+    def nbytes_read(self) -> int:
+        """How much of it a later token reads."""
+        return self.nbytes
 
     @abstractmethod
     def each_row(self, change: Callable[[Tensor], Tensor]) -> Part:
@@ -71,10 +82,20 @@ class Stored:
         """What all parts take."""
         return sum(part.nbytes for part in self.parts)
 
+    @property
+    def nbytes_read(self) -> int:
+        """What a later token reads of all parts."""
+        return sum(part.nbytes_read for part in self.parts)
+
     def tiles(self) -> Iterator[Tile]:
         """All tiles."""
         for part in self.parts:
             yield from part.tiles()
+
+    def seen_by(self, query: Tensor) -> Iterator[Tile]:
+        """As `Part.seen_by`, of all parts."""
+        for part in self.parts:
+            yield from part.seen_by(query)
 
     def each_row(self, change: Callable[[Tensor], Tensor]) -> Stored:
         """As `Part.each_row`, of all parts."""
@@ -109,7 +130,8 @@ class Stored:
             states = zip(rows, key.split(1), value.split(1), taken, strict=True)
             return Stored((Rows(tuple(row.absorb(k, v) if there else row for row, k, v, there in states)),))
         new = last.like(key, value)
-        return Stored((*self.parts, new) if last.length >= TILE else (*self.parts[:-1], last.join(new)))
+        full = last.splits and last.length >= TILE
+        return Stored((*self.parts, new) if full else (*self.parts[:-1], last.join(new)))
 
 
 def _only(row: int) -> Callable[[Tensor], Tensor]:
@@ -140,34 +162,32 @@ def attend_tiles(query: Tensor, tiles: Iterable[Tile], scale: float, softcap: fl
     A running maximum and sum (online softmax) stand for the rows that are not there at once.
 
     Args:
-        query: [B, H, q, d]; H is a multiple of the tiles' G.
+        query: [B, H, q, d]; H is a multiple of each tile's G.
         tiles: at least one.
         scale: what the logits are multiplied with.
         softcap: bounds the logits (Gemma 2).
     """
     batch, heads, rows, width = query.shape
-    lowest = torch.finfo(torch.float32).min
-    most = total = output = None
+    asked = query.float() * scale
+    most = asked.new_full((batch, heads, rows, 1), torch.finfo(torch.float32).min)
+    total, output = torch.zeros_like(most), 0.0
     for key, value, visible in tiles:
-        groups = key.shape[1]
-        if most is None:
-            # The heads of a group, one below the other.
-            asked = (query.float() * scale).reshape(batch, groups, -1, width)
-            most = asked.new_full((*asked.shape[:3], 1), lowest)
-            total, output = torch.zeros_like(most), asked.new_zeros(*asked.shape[:3], value.shape[3])
-        logits = asked @ key.float().transpose(2, 3)  # [B, G, r·q, t]
+        groups, shape = key.shape[1], (batch, heads, rows, -1)
+        # The heads of a group, one below the other.
+        logits = asked.reshape(batch, groups, -1, width) @ key.float().transpose(2, 3)  # [B, G, r·q, t]
         if softcap is not None:
             logits = logits.div_(softcap).tanh_().mul_(softcap)
         if visible is not None:
             hidden = ~visible.expand(batch, groups, rows, -1).repeat(1, 1, heads // groups, 1)
             logits = logits.masked_fill_(hidden, -torch.inf)
+        logits = logits.view(shape)
         top = torch.maximum(most, logits.amax(3, keepdim=True))
         shrunk, weight = (most - top).exp(), (logits - top).exp_()
         total = total * shrunk + weight.sum(3, keepdim=True)
-        output = output * shrunk + weight @ value.float()
+        read = weight.view(batch, groups, -1, key.shape[2]) @ value.float()
+        output = output * shrunk + read.view(shape)
         most = top
-    output = output / total.clamp_min(torch.finfo(torch.float32).tiny)
-    return output.view(batch, heads, rows, -1).to(query.dtype)
+    return (output / total.clamp_min(torch.finfo(torch.float32).tiny)).to(query.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,9 +246,23 @@ class Rows(Part):
         """What all rows take."""
         return sum(row.nbytes for row in self.rows)
 
+    @property
+    def nbytes_read(self) -> int:
+        """What a later token reads of all rows."""
+        return sum(row.nbytes_read for row in self.rows)
+
     def tiles(self) -> Iterator[Tile]:
         """The rows' tiles side by side, shorter ones filled up with hidden zeros."""
-        for tiles in zip_longest(*(row.tiles() for row in self.rows)):
+        return self._side_by_side(row.tiles() for row in self.rows)
+
+    def seen_by(self, query: Tensor) -> Iterator[Tile]:
+        """The same of what each row's query attends to."""
+        return self._side_by_side(
+            row.seen_by(one) for row, one in zip(self.rows, query.split(1), strict=True)
+        )
+
+    def _side_by_side(self, rows: Iterable[Iterator[Tile]]) -> Iterator[Tile]:
+        for tiles in zip_longest(*rows):
             widest = max((tile for tile in tiles if tile), key=lambda tile: tile[0].shape[2])
             filled = [_widened(tile, widest) for tile in tiles]
             yield tuple(torch.cat(parts) for parts in zip(*filled, strict=True))

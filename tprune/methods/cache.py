@@ -69,6 +69,8 @@ class CacheMethod(Method):
     """Which of the hyperparameters of these names make sense: both where entries are chosen by a score alone."""
     encodes: ClassVar[bool] = False
     """Whether it holds entries in another form and forgets none; its budget is then bytes."""
+    forgets: ClassVar[bool] = True
+    """Whether memory falls with the budget; without it only the part of the entries does that a later token reads."""
 
     pyramid: float | None = param(
         None, "budgets fall from layer to layer, to one part in so many of the mean", low=1, kw_only=True

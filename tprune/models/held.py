@@ -37,7 +37,7 @@ def attend_held(
 
 def attend_stored(layer: PrunedLayer, call: AttentionCall, query: Tensor) -> Tensor:
     """Attention [B, q, H, d] over dense entries and stored ones; what then shall not stay dense is stored."""
-    tiles = chain([(layer.keys, layer.values, layer.visible(query.shape[2]))], layer.stored.tiles())
+    tiles = chain([(layer.keys, layer.values, layer.visible(query.shape[2]))], layer.stored.seen_by(query))
     output = attend_tiles(query, tiles, call.scale, call.softcap).transpose(1, 2)
     store(layer)
     return output

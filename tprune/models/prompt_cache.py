@@ -65,7 +65,7 @@ def hold(
 ) -> tuple[float, int]:
     """Let `layer` hold what the edits leave of the views; -> how many entries stay, and of how many, over rows.
 
-    Of entries in another form those count that would take their memory.
+    Of entries in another form those count that would take the memory that is read of them.
     """
     if isinstance(edits[0], Encode):
         return _encode(layer, views, edits)
@@ -100,7 +100,7 @@ def _encode(layer: PrunedLayer, views: Sequence[LayerView], edits: Sequence[Enco
         for view, edit in zip(views, edits, strict=True)
     ]
     entry = sum(x[0, :, :1].nbytes for x in (views[0].key, views[0].value))
-    stored = sum(edit.stored.nbytes for edit in edits) / entry
+    stored = sum(edit.stored.nbytes_read for edit in edits) / entry
     if layer.valid is None:
         keys, values, places, valid = *latest[0], None
     else:
