@@ -118,7 +118,7 @@ def test_more_weights_can_go_from_the_cores_but_nothing_is_put_around_them_again
     prune(model, "wanda", text, sparsity=0.75)
     cores = [matrix.read() for index in range(3) for matrix in find_decoder(model).matrices(index)]
     assert all((core == 0).sum() == 0.75 * core.numel() for core in cores)
-    for method in ("armor", "shortgpt"):
+    for method in ("armor", "shortgpt", "llm-surgeon"):
         with pytest.raises(UserError, match=method):
             prune(model, method, text, sparsity=0.34)
 

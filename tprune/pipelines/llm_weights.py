@@ -192,7 +192,7 @@ class LlmWeights(Pipeline):
             handle = self.reload(decoder, edits)
             recover.put_back(subject.model, trained)
             return handle
-        if factored.sizes(decoder) and (self.method.wraps or self.method.scope == "model"):
+        if factored.sizes(decoder) and (self.method.wraps or self.method.scope != "block"):
             raise UserError(
                 f"matrices stand around those of this model already; {self.stage.method} does not go with that"
             )
