@@ -152,3 +152,40 @@ def test_the_best_of_a_neighbourhood_is_that_of_its_cells():
         row, column = divmod(place, 4)
         near = [4 * y + x for y in range(3) for x in range(4) if abs(y - row) <= 1 and abs(x - column) <= 1]
         assert torch.equal(found[:, place], score[:, near].amax(1))
+
+
+def test_text_begins_behind_the_largest_position_that_is_left_of_the_image_before_it():
+    model = tiny("qwen2.5-vl")
+    inputs = noise_prompts(model, 2, 6, images=2)
+    given = []
+    core = model.model.language_model
+    rotary = core.rotary_emb.register_forward_pre_hook(
+        lambda module, args, kwargs: given.append(kwargs.get("position_ids", args[-1])), with_kwargs=True
+    )
+    model(**inputs)
+    with tprune.prune(model, "vlm/index-preserving", **start("index-preserving", model), keep=0.03) as handle:
+        cache = model(**inputs, use_cache=True).past_key_values
+        owner = handle.driver.tally.owner
+        model(input_ids=inputs["input_ids"][:, :1], past_key_values=cache, use_cache=True)
+    rotary.remove()
+    dense, found, behind = given
+    image = inputs["input_ids"] == model.config.image_token_id
+    moved_any = False
+    for row in range(2):
+        moved, expected, last = 0, [], None
+        for place in range(image.shape[1]):
+            kept = owner[row, place] >= 0
+            if image[row, place]:
+                if place == 0 or not image[row, place - 1]:
+                    largest, whole = 0, 0
+                whole = max(whole, int(dense[:, row, place].max()))
+                largest = max(largest, int(dense[:, row, place].max())) if kept else largest
+                last = place
+            elif last is not None and last == place - 1:
+                moved += whole - largest
+                moved_any |= whole > largest
+            if kept:
+                expected.append(dense[:, row, place] - moved)
+        assert torch.equal(found[:, row], torch.stack(expected, 1))
+        assert torch.equal(behind[:, row, 0], found[:, row, -1] + 1)
+    assert moved_any

@@ -77,7 +77,8 @@ class TokenMethod(Method):
     under_keep: ClassVar[dict[str, Any]] = {}
     """What hyperparameters are under --keep, so that it fixes all counts; with other values the data decides."""
     positions: ClassVar[str] = "original"
-    """Whether tokens that stay keep their "original" position ids, or are renumbered to be "compact"."""
+    """Whether tokens that stay keep their "original" position ids, or are renumbered to be "compact"; or "closed": as
+    "original", and text begins right behind the largest that is left of the image before it."""
     positions_inside: ClassVar[str | None] = None
     """The same for what leaves inside a VLM's decoder, where it differs from what leaves at the projector."""
     cascades: ClassVar[bool] = False
@@ -87,8 +88,8 @@ class TokenMethod(Method):
     """Whether tokens are merged before a VLM's projector: the view then holds what the projector makes tokens of, class
     tokens in front, and what is merged is projected again."""
     before_tower: ClassVar[bool] = False
-    """Whether what leaves at a VLM's projector leaves before a tower that sees images as one sequence; `reduce` is asked
-    there too, and has the pixels and the grid alone."""
+    """Whether what leaves at a VLM's projector leaves before a tower that sees images as one sequence; `reduce` is
+    asked there too, and has the pixels and the grid alone."""
     calibrates: ClassVar[bool] = False
     """Whether `state` comes from a look at `images` calibration images, before anything is pruned or fitted."""
     restores: ClassVar[bool] = False

@@ -44,7 +44,8 @@ class DecoderDriver:
         method: what chooses.
         prunable_of: from the inputs of a prompt, by name, to bool [B, N]; None where nothing is to be pruned.
         stages_of: where tokens leave a row with so many prunable tokens, and how many are left.
-        positions: "original" keeps the position ids of the tokens that are left, "compact" renumbers them.
+        positions: "original" keeps the position ids of the tokens that are left, "compact" renumbers them; "closed"
+            (`TokenMethod.positions`) lets what follows an image move up.
         positions_inside: the same for what leaves inside the decoder; None: as `positions`.
         seeds_of: from the inputs to a seed per row, int64 [B]; called where the method draws at random.
         entrance: what happens before the first layer, for methods with the site `PROJECTOR`.

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from tprune.core.select import mark
 from tprune.models.run import Inputs, Run
 from tprune.models.track import Kept, gather_any_mask, gather_last, restore
 
@@ -22,7 +24,7 @@ def shorten(run: Run, given: Inputs, entrance: Entrance, positions: str) -> None
         run: of the prompt.
         given: what the decoder is called with, by name; changed.
         entrance: what chooses.
-        positions: "compact" renumbers the tokens that are left.
+        positions: "compact" renumbers the tokens that are left, "closed" what follows an image.
     """
     mask, ids = given.get("attention_mask"), given.get("position_ids")
     given["inputs_embeds"], index, valid = entrance(run, given["inputs_embeds"])
@@ -31,9 +33,35 @@ def shorten(run: Run, given: Inputs, entrance: Entrance, positions: str) -> None
     given["position_ids"] = gather_last(ids, index)
     if positions == "compact":
         given["position_ids"] = given["position_ids"] - kept.shift()
+    elif positions == "closed":
+        moved, kept.closed = closing(ids, run.prunable, mark(index, valid, run.length))
+        given["position_ids"] = given["position_ids"] - moved.gather(1, index)
     # Without a mask transformers takes gaps in the positions for the seams of packed sequences.
     mask = torch.ones_like(run.prunable, dtype=torch.int64) if mask is None else mask
     given["attention_mask"] = gather_any_mask(mask, index, kept, run.length)
+
+
+def closing(ids: Tensor, image: Tensor, stays: Tensor) -> tuple[Tensor, Tensor]:
+    """How far tokens move to the front for text to begin right behind the largest position that is left of an image.
+
+    Args:
+        ids: [B or 1, N], or [3 or 4, B, N] where positions have rows and columns (behind plain ones).
+        image: bool [B, N], image tokens; those next to each other are of one image.
+        stays: bool [B, N], what is left, at least one of every image.
+
+    Returns:
+        int64 [B, N] for the prompt, and [B, 1] for all that follows it.
+    """
+    place = (ids if ids.dim() == 2 else ids[-3:].amax(0)).expand(image.shape)
+    number = (image & ~functional.pad(image[:, :-1], (1, 0))).cumsum(1)
+    ends = [
+        torch.zeros_like(functional.pad(place, (0, 1))).scatter_reduce(1, number, place * part, "amax")
+        for part in (image, image & stays)
+    ]
+    moved = ends[0] - ends[1]
+    total = moved.cumsum(1)
+    behind = total.gather(1, number)
+    return behind - image * moved.gather(1, number), behind[:, -1:]
 
 
 def place_behind(run: Run, given: Inputs, kept: Kept, positions: str) -> None:
@@ -49,6 +77,8 @@ def place_behind(run: Run, given: Inputs, kept: Kept, positions: str) -> None:
     # Where tokens left inside the decoder, every layer closes its own gaps.
     closes = positions == "compact" and run.track.entry is not None
     given["position_ids"] = ids - kept.gone[:, None] if closes else ids
+    if kept.closed is not None:
+        given["position_ids"] = ids - kept.closed
     mask = given.get("attention_mask")
     given["attention_mask"] = gather_any_mask(mask, rows, kept, run.track.length)
 

@@ -24,6 +24,7 @@ class Kept:
         valid: bool [B, T], False where a row keeps fewer and the place is a filler, or where a token is hidden but
             not removed; None for neither.
         gone: int64 [B], how many slots of the prompt are missing.
+        closed: int64 [B, 1], how far all that follows the prompt moves to the front; None: not at all.
         order: int64 [B, T], the same slots ascending, where `index` is not: what sees what follows the sequence.
     """
 
@@ -31,6 +32,7 @@ class Kept:
     valid: Tensor | None
     gone: Tensor
     order: Tensor | None = None
+    closed: Tensor | None = None
 
     @classmethod
     def of(cls, index: Tensor, valid: Tensor | None, length: int, ascending: bool = True) -> Kept:

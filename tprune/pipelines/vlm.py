@@ -252,7 +252,7 @@ class VlmPipeline(Pipeline):
             return self.stage.positions
         rotary = getattr(parts.core, "rotary_emb", None)
         own = (self.method.positions_inside if inside else None) or self.method.positions
-        return "original" if hasattr(rotary, "mrope_section") else own
+        return "original" if own == "compact" and hasattr(rotary, "mrope_section") else own
 
     def probe(self, subject: Subject) -> dict[str, Tensor]:
         """Two prompts with a noise image each, and the logits behind them."""
@@ -284,8 +284,8 @@ class VlmPipeline(Pipeline):
 
 
 def numbering(positions: str) -> str:
-    """ "compact" or "original", which "gap" is too but for the order."""
-    return "compact" if positions == "compact" else "original"
+    """How positions are numbered: "gap" is "original" but for the order."""
+    return "original" if positions == "gap" else positions
 
 
 PIPELINE = VlmPipeline

@@ -37,13 +37,13 @@ class IndexPreserving(TokenMethod):
         arxiv="2509.06415",
         code="jaeminSon/index-preserving-lightweight-token-pruning",
         checked="code",
-        notes="Text behind an image keeps its positions; the authors' begins behind the largest position kept. Where "
-        "all patches see each other their seams count the first patch of a second image to the first; ours do not. "
-        "Towers that see images as a batch run in full, and tokens leave behind them. The authors draw as much "
-        "background as foreground, here both weigh the same; their augmentation (dropout, blur, noise, JPEG) is left "
-        "out. --keep fixes the counts, the largest logits stay (ours).",
+        notes="Where all patches see each other the authors' seams count the first patch of a second image to the "
+        "first; ours do not. Towers that see images as a batch run in full, and tokens leave behind them. The authors "
+        "draw as much background as foreground, here both weigh the same; their augmentation (dropout, blur, noise, "
+        "JPEG) is left out. --keep fixes the counts, the largest logits stay (ours).",
     )
     reads = ()
+    positions = "closed"
     unit = "crop"
     before_tower = True
     under_keep = {"counts": "keep"}
