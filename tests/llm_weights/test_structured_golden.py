@@ -72,14 +72,8 @@ def test_llm_pruner_adds_up_the_query_heads_of_a_key_value_group():
     assert torch.allclose(method.score(unit), expected)
 
 
-@pytest.mark.parametrize("case", ["mix", "mha", "mlp"])
-def test_blockpruner_removes_the_authors_halves_at_the_authors_perplexities(case, tmp_path, monkeypatch):
-    tensors, told = golden("llm-weights", "blockpruner")
-    order = [
-        ({"mha": "attention", "mlp": "mlp"}[kind], layer) for kind, layer in told["settings"]["cases"][case]
-    ]
-    model = decoder(num_hidden_layers=5)
-    sizes = {"attention": 3072, "mlp": 4608}
+def answers(monkeypatch):
+    """A list of what a search is answered, which fills while it runs."""
     asked, measure = [], Removal._measure
 
     def measured(self, made, candidates):
@@ -87,6 +81,18 @@ def test_blockpruner_removes_the_authors_halves_at_the_authors_perplexities(case
         return asked[-1]
 
     monkeypatch.setattr(Removal, "_measure", measured)
+    return asked
+
+
+@pytest.mark.parametrize("case", ["mix", "mha", "mlp"])
+def test_blockpruner_removes_the_authors_halves_at_the_authors_perplexities(case, monkeypatch):
+    tensors, told = golden("llm-weights", "blockpruner")
+    order = [
+        ({"mha": "attention", "mlp": "mlp"}[kind], layer) for kind, layer in told["settings"]["cases"][case]
+    ]
+    model = decoder(num_hidden_layers=5)
+    sizes = {"attention": 3072, "mlp": 4608}
+    asked = answers(monkeypatch)
     sparsity = sum(sizes[kind] for kind, _ in order) / 38400
     halves = {"mix": "both", "mha": "attention", "mlp": "mlp"}[case]
     found = edits("blockpruner", model, tensors["tokens"], sparsity, halves=halves)
@@ -141,3 +147,30 @@ def test_widths_by_importance_have_the_asked_mean_and_none_is_whole():
         assert max(shares) < 1
         assert (shares[3] > shares[1] > shares[2] > shares[0]) == (0 < sharpness < 1000)
     assert widths_by_importance([0.3, 0.3], 0.0, 5.0) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("case", ["mha", "gqa"])
+def test_multipruner_finds_the_authors_halves_and_widths_at_the_authors_perplexities(case, monkeypatch):
+    tensors, told = golden("llm-weights", "multipruner")
+    setting = told["settings"]["cases"][case]
+    model = decoder(**setting["model"])
+    group = setting["model"]["num_key_value_heads"]
+    weights = sum(p.numel() for p in model.model.layers.parameters() if p.dim() > 1)
+    asked = answers(monkeypatch)
+    found = edits(
+        "multipruner",
+        model,
+        tensors["tokens"],
+        setting["target_ratio"] / 100 * setting["total"] / weights,
+        distribution=[float(share) for share in setting["distribution"].split(":")],
+        channels=setting["mlp"],
+        groups=setting["attention"] * group // 32,
+    )
+    theirs = setting["found"]
+    for kind, name in (("attention", "attn"), ("mlp", "mlp")):
+        assert found.get(f"without.{kind}", torch.tensor([])).tolist() == sorted(theirs[f"pruned_{name}_idx"])
+    for layer in range(4):
+        for kind, name, size, whole in (("heads", "attn", 32 // group, group), ("channels", "mlp", 1, 48)):
+            width = len(found.get(f"keep/{layer}.{kind}", torch.arange(whole)))
+            assert width * size == theirs[f"pruned_{name}_width"][str(layer)]
+    assert torch.allclose(torch.cat(asked).exp(), tensors[f"{case}.ppl"], rtol=1e-4)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -28,33 +28,19 @@ def blocks_to_remove(sparsity: float, depth: int, kept: int = 1) -> int:
     return count
 
 
-def remove_halves(model: ModelView, kinds: Sequence[str], budget: float) -> list[tuple[str, int]]:
-    """Halves of blocks, greedily, until the removed weights come nearest to `budget`: (half, block) as they go.
+def cheapest(model: ModelView, made: Sequence[StructureEdit], candidates: Sequence[StructureEdit]) -> int:
+    """Which candidate leaves the lowest loss once `made` has been done; the first among equals."""
+    losses = model.losses_with(made, [[candidate] for candidate in candidates])
+    return int(losses.nan_to_num(torch.inf).argmin())
 
-    Each step takes the one without which the model's loss is lowest; of equals the attention, the earlier block.
 
-    Raises:
-        BudgetError: all halves of these kinds are less than asked.
+def halves_in_order(model: ModelView, kinds: Sequence[str]) -> Iterator[StructureEdit]:
+    """Halves of blocks as they go, each the one without which, and without those before it, the loss is lowest.
+
+    Of equals the attention goes first, then the earlier block. A step is measured when it is asked for.
     """
-    sizes = {(kind, block.index): block.halves[kind] for kind in kinds for block in model.blocks}
-    total = sum(block.parameters for block in model.blocks)
-    most = (sum(sizes.values()) - min(sizes.values())) / total
-    if budget > most * total:
-        raise BudgetError(
-            f"--sparsity {budget / total:g}: without all but one of these halves it is {most:.4g}", 0.0, most
-        )
-    gone: list[tuple[str, int]] = []
-    left = budget
-    while left > 0:
-        alive = [half for half in sizes if half not in gone]
-        if min(sizes[half] for half in alive) > 2 * left:
-            break
-        made = [StructureEdit(at, halves=(kind,)) for kind, at in gone]
-        candidates = [[StructureEdit(at, halves=(kind,))] for kind, at in alive]
-        losses = model.losses_with(made, candidates).nan_to_num(torch.inf)
-        best = alive[int(losses.argmin())]
-        if sizes[best] > 2 * left:
-            break
-        gone.append(best)
-        left -= sizes[best]
-    return gone
+    gone: list[StructureEdit] = []
+    alive = [StructureEdit(block.index, halves=(kind,)) for kind in kinds for block in model.blocks]
+    while alive:
+        gone.append(alive.pop(cheapest(model, gone, alive)))
+        yield gone[-1]

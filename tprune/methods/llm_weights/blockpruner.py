@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from tprune.core.weights import HALVES, StructureEdit
 from tprune.methods.base import Paper, param
-from tprune.methods.llm_weights._depth import remove_halves
+from tprune.methods.llm_weights._depth import halves_in_order
+from tprune.methods.llm_weights._width import check_reach
 from tprune.methods.views import ModelView
 from tprune.methods.weights import WeightBudget, WeightMethod
 
@@ -41,9 +42,18 @@ class BlockPruner(WeightMethod):
     def plan(self, model: ModelView, budget: WeightBudget) -> list[StructureEdit]:
         """Perplexity is always that of the model without all that have gone before."""
         kinds = HALVES if self.halves == "both" else (self.halves,)
+        sizes = {(block.index, kind): block.halves[kind] for block in model.blocks for kind in kinds}
         total = sum(block.parameters for block in model.blocks)
-        gone = remove_halves(model, kinds, budget.sparsity * total)
-        return [
-            StructureEdit(block.index, halves=tuple(kind for kind in HALVES if (kind, block.index) in gone))
-            for block in model.blocks
-        ]
+        check_reach(budget.sparsity, (sum(sizes.values()) - min(sizes.values())) / total)
+        left = budget.sparsity * total
+        gone: dict[int, tuple[str, ...]] = {}
+        order = halves_in_order(model, kinds) if min(sizes.values()) <= 2 * left else ()
+        for edit in order:
+            size = sizes[edit.block, edit.halves[0]]
+            if size > 2 * left:
+                break
+            gone[edit.block] = gone.get(edit.block, ()) + edit.halves
+            left -= size
+            if min(sizes.values()) > 2 * left:
+                break
+        return [StructureEdit(index, halves=halves) for index, halves in sorted(gone.items())]

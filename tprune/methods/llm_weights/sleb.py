@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from tprune.core.weights import StructureEdit
 from tprune.methods.base import Paper, param
-from tprune.methods.llm_weights._depth import blocks_to_remove
+from tprune.methods.llm_weights._depth import blocks_to_remove, cheapest
 from tprune.methods.views import ModelView
 from tprune.methods.weights import WeightBudget, WeightMethod
 
@@ -45,8 +43,7 @@ class SLEB(WeightMethod):
         gone: list[StructureEdit] = []
         for _ in range(blocks_to_remove(budget.sparsity, len(alive), kept)):
             candidates = alive[self.early_barrier : len(alive) - self.latter_barrier]
-            edits = [[StructureEdit(index, removed=True)] for index in candidates]
-            best = int(model.losses_with(gone, edits).nan_to_num(torch.inf).argmin())
-            gone += edits[best]
-            alive.remove(candidates[best])
+            edits = [StructureEdit(index, removed=True) for index in candidates]
+            gone.append(edits[cheapest(model, gone, edits)])
+            alive.remove(gone[-1].block)
         return gone
