@@ -77,6 +77,18 @@ def test_coverage_picks_the_token_that_adds_most_and_its_gains_never_rise():
         assert (steps.diff() <= 1e-6).all()
 
 
+def test_coverage_is_the_same_however_few_tokens_are_looked_at_and_of_equals_takes_the_first():
+    draw = torch.Generator().manual_seed(6)
+    gains = torch.rand(2, 30, 20, generator=draw)
+    gains[0, :, 11:] = gains[0, :, 2:11]
+    gains[1] = gains[1, :, :1]
+    whole = greedy.coverage(gains, 20, few=20)
+    for few in (1, 3, 7):
+        assert torch.equal(greedy.coverage(gains, 20, few=few), whole)
+    assert not set(whole[0, :5].tolist()) & set(range(11, 20))
+    assert whole[1].tolist() == list(range(20))
+
+
 def test_determinant_picks_the_token_that_raises_it_most(features):
     weight = torch.rand(3, 12, 1, generator=torch.Generator().manual_seed(4)) + 0.1
     root = features * weight

@@ -62,38 +62,42 @@ def max_sum(features: Tensor, first: Tensor, count: int, allowed: Tensor | None 
     return order
 
 
-def coverage(gains: Tensor, count: int, allowed: Tensor | None = None) -> Tensor:
+def coverage(gains: Tensor, count: int, allowed: Tensor | None = None, few: int = 48) -> Tensor:
     """Picks that raise Σ_r max over picks of `gains`[r] the most: facility location (MMTok, eq. 5).
 
-    Exact: only the rows that a pick changes are looked at again, which are fewer and fewer.
+    Exact and lazy (Minoux, 1978): what a token adds never rises, so that no other than the `few` best has to be looked
+    at while one of these adds more than any other did when all were looked at.
 
     Args:
         gains: [B, R, N], none below 0: how well token n covers row r.
         count: how many picks, at most N.
         allowed: see above.
+        few: how many are looked at between two looks at all.
     """
     gains = gains.float()
-    batch, rows = len(gains), torch.arange(len(gains), device=gains.device)
-    bar = _barred((batch, gains.shape[2]), allowed, gains).double()
-    covered = gains.new_zeros(batch, gains.shape[1])
-    worth = gains.sum(1, dtype=torch.float64)  # [B, N], what each token would add
-    order = torch.empty(batch, count, dtype=torch.int64, device=gains.device)
-    for place in range(count):
-        pick = (worth + bar).argmax(dim=1)
-        order[:, place] = pick
-        bar[rows, pick] = -torch.inf
-        better = gains[rows, :, pick]
-        sample, row = (better > covered).nonzero(as_tuple=True)
-        # In double precision differences of floats are exact, so that small gains stay right to the end.
-        touched, before = gains[sample, row].double(), covered[sample, row].double().unsqueeze(1)
-        after = better[sample, row].double().unsqueeze(1)
-        lost = (touched.minimum(after) - before).clamp_min_(0)
-        if batch == 1:
-            worth[0] -= lost.sum(0)
-        else:
-            worth.index_add_(0, sample, lost, alpha=-1)
-        covered = torch.maximum(covered, better)
-    return order
+    bar, covered = _barred((len(gains), gains.shape[2]), allowed, gains), torch.zeros_like(gains[..., :1])
+    order: list[Tensor] = []
+    while len(order) < count:
+        worth = _adds(gains, covered) + bar
+        ranked = worth.argsort(dim=1, descending=True, stable=True)
+        near = ranked[:, :few].sort(dim=1).values
+        others = worth.gather(1, ranked[:, few : few + 1])  # [B, 1], their best; [B, 0] where there is none
+        part = gains.take_along_dim(near.unsqueeze(1), 2)
+        best, pick = worth.gather(1, near).max(dim=1, keepdim=True)
+        for _ in range(count - len(order)):
+            order.append(near.gather(1, pick))
+            bar.scatter_(1, order[-1], -torch.inf)
+            covered = torch.maximum(covered, part.gather(2, pick.unsqueeze(1).expand_as(covered)))
+            best, pick = (_adds(part, covered) + bar.gather(1, near)).max(dim=1, keepdim=True)
+            # Equals are the next look's, which knows their order.
+            if not bool((best > others).all()):
+                break
+    return torch.cat(order, dim=1)
+
+
+def _adds(gains: Tensor, covered: Tensor) -> Tensor:
+    """What each token would add to what is `covered` [B, R, 1], of `gains` [B, R, N]: [B, N]."""
+    return (gains - covered).clamp_min_(0).sum(1)
 
 
 def determinant(kernel: Tensor, count: int, allowed: Tensor | None = None) -> Tensor:

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from tprune.core import greedy, select
+from tprune.core import cosine, greedy, select
 from tprune.core.budget import PROJECTOR, Stage
 from tprune.core.reduction import Reduction
-from tprune.core.score import cosine_normalise
 from tprune.methods.base import Paper, param
 from tprune.methods.tokens import TokenMethod
 
@@ -67,28 +66,23 @@ class MMTok(TokenMethod):
         if self.keywords:
             text = text.signal("reworded")(keywords)
         patches = view.pool(view.encoder.hidden[:, view.encoder.prefix :])
-        cover = torch.cat(
-            [
-                shares(text.hidden, view.hidden, text.real, view.prunable, self.text_temperature),
-                self.alpha * shares(patches, patches, view.prunable, view.prunable, self.image_temperature),
-            ],
-            dim=1,
-        )
+        words = cosine.between(text.hidden, view.hidden) / self.text_temperature
+        image = cosine.among(patches) / self.image_temperature
+        words = shares(words, text.real, view.prunable)
+        cover = torch.cat([words, shares(image, view.prunable, view.prunable, self.alpha)], dim=1)
         widest = int(torch.as_tensor(count).max())
         order = greedy.coverage(cover, widest, None if view.whole else view.prunable)
         index, valid = select.keep_first(order, count, view.prunable)
         return Reduction.keep(index, view.hidden.shape[1], valid)
 
 
-def shares(rows, columns, rows_real, columns_real, temperature):
-    """softmax over the columns of cosine / temperature, over the number of rows: float32 [B, R, N].
+def shares(logits, rows_real, columns_real, weight=1.0):
+    """softmax of `logits` [B, R, N], which are lost, over the columns, times weight / rows: float32 [B, R, N].
 
-    `rows` [B, R, D] and `columns` [B, N, D] are compared; what is not real (bool [B, R], [B, N]) takes no part.
+    What is not real (bool [B, R], [B, N]) takes no part.
     """
-    likeness = cosine_normalise(rows, 1e-8) @ cosine_normalise(columns, 1e-8).transpose(1, 2)
-    likeness = (likeness / temperature).masked_fill(~columns_real.unsqueeze(1), -torch.inf)
-    part = rows_real / rows_real.sum(1, keepdim=True).clamp_min(1)
-    return likeness.softmax(dim=2) * part.unsqueeze(2)
+    part = weight * rows_real / rows_real.sum(1, keepdim=True).clamp_min(1)
+    return logits.masked_fill_(~columns_real.unsqueeze(1), -torch.inf).softmax(dim=2) * part.unsqueeze(2)
 
 
 def keywords(text):

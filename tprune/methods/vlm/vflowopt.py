@@ -93,11 +93,14 @@ class VFlowOpt(TokenMethod):
     def importance(self, view):
         """What hubs pay to every token, mean over heads and hubs, and the entropy of its pixels; 1 for newlines."""
         tower = view.encoder
-        received = tower.received()
+        patches = slice(tower.prefix, None)
+        others = tower.attention.rows(slice(0, tower.prefix)).sum(2)
+        received = (tower.attention.column_sums() - others).mean(1)[:, patches]  # from patches alone
         hub = received > self.hubs * received.mean(1, keepdim=True)
-        rows, real = select.places(hub | ~hub.any(1, keepdim=True))
-        paid = tower.attention.rows(rows + tower.prefix).mean(1)[:, :, tower.prefix :]
-        worth = (paid * real.unsqueeze(2)).sum(1) / real.sum(1, keepdim=True)
+        rows, real = select.places(hub)
+        paid = tower.attention.rows(rows + tower.prefix).mean(1)[:, :, patches]
+        paid = (paid * real.unsqueeze(2)).sum(1) / real.sum(1, keepdim=True).clamp_min(1)
+        worth = torch.where(hub.any(1, keepdim=True), paid, received / received.shape[1])
         if self.entropy:
             worth = worth + self.entropy * score.patch_entropy(view.signal("patches")).softmax(1)
         return view.pool(worth).masked_fill(view.signal("newlines"), 1.0)
