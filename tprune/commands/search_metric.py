@@ -53,7 +53,8 @@ def command(
       tprune search-metric smollm2-135m --sparsity 0.5 --out best.yaml
 
     A metric is worth the perplexity of the model pruned by it, on text of the calibration part of --data (--limit
-    windows, 8 by default). With --out an interrupted search goes on where it stopped.
+    windows, 8 by default); the published one is measured first. With --out an interrupted search goes on where it
+    stopped.
     """
     if out is not None and Path(out).exists() and not force:
         raise UserError(f"--out {out} exists; give another file, or --force to replace it")
@@ -67,13 +68,13 @@ def command(
     file = None if out is None else Path(f"{out}.tried.jsonl")
     search = MetricSearch(recipe, Tried(file, recipe), progress)
     evolution = Evolution(LEAVES, population, largest=largest)
-    found: dict[str, float] = {}
+    found = {search.driver.method.metric: search.published}
     for place, (metric, perplexity) in enumerate(search.run(evolution, evaluations), start=1):
         found[metric] = perplexity
         progress.say(f"[{place}/{evaluations}] {perplexity:.2f}  {metric}")
     best = min(found, key=found.get)
     if found[best] == float("inf"):
-        raise UserError("no metric could be used; raise --evaluations")
+        raise UserError("no metric could be used on this model, not even the published one")
     winner = search.winner(best).to_yaml()
     if out is not None:
         Path(out).write_text(
@@ -120,14 +121,15 @@ def report(search: MetricSearch, found: dict[str, float], best: str, recipe: str
 
 
 def show(search: MetricSearch, found: dict[str, float]) -> None:
-    """The best metrics beside the dense model and the published metric."""
+    """The best metrics beside the dense model; the published one is always there."""
     from tprune.evaluate.table import make_console, new_table
 
     console = make_console()
     table = new_table(console, None, "perplexity", "metric")
     table.columns[-1].justify = "left"
     table.add_row(f"{search.dense:.2f}", "dense")
-    table.add_row(f"{search.published:.2f}", f"published: {search.driver.method.metric}")
-    for metric in sorted(found, key=found.get)[:SHOWN]:
-        table.add_row(f"{found[metric]:.2f}", metric)
+    published = search.driver.method.metric
+    best = sorted(found, key=found.get)[:SHOWN]
+    for metric in best if published in best else [*best, published]:
+        table.add_row(f"{found[metric]:.2f}", metric + (" (published)" if metric == published else ""))
     console.print(table)
