@@ -19,7 +19,11 @@ from tprune.models.room import Shelf
 PROMPT, STEPS = 96, 12
 TOKENIZER = tiny.tokenizer()
 
-KINDS = {fact.id: registry.load(fact.id, "llm-context") for fact in registry.facts("llm-context")}
+KINDS = {
+    fact.id: registry.load(fact.id, "llm-context")
+    for fact in registry.facts("llm-context")
+    if fact.learns != "required"
+}
 CACHE_METHODS = [name for name, kind in KINDS.items() if issubclass(kind, CacheMethod)]
 EVICTING = [name for name in CACHE_METHODS if registry.build(name, "llm-context").evicts_while_decoding]
 every_cache_method = pytest.mark.parametrize("method", CACHE_METHODS)
@@ -189,3 +193,20 @@ def test_a_replacement_as_a_value_and_in_place_agree():
     written = numbers.clone().unsqueeze(-1)
     edit.write(written)
     assert torch.equal(written[:, :, :-1].squeeze(-1), edit.apply(numbers))
+
+
+def test_a_compiled_model_is_pruned_as_a_plain_one():
+    model, ids = decoder(num_hidden_layers=1), tokens(1, PROMPT + 1)
+    compiled = torch.compile(model, backend="eager")
+
+    def logits(call):
+        cache = DynamicCache()
+        call(ids[:, :PROMPT], past_key_values=cache)
+        return call(ids[:, PROMPT:], past_key_values=cache).logits
+
+    dense = logits(model)
+    with prune(model, "snapkv"):
+        pruned = logits(model)
+        assert torch.equal(logits(compiled), pruned)
+    assert not torch.allclose(pruned, dense, atol=1e-3)
+    assert torch.equal(logits(compiled), dense)
