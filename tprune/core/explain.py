@@ -1,4 +1,4 @@
-"""What an answer came from: relevance handed back through attention."""
+"""What an answer came from: relevance handed back through attention, and what it takes to foretell it."""
 
 from __future__ import annotations
 
@@ -25,3 +25,17 @@ def attention_relevance(maps: Sequence[Tensor], gradients: Sequence[Tensor], sta
         passed = torch.clamp(attention * gradient, min=0).mean(1)
         row = row + (row.unsqueeze(1) @ passed)[:, 0]
     return row
+
+
+def foretelling_loss(score: Tensor, wanted: Tensor, there: Tensor) -> Tensor:
+    """The cross-entropy of softmax(score) from weights that add up to 1, both over the tokens there; mean over rows.
+
+    Args:
+        score: [B, N], with a gradient.
+        wanted: [B, N], not negative.
+        there: bool [B, N].
+    """
+    wanted = wanted.detach() * there
+    wanted = wanted / wanted.sum(1, keepdim=True).clamp_min(1e-12)
+    said = score.masked_fill(~there, -torch.inf).log_softmax(1).masked_fill(~there, 0)
+    return -(wanted * said).sum(1).mean()

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from tprune.core import select
 from tprune.core.budget import Site, Stage, knob_at, scale_layer
+from tprune.core.explain import foretelling_loss
 from tprune.core.reduction import Reduction
 from tprune.methods.base import Paper, param
 from tprune.methods.fit import Fit, Plan, Relaxed
@@ -102,12 +103,8 @@ class Contextual(Fit):
             missed = memory["left"][0].count - self.target
             answers = functional.cross_entropy(outputs, labels)
             return {"answers": answers, "budget": self.method.penalty * missed**2}
-        image = memory["image"]
         paid = memory["attention"][self.guide].sum(1) * memory["text"].unsqueeze(2)
-        wanted = paid.sum(1).detach() * image
-        wanted = wanted / wanted.sum(1, keepdim=True).clamp_min(1e-12)
-        said = memory["score"].masked_fill(~image, -torch.inf).log_softmax(1).masked_fill(~image, 0)
-        return {"attention": -(wanted * said).sum(1).mean()}
+        return {"attention": foretelling_loss(memory["score"], paid.sum(1), memory["image"])}
 
     def state(self):
         """The module."""

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from tprune.core import select
 from tprune.core.budget import Site, Stage
-from tprune.core.explain import attention_relevance
+from tprune.core.explain import attention_relevance, foretelling_loss
 from tprune.core.reduction import Reduction
 from tprune.methods.base import Paper, param
 from tprune.methods.fit import Fit, Plan
@@ -38,7 +38,7 @@ class ExplainCompress(TokenMethod):
         checked="abstract",
         notes="A reconstruction: no code is public. The explanation is that of Chefer et al. (arXiv 2103.15679) of the "
         "answers' log-probability; the network's size, its input (the words' mean attention in every head, relative to "
-        "its mean over the image) and the divergence it learns by are ours. Tokens without rows and columns "
+        "its mean over the image) and the loss it learns by are ours. Tokens without rows and columns "
         "(newlines, resized mosaics) leave first, positions stay (ours).",
     )
     reads = ()
@@ -102,7 +102,7 @@ def foretold(view, kernels, biases):
 
 
 class Explained(Fit):
-    """The divergence of what the network foretells from what the answers came from; nothing leaves."""
+    """The cross-entropy of what the network foretells from what the answers came from; nothing leaves."""
 
     explains = True
     sites = (Site(0),)
@@ -122,8 +122,7 @@ class Explained(Fit):
     def at(self, site, view, memory):
         """What the network says."""
         memory["said"], memory["image"] = foretold(view, self.weights, self.biases), view.prunable
-        index = torch.arange(view.hidden.shape[1], device=view.hidden.device)
-        return Reduction.keep(index.expand_as(view.prunable), len(index))
+        return Reduction.identity(*view.prunable.shape, view.prunable.device)
 
     def losses(self, outputs, labels, memory, dense):
         """Of the distributions over the image tokens that have a row and a column."""
@@ -133,11 +132,7 @@ class Explained(Fit):
         maps = [one.detach() for one in maps]
         told = attention_relevance(maps, gradients, functional.pad(answers[:, 1:], (0, 1)))
         image = memory["said"].isfinite() & memory["image"]
-        wanted = told * image
-        wanted = wanted / wanted.sum(1, keepdim=True).clamp_min(1e-12)
-        said = memory["said"].masked_fill(~image, -torch.inf).log_softmax(1).masked_fill(~image, 0)
-        known = torch.special.xlogy(wanted, wanted).sum(1)
-        return {"relevance": (known - (wanted * said).sum(1)).mean()}
+        return {"relevance": foretelling_loss(memory["said"], told, image)}
 
     def state(self):
         """The convolutions."""

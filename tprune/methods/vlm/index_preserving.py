@@ -130,8 +130,7 @@ class Foreground(Fit):
         state = {name: self.parts[own] for name, own in self.names.items()}
         logit = classified(view.signal("pixels").float(), state)
         memory.setdefault("seen", []).append((view.signal("rows"), view.grid, logit))
-        index = torch.arange(logit.shape[1], device=logit.device).expand_as(logit)
-        return Reduction.keep(index, logit.shape[1])
+        return Reduction.identity(*logit.shape, logit.device)
 
     def losses(self, outputs, labels, memory, dense):
         """Cross-entropy, the mean of what it is in the foreground and in the background."""
