@@ -137,7 +137,7 @@ def test_generation_with_padding_and_beams_agrees_with_prompts_alone(method, kin
     gap = long["input_ids"].shape[1] - short["input_ids"].shape[1]
     both = {}
     for name, value in short.items():
-        if name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        if name in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"):
             value = torch.nn.functional.pad(value, (gap, 0))
         both[name] = torch.cat([value, long[name]])
     handle = pruned(model, method, keep=0.5)

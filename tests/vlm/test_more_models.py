@@ -9,8 +9,14 @@ from tests.vlm.tiny import MORE, tiny
 from tprune.models.prompts import noise_prompts
 
 METHODS = ["hiprune", "mmtok", "visionzip", "vflowopt", "fastv", "flowcut"]
-every_method = pytest.mark.parametrize("method", METHODS)
-every_kind = pytest.mark.parametrize("kind", MORE)
+CONTRACTS = [
+    contract.test_keeping_all_is_bitwise_the_dense_model_and_leaving_restores_it,
+    contract.test_the_planned_counts_are_the_counts_that_enter,
+    contract.test_a_batch_gives_what_its_prompts_give_alone,
+    contract.test_generation_decodes_what_a_loop_of_single_steps_and_one_chunk_do,
+    contract.test_generation_with_padding_and_beams_agrees_with_prompts_alone,
+    contract.test_a_prompt_without_images_is_left_alone,
+]
 
 
 @pytest.fixture(autouse=True)
@@ -19,40 +25,11 @@ def no_gradients():
         yield
 
 
-@every_method
-@every_kind
-def test_keeping_all_is_bitwise_the_dense_model_and_leaving_restores_it(method, kind):
-    contract.test_keeping_all_is_bitwise_the_dense_model_and_leaving_restores_it(method, kind)
-
-
-@every_method
-@every_kind
-def test_the_planned_counts_are_the_counts_that_enter(method, kind):
-    contract.test_the_planned_counts_are_the_counts_that_enter(method, kind)
-
-
-@every_method
-@every_kind
-def test_a_batch_gives_what_its_prompts_give_alone(method, kind):
-    contract.test_a_batch_gives_what_its_prompts_give_alone(method, kind)
-
-
-@every_method
-@every_kind
-def test_generation_decodes_what_a_loop_of_single_steps_and_one_chunk_do(method, kind):
-    contract.test_generation_decodes_what_a_loop_of_single_steps_and_one_chunk_do(method, kind)
-
-
-@every_method
-@every_kind
-def test_generation_with_padding_and_beams_agrees_with_prompts_alone(method, kind):
-    contract.test_generation_with_padding_and_beams_agrees_with_prompts_alone(method, kind)
-
-
-@every_method
-@every_kind
-def test_a_prompt_without_images_is_left_alone(method, kind):
-    contract.test_a_prompt_without_images_is_left_alone(method, kind)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", MORE)
+@pytest.mark.parametrize("contract", CONTRACTS, ids=lambda test: test.__name__.removeprefix("test_"))
+def test_what_holds_on_every_kind_holds_here(contract, method, kind):
+    contract(method, kind)
 
 
 def test_qwen3_vl_adds_the_towers_features_to_the_tokens_that_are_left():

@@ -6,6 +6,9 @@ import torch
 import transformers
 from transformers import (
     CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
     GemmaConfig,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
@@ -116,17 +119,18 @@ def _qwen2():
     )
 
 
+MERGING = {
+    "depth": 3,
+    "hidden_size": 24,
+    "out_hidden_size": 32,
+    "intermediate_size": 32,
+    "num_heads": 3,
+    "patch_size": 4,
+}
+
+
 def _qwen25():
-    vision = {
-        "depth": 3,
-        "hidden_size": 24,
-        "out_hidden_size": 32,
-        "intermediate_size": 32,
-        "num_heads": 3,
-        "patch_size": 4,
-        "window_size": 16,
-        "fullatt_block_indexes": [1],
-    }
+    vision = MERGING | {"window_size": 16, "fullatt_block_indexes": [1]}
     return Qwen2_5_VLForConditionalGeneration(
         Qwen2_5_VLConfig(text_config=TEXT | {"rope_parameters": ROPE}, vision_config=vision, **QWEN)
     )
@@ -167,18 +171,21 @@ def _idefics3():
 
 
 def _qwen3():
-    vision = {
-        "depth": 3,
-        "hidden_size": 24,
-        "out_hidden_size": 32,
-        "intermediate_size": 32,
-        "num_heads": 3,
-        "patch_size": 4,
-        "num_position_embeddings": 64,
-        "deepstack_visual_indexes": [0, 1],
-    }
+    vision = MERGING | {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
     text = TEXT | {"rope_parameters": ROPE, "head_dim": 8}
     return Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **QWEN))
+
+
+def _gemma3():
+    layers = ["sliding_attention", "full_attention"] * 2
+    return Gemma3ForConditionalGeneration(
+        Gemma3Config(
+            vision_config=SiglipVisionConfig(**TOWER | {"patch_size": 4}, vision_use_head=False),
+            text_config=Gemma3TextConfig(**TEXT, head_dim=8, sliding_window=512, layer_types=layers),
+            mm_tokens_per_image=16,
+            image_token_index=IMAGE,
+        )
+    )
 
 
 KINDS = {
@@ -191,7 +198,7 @@ KINDS = {
     "internvl": _internvl,
     "paligemma": _paligemma,
 }
-MORE = {"idefics3": _idefics3, "qwen3-vl": _qwen3}
+MORE = {"gemma3": _gemma3, "idefics3": _idefics3, "qwen3-vl": _qwen3}
 """Kinds on which one method of every kind of signal is tested (tests/vlm/test_more_models.py)."""
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tprune.errors import UserError
 from tprune.methods.views import Attention, TokenView
-from tprune.models.layout import packed_crops, pair
+from tprune.models.layout import members, packed_crops, pair, pools
 from tprune.models.run import Inputs
 from tprune.models.signals import attention_of
 from tprune.models.taps import AttentionCall, Tap
@@ -117,7 +117,10 @@ class Sight:
     def features(self, crops: Sequence[int]) -> Tensor:
         """What the projector makes a token of, [crops, tokens, C]."""
         if self.lengths is None:
-            return self.split(self.projecting, crops)
+            x = self.split(self.projecting, crops)
+            if pools(self.parts.projector):
+                x = x[:, members(self.parts.outer, self.parts.outer.config, x.shape[1]).to(x.device)].mean(2)
+            return x
         x = self.projecting if self.projecting.dim() == 3 else self.projecting.unsqueeze(0)
         return self.split(x, crops).unflatten(1, (-1, self.parts.merge**2)).flatten(2)
 
@@ -127,6 +130,9 @@ class Sight:
         if self.lengths is not None:
             rows = features.reshape(-1, features.shape[-1] // self.parts.merge**2)
         projector = self.parts.projector
+        if pools(projector):
+            # The mean is taken: what is left of it takes any number of tokens.
+            return projector.mm_soft_emb_norm(rows) @ projector.mm_input_projection_weight.to(rows.dtype)
         if next(projector.parameters()).dtype == features.dtype:
             found = projector(rows)
         else:

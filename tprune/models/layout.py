@@ -105,21 +105,33 @@ def patches_per_crop(config: Any) -> int:
 
 def tokens_per_crop(config: Any) -> int:
     """Image tokens of one image or crop of the default size, 0 where it depends on the image."""
+    if getattr(config, "mm_tokens_per_image", None):
+        return config.mm_tokens_per_image
     ratio = getattr(config, "downsample_ratio", 1 / getattr(config, "scale_factor", 1))
     return int(patches_per_crop(config) * ratio**2)
 
 
 def members(outer: nn.Module, config: Any, patches: int) -> Tensor | None:
-    """The patches of every token of one crop, int64 [tokens, n], where the model shuffles pixels; None elsewhere."""
-    place = torch.arange(patches, dtype=torch.float64).view(1, -1, 1)
-    if hasattr(outer, "pixel_shuffle"):
-        side = round(patches**0.5)
+    """The patches of every token of one crop, int64 [tokens, n], where one is made of several; None elsewhere.
+
+    Of a tower that sees all images as one sequence it is None, too: there patches of a token follow one another.
+    """
+    place, side = torch.arange(patches, dtype=torch.float64).view(1, -1, 1), round(patches**0.5)
+    if pools(getattr(outer, "multi_modal_projector", None)):
+        step = outer.multi_modal_projector.kernel_size
+        shuffled = place.view(side, side).unfold(0, step, step).unfold(1, step, step).flatten(2)
+    elif hasattr(outer, "pixel_shuffle"):
         shuffled = outer.pixel_shuffle(place.view(1, side, side, 1), scale_factor=config.downsample_ratio)
     elif hasattr(outer, "connector"):
         shuffled = outer.connector.pixel_shuffle(place, config.scale_factor)
     else:
         return None
     return shuffled.flatten(0, -2).long()
+
+
+def pools(projector: nn.Module | None) -> bool:
+    """Whether it makes a token of the mean of a square of patches (Gemma-3)."""
+    return hasattr(projector, "avg_pool")
 
 
 def real_crops(outer: nn.Module, inputs: Inputs) -> Inputs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tprune.models.layout import Packed, packed_crops, pair, tokens_per_crop
+from tprune.models.layout import Packed, packed_crops, pair, pools, tokens_per_crop
 from tprune.models.run import Inputs
 
 TEXT_BEFORE, TEXT_BEHIND = 4, 12
@@ -32,6 +32,8 @@ def noise_prompts(
     inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if "image_grid_thw" in inputs:
         inputs["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
+    if pools(getattr(getattr(model, "model", model), "multi_modal_projector", None)):
+        inputs["token_type_ids"] = (ids == model.config.image_token_id).int()
     inputs["pixel_values"] = inputs["pixel_values"].to(parameter.dtype)
     if hasattr(getattr(model, "model", model), "connector"):
         inputs["pixel_values"] = inputs["pixel_values"].unflatten(0, (batch, images))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tprune.errors import UserError
 from tprune.models.blocks import find_decoder
-from tprune.models.layout import pair, tokens_per_crop
+from tprune.models.layout import pair, patches_per_crop, tokens_per_crop
 from tprune.models.run import Inputs
 
 TOWERS = ("vision_tower", "visual", "vision_model")
@@ -65,8 +65,8 @@ def anatomy(model: nn.Module) -> Anatomy:
     tower = next(filter(None, (getattr(outer, name, None) for name in TOWERS)), None)
     if tower is None or not hasattr(outer, "get_image_features") or not hasattr(config, "image_token_id"):
         raise UserError(
-            f"{type(model).__name__} is no vision-language model with image tokens in its prompt; "
-            "tprune vlm prunes LLaVA, LLaVA-NeXT, LLaVA-OneVision, Qwen2-, Qwen2.5- and Qwen3-VL, InternVL, SmolVLM …"
+            f"{type(model).__name__} is no vision-language model with image tokens in its prompt; tprune vlm prunes "
+            "LLaVA, LLaVA-NeXT, LLaVA-OneVision, Qwen2-, Qwen2.5- and Qwen3-VL, InternVL, Gemma-3, SmolVLM …"
         )
     decoder, vision = find_decoder(model), config.vision_config
     blocks = _blocks(tower, vision)
@@ -122,8 +122,8 @@ def token_size(parts: Anatomy) -> tuple[int, int, int]:
     vision = config.vision_config
     names = ("num_channels", "in_channels", "in_chans")
     channels = next((getattr(vision, name) for name in names if hasattr(vision, name)), 3)
-    shuffled = getattr(config, "scale_factor", 1) / getattr(config, "downsample_ratio", 1)
-    rows, columns = (round(side * parts.merge * shuffled) for side in pair(parts.patch))
+    joined = (patches_per_crop(config) / parts.tokens) ** 0.5 if parts.tokens else 1
+    rows, columns = (round(side * parts.merge * joined) for side in pair(parts.patch))
     return channels, rows, columns
 
 
