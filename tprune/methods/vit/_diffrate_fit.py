@@ -24,7 +24,7 @@ class Rates(Fit):
         super().__init__(shape)
         self.method, self.keep, self.tokens = method, keep, shape.tokens
         self.sites = tuple(Site(layer, between=True) for layer in range(1, shape.depth))
-        self.plan = Plan(method.epochs, method.batch, method.lr, floor=method.min_lr / method.lr)
+        self.plan = Plan(method.epochs, method.batch, method.lr, floor=min(1.0, method.min_lr / method.lr))
         candidates = torch.arange(shape.tokens, 0, -method.granularity).float()
         self.register_buffer("candidates", candidates)
         self.logits = nn.Parameter(torch.zeros(len(self.sites), 2, len(candidates)))

@@ -18,7 +18,7 @@ class Noise(Fit):
         self.method = method
         count = method.heads(shape.depth)
         self.sites = tuple(Site(layer + 1) for layer in range(count))
-        floor = method.min_lr / method.lr
+        floor = min(1.0, method.min_lr / method.lr)
         self.plan = Plan(method.epochs, method.batch, method.lr, floor, method.warmup, method.weight_decay)
         generator = torch.Generator().manual_seed(seed)
         self.heads = nn.Parameter(torch.empty(count, shape.width))

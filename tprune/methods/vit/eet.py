@@ -38,7 +38,7 @@ class EET(TokenMethod):
         notes="Distillation and register tokens are protected. In a fit teacher and student share their weights, the "
         "authors train two copies of one checkpoint; codes are per class, theirs per image, from its class; and the "
         "patches that are hidden are the ones attended to, theirs with row and column exchanged. On the built-in "
-        "scenes the model learns 30 times slower than its new heads; with the authors' one rate it forgets its classes.",
+        "scenes the model learns 30 times slower than its new heads; with one rate for all it forgets its classes.",
     )
     needs_cls = True
     native = ("counts",)
