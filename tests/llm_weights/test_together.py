@@ -13,9 +13,11 @@ from tprune import artifact
 from tprune.core.statistics import Inputs
 from tprune.core.weights import unpack_bits
 from tprune.errors import UserError
+from tprune.methods import registry
 from tprune.models.blocks import find_decoder
 from tprune.models.calibrate import Stream
 from tprune.models.together import Together
+from tprune.pipelines.share import in_parts
 
 
 def test_two_processes_prune_what_one_does_and_one_of_them_writes_it(folder, text, tmp_path):
@@ -66,3 +68,17 @@ def test_sequences_are_dealt_out_in_order_and_must_be_enough():
     assert torch.equal(torch.cat(shares), ids)
     with pytest.raises(UserError, match="--calibration 7: 8 processes share the sequences"):
         Together.share(SimpleNamespace(rank=0, count=8), ids)
+
+
+@pytest.mark.parametrize(
+    ("method", "read", "shared"),
+    [
+        ("wanda", {"norm"}, True),
+        ("gblm", {"norm", "gradient"}, True),
+        ("wanda", {"norm", "likeness"}, False),
+        ("flap", {"norm"}, False),
+        ("wanda-pp", {"norm"}, False),
+    ],
+)
+def test_only_sums_over_tokens_are_gathered_in_parts(method, read, shared):
+    assert in_parts(registry.load(method, "llm-weights")(), read) == shared

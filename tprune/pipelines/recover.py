@@ -35,20 +35,6 @@ TRAINED = "trained/"
 
 
 @dataclass(eq=False)
-class Sequences:
-    """Token ids as the loop reads data: int64 [N, L], every one its own target."""
-
-    tokens: Tensor
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def sample(self, place: int) -> tuple[Tensor, Tensor]:
-        """One sequence, twice."""
-        return self.tokens[place], self.tokens[place]
-
-
-@dataclass(eq=False)
 class Steps:
     """What the loop asks beside the loss: nothing is drawn, and zeros are kept.
 
@@ -121,7 +107,7 @@ def recover(driver: LlmWeights, subject: Subject, handle: WeightHandle, work: Pa
         check(driver),
         subject.model,
         packed,
-        tokens,
+        text.Sequences(tokens, source.protocol),
         recipe.batch_size,
         recipe.seed,
         None if work is None else work / f"stage-{recipe.stages.index(stage)}-recovery.safetensors",
@@ -159,7 +145,7 @@ class Recovering:
         recovery: how.
         model: pruned.
         packed: masks, by the name of the matrix; none where structure was removed.
-        tokens: int64 [N, L], the training text.
+        data: the training text.
         batch_size: at most so many sequences go through the model together.
         seed: of the order, and of low-rank factors.
         file: of the checkpoint, or None.
@@ -169,7 +155,7 @@ class Recovering:
     recovery: Recovery
     model: nn.Module
     packed: Mapping[str, Tensor]
-    tokens: Tensor
+    data: text.Sequences
     batch_size: int
     seed: int
     file: Path | None
@@ -179,7 +165,7 @@ class Recovering:
         """Train; the facts for the report."""
         asked, model = self.recovery, self.model
         together = rows_at_once(
-            self.batch_size, self.tokens.shape[1], model.get_input_embeddings().weight.device
+            self.batch_size, self.data.tokens.shape[1], model.get_input_embeddings().weight.device
         )
         plan = Plan(
             asked.epochs,
@@ -191,11 +177,11 @@ class Recovering:
         )
         accelerator = processes(model, plan.batch, f"--recover {asked.id}:batch")
         share = accelerator.process_index, accelerator.num_processes
-        batches = Batches(Sequences(self.tokens), None, plan.batch, self.seed, share)
+        batches = Batches(self.data, None, plan.batch, self.seed, share)
         held = masks.matched(model, self.packed)
         with torch.enable_grad(), self._trained(held):
             learner = NextToken(model, Steps(held if isinstance(asked, Full) else []))
-            loop = Loop(learner, plan, len(self.tokens), self.file, self.progress, "sequences")
+            loop = Loop(learner, plan, len(self.data), self.file, self.progress, "sequences")
             loop.run(batches, accelerator, self.seed)
         return {"kind": asked.id, **asked.settings(), **loop.figures(), "seconds": round(loop.seconds, 1)}
 

@@ -29,7 +29,9 @@ def begin(
     Statistics that are sums over tokens are gathered in parts and joined after every pass, so that all processes prune
     alike. What else a method reads (gradients, the order of sequences, losses) every process works out by itself.
     """
-    if tokens is None or not in_parts(driver.method):
+    rule = driver.allocation()
+    read = {*driver.method.stats, *(() if rule is None else rule.needs(driver.method))}
+    if tokens is None or not in_parts(driver.method, read):
         return partial(driver.calibration, decoder, tokens, journal.folder), journal
     together = Together(decoder.model.get_input_embeddings().weight.device)
 
@@ -41,7 +43,7 @@ def begin(
     return start, Journal(journal.folder, journal.name, together.agree)
 
 
-def in_parts(method: WeightMethod) -> bool:
-    """Whether all that a method reads of the inputs is sums over tokens."""
-    read = set(method.stats) - POWERS.keys()
-    return method.scope == "block" and not isinstance(method, RegionMethod) and read <= set(SHARED)
+def in_parts(method: WeightMethod, read: set[str]) -> bool:
+    """Whether all that is `read` of the inputs, for the method and its allocation, is sums over tokens."""
+    block = method.scope == "block" and not isinstance(method, RegionMethod)
+    return block and read - POWERS.keys() <= set(SHARED)
