@@ -24,7 +24,7 @@ LEARNERS = [
 ]
 every_learner = pytest.mark.parametrize("method", LEARNERS)
 STEPS = {"sequence": 32, "batch": 2, "lr": 1e-2}
-SMALL = {"cskv": {"looks": 4}}
+SMALL = {"cskv": {"looks": 4}, "tokenbutler": {"reduce": 2, "inner": 12, "size": 4}}
 
 
 def settings(method, file, steps=3):

@@ -16,7 +16,7 @@ PROMPT = 96
 CACHE_METHODS = [
     fact.id
     for fact in registry.facts("llm-context")
-    if issubclass(registry.load(fact.id, "llm-context"), CacheMethod)
+    if issubclass(registry.load(fact.id, "llm-context"), CacheMethod) and fact.learns != "required"
 ]
 
 EVICTING = [name for name in CACHE_METHODS if not registry.load(name, "llm-context").encodes]

@@ -21,7 +21,7 @@ from tprune.pipelines.run import execute, pipeline
 from tprune.progress import Progress
 from tprune.recipe import ModelSource, Recipe, Stage
 
-METHODS = [fact.id for fact in registry.facts("llm-context")]
+METHODS = [fact.id for fact in registry.facts("llm-context") if fact.learns != "required"]
 every_method = pytest.mark.parametrize("method", METHODS)
 
 

@@ -27,7 +27,7 @@ def cache_bytes(cache: DynamicCache) -> int:
 
 
 def layer_bytes(layers: Iterable[Any]) -> int:
-    """Of some layers of a cache."""
+    """Of some layers of a cache: vectors, and not the numbers that a method notes for each."""
     return sum(
         part.nbytes
         for layer in layers
@@ -36,6 +36,7 @@ def layer_bytes(layers: Iterable[Any]) -> int:
             layer.values,
             getattr(layer, "stored", None),
             *(getattr(layer, "codes", None) or ()),
+            *(x for x in getattr(layer, "state", {}).values() if isinstance(x, Tensor) and x.dim() == 4),
         )
         if part is not None
     )

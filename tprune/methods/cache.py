@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tprune.errors import UserError
 from tprune.methods.base import Method, param
@@ -24,10 +24,17 @@ class CacheShape:
 
     Attributes:
         depth: number of layers.
-        projections: how every layer whose cache can be pruned makes keys and values of its inputs.
+        heads: query heads of one.
+        width: D, of a token's hidden state.
+        base: of the rotary embeddings' frequencies.
+        projections: how every layer whose cache can be pruned makes keys and values of its inputs, for methods that
+            read "inputs".
     """
 
     depth: int
+    heads: int
+    width: int
+    base: float
     projections: Mapping[int, Projections]
 
 
@@ -72,6 +79,10 @@ class CacheMethod(Method):
     forgets: ClassVar[bool] = True
     """Whether memory falls with the budget; without it only the part of the entries does that a later token reads."""
 
+    chooses: ClassVar[bool] = False
+    """Whether every query, the prompt's too, chooses which of its keys it reads (`foresee`, `choose`) and nothing is
+    forgotten; its budget is then the part of the keys that are read."""
+
     pyramid: float | None = param(
         None, "budgets fall from layer to layer, to one part in so many of the mean", low=1, kw_only=True
     )
@@ -93,6 +104,10 @@ class CacheMethod(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.pyramid is not None and self.chooses:
+            raise UserError(
+                f"--set pyramid=…: the queries of {self.id} choose in all layers alike; leave it out"
+            )
         for name in ("per_head", "interval"):
             if getattr(self, name) is not None and name not in self.takes:
                 raise UserError(f"--set {name}=…: {self.id} does not go by scores alone; leave it out")
@@ -144,6 +159,36 @@ class CacheMethod(Method):
             keep: the budget.
             seed: of initial values.
         """
+        raise NotImplementedError
+
+    def neutral_state(self, shape: CacheShape, seed: int) -> dict[str, Tensor]:
+        """What `state` is before any step of a fit, for contract tests and measurements of time."""
+        return self.fit(shape, 0.5, seed).state()
+
+    def foresee(
+        self, shape: CacheShape, inputs: Tensor, position: Tensor, visible: Tensor, memory: dict[str, Tensor]
+    ) -> Any:
+        """Before the first layer attends, where `chooses`: what `choose` shall be given.
+
+        Args:
+            shape: of the model.
+            inputs: [B, q, D], what the first layer's attention is given for the tokens that come.
+            position: int64 [B, q], of these.
+            visible: bool [B or 1, 1, q, T], what each may see of all tokens so far.
+            memory: what the method keeps with a cache, [B, H, T, d] by name: every token that comes is added to it.
+        """
+        raise NotImplementedError
+
+    def choose(
+        self,
+        shape: CacheShape,
+        layer: int,
+        foreseen: Any,
+        visible: Tensor,
+        keep: float,
+        memory: dict[str, Tensor],
+    ) -> Tensor:
+        """Which keys the queries that came read in a layer, bool [B, H or 1, q, T], of the `visible` ones."""
         raise NotImplementedError
 
     def start(self, layer: LayerView, count: int) -> Evict | Encode:

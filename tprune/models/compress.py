@@ -173,7 +173,7 @@ class Compression:
     def _store(self, place: int, layer: PrunedLayer, call: AttentionCall, some: slice) -> Tensor:
         """Attention of `some` of the coming tokens, which are appended; what must not stay dense is stored."""
         if self.made is not None:
-            encode(layer, self.made.inputs[place][:, some])
+            encode(layer, self.made.inputs(place)[:, some])
         return attend_stored(layer, call, call.query[:, :, some])
 
     def _answer(self, layer: PrunedLayer, call: AttentionCall) -> Output:

@@ -21,38 +21,55 @@ Rotate = Callable[[Tensor, Tensor], Tensor]
 """Keys [B, G, t, d] and positions [B, t] to rotated keys."""
 
 
+def given_positions(position: Tensor | None, tokens: Tensor, seen: int) -> Tensor:
+    """Position ids [B, q] of `tokens` [B, q, ...] after `seen` others: as given, else those of the model's own."""
+    rows, count = tokens.shape[:2]
+    if position is None:
+        position = torch.arange(seen, seen + count, device=tokens.device).unsqueeze(0)
+    return position.expand(rows, count)
+
+
+class Entering:
+    """What an attention module was given last, `inputs` [B, q, D], until `remove`."""
+
+    def __init__(self, module: nn.Module):
+        self.inputs: Tensor | None = None
+        self.hook = module.register_forward_pre_hook(self._keep, with_kwargs=True)
+
+    def remove(self) -> None:
+        """Take the hook off."""
+        self.hook.remove()
+
+    def _keep(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.inputs = args[0] if args else kwargs["hidden_states"]
+
+
 class KeyValues:
     """Watches what attention modules are given, until `remove`.
 
     Attributes:
-        inputs: by layer, what its attention was given last, [B, q, D].
         position: int64 [B, q], the position ids of these tokens.
     """
 
     def __init__(
         self, model: nn.Module, modules: dict[int, nn.Module], kinds: Sequence[str | None], who: str
     ):
-        self.who, self.inputs, self.position = who, {}, torch.empty(0)
+        self.who, self.position = who, torch.empty(0)
         self.projections = projections(model, modules, kinds, who)
-        self.hooks = [
-            module.register_forward_pre_hook(partial(self._keep, place), with_kwargs=True)
-            for place, module in modules.items()
-        ]
+        self.entering = {place: Entering(module) for place, module in modules.items()}
 
     def remove(self) -> None:
         """Take the hooks off."""
-        for hook in self.hooks:
+        for hook in self.entering.values():
             hook.remove()
+
+    def inputs(self, place: int) -> Tensor:
+        """What the attention of a layer was given last, [B, q, D]."""
+        return self.entering[place].inputs
 
     def begin(self, position: Tensor | None, tokens: Tensor, seen: int) -> None:
         """A call of the decoder with `tokens` [B, q, ...] after `seen` others, and the position ids it was given."""
-        rows, count = tokens.shape[:2]
-        if position is None:
-            position = torch.arange(seen, seen + count, device=tokens.device).unsqueeze(0)
-        self.position = position.expand(rows, count)
-
-    def _keep(self, place: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.inputs[place] = args[0] if args else kwargs["hidden_states"]
+        self.position = given_positions(position, tokens, seen)
 
     def show(self, place: int, views: Sequence[LayerView], valid: Tensor | None) -> None:
         """Give the views of a prompt, all rows in one or one a row, what their entries were made of.
@@ -60,7 +77,7 @@ class KeyValues:
         Raises:
             UserError: some entries are of a call that was not watched, or are not made as we think.
         """
-        inputs, made = self.inputs[place], self.projections[place]
+        inputs, made = self.inputs(place), self.projections[place]
         entries = views[0].length if valid is None else valid.shape[1]
         if inputs.shape[1] != entries:
             raise UserError(f"{self.who} reads what a whole prompt was made of: start from an empty cache")

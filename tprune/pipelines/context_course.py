@@ -31,7 +31,7 @@ class ContextCourse(Course):
 
     def __init__(self, method: CacheMethod, subject: Subject, data: Sequences):
         self.model, self.data = subject.model, data
-        self.shape = cache_shape(self.model, method.id)
+        self.shape = cache_shape(self.model, method.id if "inputs" in method.reads else None)
         self.answers = True
 
     def lessons(self, size: int, seed: int, share: tuple[int, int] = (0, 1)) -> Batches:
@@ -56,4 +56,4 @@ class ContextCourse(Course):
     def driver(self, method: CacheMethod, fit: Fit, seed: int) -> CacheFitDriver:
         """`fit` beside the attention."""
         self.answers = fit.answers
-        return CacheFitDriver(self.model, fit, method.id)
+        return CacheFitDriver(self.model, method, fit)

@@ -20,6 +20,8 @@ from tprune.evaluate.stopwatch import Stopwatch
 from tprune.methods.cache import CacheMethod
 from tprune.methods.tokens import Shape
 from tprune.models import load as loaders
+from tprune.models.cache_fit import cache_shape
+from tprune.models.choosing import Choosing
 from tprune.models.compress import Compression
 from tprune.models.decoder import DecoderDriver
 from tprune.models.heads import CascadingDriver
@@ -30,7 +32,7 @@ from tprune.models.subject import Subject, twin
 from tprune.pipelines.base import Handle, Pipeline, Quality, Sample, Workload
 from tprune.pipelines.context_handle import CacheHandle, PrefillHandle
 from tprune.pipelines.learned import untuned
-from tprune.pipelines.tokens import solve
+from tprune.pipelines.tokens import for_timing, solve
 
 WINDOW = 2048
 STEPS = 16
@@ -134,6 +136,8 @@ class ContextPipeline(Pipeline):
             self.learn(subject, work, state)
             compact = positions == "compact"
             given = subject.model, self.method, self.stage.keep, self.recipe.seed, compact
+            if self.method.chooses:
+                return CacheHandle(Choosing(*given), self.fitted)
             asks = self.method.probe() is not None
             compression = Probing(*given, subject.processor) if asks else Compression(*given)
             return CacheHandle(compression, self.fitted)
@@ -205,6 +209,9 @@ class ContextPipeline(Pipeline):
         length = window_length(subject.model, self.recipe.length)
         ids = noise(subject.model, length + 1, self.recipe.seed).to(subject.device)
         models = {"dense": twin(subject.model), "pruned": subject.model}
+        if self.method.learns == "required":
+            shape = cache_shape(subject.model)
+            self.method = for_timing(self.method, shape, self.recipe.seed, subject.device)
         handle = self.apply(subject, None)
         caches: dict[str, DynamicCache] = {}
 

@@ -100,4 +100,8 @@ class CSKV(CacheMethod):
         """The maps of all layers."""
         from tprune.methods.llm_context._cskv_fit import Reconstruction
 
+        if self.pyramid is not None:
+            raise UserError(
+                "--set pyramid=…: cskv's maps are fitted to one budget for all layers; leave it out"
+            )
         return Reconstruction(self, shape, keep)
