@@ -10,10 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from tprune.core import greedy, select
+from tprune.core import cosine, greedy, select
 from tprune.core.budget import PROJECTOR, Stage
 from tprune.core.reduction import Reduction
-from tprune.core.score import cosine_normalise
 from tprune.methods.base import Paper, param
 from tprune.methods.tokens import TokenMethod
 
@@ -52,9 +51,8 @@ class Script(TokenMethod):
 
     def reduce(self, site, view, count, memory):
         """L_ij = rel_i cos_ij rel_j; greedily k tokens."""
-        unit = cosine_normalise(view.hidden, 1e-12)
         relevance = self.relevance(view)
-        kernel = relevance.unsqueeze(2) * (unit @ unit.transpose(1, 2)) * relevance.unsqueeze(1)
+        kernel = relevance.unsqueeze(2) * cosine.among(view.hidden, 1e-12) * relevance.unsqueeze(1)
         widest = int(torch.as_tensor(count).max())
         choose = greedy.determinant if self.process == "dpp" else greedy.remaining_variance
         order = choose(kernel, widest, None if view.whole else view.prunable)

@@ -31,10 +31,11 @@ class VFlowOpt(TokenMethod):
         arxiv="2508.05211",
         code="sihany077/VFlowOpt",
         checked="code",
-        notes="The defaults are what the authors' search found for a quarter of the tokens on LLaVA-OneVision-7B; the "
-        "search itself is not part of this. Cells scale with the side of a crop (27 patches), layers with the depth. "
-        "Pixels are brought back to 0 .. 1 before their entropy is taken (the authors wrap normalised ones). Where no "
-        "patch is a hub all are. With --keep as many of the lowest are recycled as make the count exact.",
+        notes="The defaults are what the authors' Bayesian optimisation found for a quarter of the tokens on "
+        "LLaVA-OneVision-7B; for others tprune search tries lists (--try hubs=…). Cells scale with the side of a "
+        "crop (27 patches), layers with the depth. Pixels are brought back to 0 .. 1 before their entropy is taken "
+        "(the authors wrap normalised ones). Where no patch is a hub all are. With --keep as many of the lowest are "
+        "recycled as make the count exact.",
     )
     reads = ("encoder", "attention")
     positions = "compact"
