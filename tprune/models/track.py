@@ -139,18 +139,20 @@ class Track:
         """Travel with `cache` from now on; if `uniform`, every layer there holds what is left at the end alone.
 
         Raises:
-            UserError: layers that hold a window of it cannot be made uniform.
+            UserError: a layer holds a window of the prompt alone.
         """
         cache.tprune_track = self
         if not uniform or not self.layers:
             return
         first, last = min(self.layers), self.at(len(cache.layers))
         for layer in cache.layers[:first]:
-            if getattr(layer, "is_sliding", False):
-                raise UserError("caches of sliding windows cannot lose what left later: --set caches=later")
+            if layer.keys.shape[2] != self.entered:
+                raise UserError("the prompt is longer than the window of a layer's cache: --set caches=later")
             index = last.index[:, None, :, None].expand(-1, layer.keys.shape[1], -1, layer.keys.shape[3])
             layer.keys = layer.keys.gather(2, index)
             layer.values = layer.values.gather(2, index[..., :1].expand(-1, -1, -1, layer.values.shape[3]))
+            if getattr(layer, "is_sliding", False):
+                layer.cumulative_length = index.shape[2]
         self.layers = {0: last}
 
     def at(self, layer: int) -> Kept | None:
