@@ -159,7 +159,7 @@ def family_command(family: str, help: str) -> click.Command:
                 "--positions", help="'original' or 'compact' position ids, for vlm also 'gap' [paper's]."
             ),
             click.option(
-                "--fit", metavar="DATA", help="Train a method that learns: 'built-in', or a folder."
+                "--fit", metavar="DATA", help="Train a method that learns: 'built-in', a folder, or text."
             ),
         )
     return functools.reduce(lambda made, option: option(made), reversed(extra), command)

@@ -39,7 +39,7 @@ class CSKV(CacheMethod):
     reads = ("inputs",)
     takes = ()
     encodes = True
-    built_in = {"sequence": 256, "looks": 16, "batch": 4, "epochs": 2.0, "lr": 1e-3}
+    built_in = {"sequence": 256, "looks": 16, "batch": 2, "epochs": 1.0, "lr": 1e-3}
 
     window: int = param(32, "entries that are held as codes together; fewer stay dense", low=1)
     share: float = param(0.5, "of the codes, the part that is the keys'", low=0, high=1)

@@ -70,7 +70,7 @@ class TokenButler(CacheMethod):
 
     def choose(self, shape, layer, foreseen, visible, keep, memory):
         """The ⌈r n⌉ keys of the n that a query may see whose predicted logits are largest; all in the first layer."""
-        part = (keep * shape.depth - 1) / (shape.depth - 1)
+        part = (keep * shape.depth - 1) / max(shape.depth - 1, 1)
         if part <= 0:
             raise UserError(
                 f"tokenbutler: every key is read in the first of {shape.depth} layers; ask for --keep above "
