@@ -153,7 +153,8 @@ class TokenMethod(Method):
         return False
 
     def uniform(self) -> bool:
-        """Whether what leaves inside a decoder also leaves the caches of the layers before, behind the prompt."""
+        """Whether what leaves inside a decoder, at one site, also leaves the caches of the layers before, behind the
+        prompt."""
         return False
 
     def evicts(self) -> bool:
