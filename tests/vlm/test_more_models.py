@@ -1,11 +1,14 @@
 """What must hold on every kind of model, on further kinds: one method of every kind of signal."""
 
+import copy
+
 import pytest
 import torch
 
 import tprune
 from tests.vlm import test_contract as contract
 from tests.vlm.tiny import MORE, tiny
+from tprune.errors import UserError
 from tprune.models.prompts import noise_prompts
 
 METHODS = ["hiprune", "mmtok", "visionzip", "vflowopt", "fastv", "flowcut"]
@@ -54,3 +57,16 @@ def test_qwen3_vl_adds_the_towers_features_to_the_tokens_that_are_left():
     expected = alone.last_hidden_state
     assert torch.allclose(found[left].view_as(expected), expected, atol=1e-4)
     assert not torch.allclose(found[left], dense[left], atol=1e-2)
+
+
+def test_a_prompt_beyond_the_sliding_window_of_a_decoder_is_told_to_prune_inside_it():
+    model = copy.deepcopy(tiny("gemma3"))
+    for config in (model.config.text_config, model.model.language_model.config):
+        config.sliding_window = 12
+    inputs = noise_prompts(model, 2, 0)
+    ask = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    dense = model.generate(**inputs, **ask)
+    with tprune.prune(model, "vlm/fastv", keep=1.0):
+        assert torch.equal(model.generate(**inputs, **ask), dense)
+    with tprune.prune(model, "vlm/mmtok", keep=0.5), pytest.raises(UserError, match="inside the decoder"):
+        model.generate(**inputs, **ask)

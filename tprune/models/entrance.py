@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tprune.core.select import mark
+from tprune.errors import UserError
 from tprune.models.run import Inputs, Run
 from tprune.models.track import Kept, gather_any_mask, gather_last, restore
 
@@ -80,6 +81,12 @@ def place_behind(run: Run, given: Inputs, kept: Kept, positions: str) -> None:
     if kept.closed is not None:
         given["position_ids"] = ids - kept.closed
     mask = given.get("attention_mask")
+    parts = mask.values() if isinstance(mask, dict) else [mask]
+    if any(part is not None and part.shape[-1] < kept.index.shape[1] for part in parts):
+        raise UserError(
+            "what is left of this prompt is longer than the decoder's sliding window, where tokens that left before "
+            "the decoder cannot be told any more; use a method that prunes inside the decoder, such as fastv"
+        )
     given["attention_mask"] = gather_any_mask(mask, rows, kept, run.track.length)
 
 
