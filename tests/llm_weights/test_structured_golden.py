@@ -174,3 +174,14 @@ def test_multipruner_finds_the_authors_halves_and_widths_at_the_authors_perplexi
             width = len(found.get(f"keep/{layer}.{kind}", torch.arange(whole)))
             assert width * size == theirs[f"pruned_{name}_width"][str(layer)]
     assert torch.allclose(torch.cat(asked).exp(), tensors[f"{case}.ppl"], rtol=1e-4)
+
+
+def test_blocks_of_different_widths_lose_the_same_share(text):
+    model = decoder(num_key_value_heads=4)
+    prune(model, "flap", text, sparsity=0.3, compensate=False)
+    before = [block.mlp.down_proj.in_features for block in model.model.layers]
+    assert len(set(before)) > 1
+    assert abs(prune(model, "mag-sp", text, sparsity=0.4).achieved().value - 0.4) < 0.04
+    after = [block.mlp.down_proj.in_features for block in model.model.layers]
+    shares = [left / count for left, count in zip(after, before, strict=True)]
+    assert max(shares) - min(shares) < 2 / min(before)

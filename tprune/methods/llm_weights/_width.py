@@ -20,13 +20,13 @@ def sums(columns: Tensor, unit: UnitView) -> Tensor:
 def same_share(
     blocks: Sequence[BlockView], scores: dict[tuple[int, str], Tensor], sparsity: float, total: int
 ) -> list[StructureEdit]:
-    """Keep the best units of every block, equally many of a kind in all of them.
+    """Keep the best units of every block, the same share of a kind in all of them.
 
     Of each kind the same fraction goes, rounded down; what rounding leaves of the budget goes from the last kind, so
     that few and large heads do not spoil what channels can meet. One unit of each kind stays.
 
     Args:
-        blocks: those that are pruned, of one shape.
+        blocks: those that are pruned.
         scores: [U], larger is better, by block and kind.
         sparsity: of the whole model.
         total: its prunable weights.
@@ -35,23 +35,24 @@ def same_share(
         BudgetError: so much cannot go.
     """
     kinds = list(blocks[0].units)
-    units = [[block.units[kind] for block in blocks] for kind in kinds]
-    costs = [sum(unit.cost for unit in found) for found in units]
-    counts = [found[0].count for found in units]
-    check_reach(sparsity, sum(cost * (count - 1) for cost, count in zip(costs, counts, strict=True)) / total)
+    units = {kind: [block.units[kind] for block in blocks] for kind in kinds}
+    sizes = {kind: sum(unit.cost * unit.count for unit in found) for kind, found in units.items()}
+    least = sum(unit.cost for found in units.values() for unit in found)
+    check_reach(sparsity, (sum(sizes.values()) - least) / total)
     left = sparsity * total
-    share = left / sum(cost * count for cost, count in zip(costs, counts, strict=True))
-    removed = {}
-    for kind, cost, count in zip(kinds, costs, counts, strict=True):
+    share = left / sum(sizes.values())
+    kept: list[dict[str, int]] = [{} for _ in blocks]
+    for kind in kinds:
         last = kind == kinds[-1]
-        removed[kind] = min(round(left / cost) if last else floor_count(count, share), count - 1)
-        left -= removed[kind] * cost
-    return [
-        keep_best(
-            block, scores, {kind: count - removed[kind] for kind, count in zip(kinds, counts, strict=True)}
-        )
-        for block in blocks
-    ]
+        for counts, unit in zip(kept, units[kind], strict=True):
+            gone = round(unit.count * left / sizes[kind]) if last else floor_count(unit.count, share)
+            counts[kind] = unit.count - min(gone, unit.count - 1)
+        if not last:
+            left -= sum(
+                (unit.count - counts[kind]) * unit.cost
+                for counts, unit in zip(kept, units[kind], strict=True)
+            )
+    return [keep_best(block, scores, counts) for block, counts in zip(blocks, kept, strict=True)]
 
 
 def keep_best(
