@@ -32,6 +32,16 @@ def test_a_search_stops_when_its_time_is_up_and_goes_on_where_it_was(folder, tex
     assert weights(out) == weights(tmp_path / "whole")
 
 
+def test_a_limit_of_time_for_a_method_that_does_not_search_is_refused(folder, text, tmp_path):
+    with pytest.raises(UserError, match="--max-minutes 1: flap does not search"):
+        execute(recipe(folder, text, "flap"), QUIET, out=str(tmp_path / "out"), max_minutes=1.0)
+
+
+def test_loadable_plain_is_refused_by_name_where_blocks_get_different_shapes(folder, text):
+    with pytest.raises(UserError, match="--loadable plain: blockpruner leaves blocks of different shapes"):
+        execute(recipe(folder, text, "blockpruner", loadable="plain"), QUIET)
+
+
 def test_a_limit_of_time_without_a_place_to_keep_what_was_found_is_refused(folder):
     asked = ["llm-weights", "--method", "sleb", "--sparsity", "0.34", "--max-minutes", "1", str(folder)]
     with pytest.raises(

@@ -5,12 +5,15 @@ import copy
 import pytest
 import torch
 
+import tprune
 from tests.decoders import decoder, tokens
-from tests.llm_weights.tiny import EXPERTS, NAMES, logits, stepwise_logits
+from tests.llm_weights.test_artifacts import QUIET, recipe
+from tests.llm_weights.tiny import EXPERTS, NAMES, logits, save, stepwise_logits
 from tprune.core.weights import StructureEdit
 from tprune.models import shapes, units
 from tprune.models.blocks import find_decoder
-from tprune.models.halves import masked
+from tprune.models.halves import halves_gone, masked
+from tprune.pipelines.run import execute
 
 DENSE = [name for name in NAMES if name not in EXPERTS]
 CHANNELS = torch.tensor([0, 3, 4, 11, 30])
@@ -106,3 +109,16 @@ def test_a_masked_decoder_inside_another_loses_what_both_leave_out():
         nested = logits(model, ids)
     with masked(found, both):
         assert torch.equal(logits(model, ids), nested)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt-neox", "opt", "mixtral"])
+def test_models_without_some_halves_are_saved_and_loaded_in_every_layout(name, text, tmp_path):
+    source, ids = save(tmp_path / "model", name), tokens(2, 20)
+    report = execute(
+        recipe(source, text, "blockpruner"), QUIET, out=str(tmp_path / "out"), evaluate=False
+    )
+    assert report["kind"] == "wrapped"
+    model = tprune.load(str(tmp_path / "out"))
+    assert any(halves_gone(block) for block in find_decoder(model).blocks)
+    expected = logits(model, ids)
+    assert (stepwise_logits(model, ids) - expected).abs().max() < 2e-5 * expected.abs().max()
