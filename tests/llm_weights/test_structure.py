@@ -114,9 +114,7 @@ def test_a_masked_decoder_inside_another_loses_what_both_leave_out():
 @pytest.mark.parametrize("name", ["gpt2", "gpt-neox", "opt", "mixtral"])
 def test_models_without_some_halves_are_saved_and_loaded_in_every_layout(name, text, tmp_path):
     source, ids = save(tmp_path / "model", name), tokens(2, 20)
-    report = execute(
-        recipe(source, text, "blockpruner"), QUIET, out=str(tmp_path / "out"), evaluate=False
-    )
+    report = execute(recipe(source, text, "blockpruner"), QUIET, out=str(tmp_path / "out"), evaluate=False)
     assert report["kind"] == "wrapped"
     model = tprune.load(str(tmp_path / "out"))
     assert any(halves_gone(block) for block in find_decoder(model).blocks)

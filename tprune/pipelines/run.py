@@ -92,8 +92,8 @@ def execute(
         artifact.check_free(out, force)
     drivers = pipelines(recipe, progress)
     for driver in drivers:
-        driver.check()
         driver.max_minutes = max_minutes
+        driver.check()
     place = artifact.staging(out, recipe.key(), force) if out is not None else nullcontext((None, None))
     with place as (folder, parts):
         last = drivers[-1]
