@@ -133,13 +133,14 @@ def test_a_run_interrupted_after_any_block_goes_on_there_and_ends_with_the_same_
     write, written = journal.Journal.write, []
 
     def interrupted(self, index, tensors):
-        write(self, index, tensors)
+        stored = write(self, index, tensors)
         if index == block:
             raise Killed
+        return stored
 
     def counted(self, index, tensors):
         written.append(index)
-        write(self, index, tensors)
+        return write(self, index, tensors)
 
     monkeypatch.setattr(journal.Journal, "write", interrupted)
     with pytest.raises(Killed):
@@ -180,9 +181,10 @@ from tprune.recipe import read
 write = journal.Journal.write
 
 def write_and_die(self, index, tensors):
-    write(self, index, tensors)
+    stored = write(self, index, tensors)
     if index == 1:
         os.kill(os.getpid(), signal.SIGKILL)
+    return stored
 
 journal.Journal.write = write_and_die
 execute(read(sys.argv[1]), Progress(), out=sys.argv[2], evaluate=False)

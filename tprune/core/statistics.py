@@ -44,16 +44,19 @@ def gaussian_entropy(outputs: Tensor) -> float:
 class Norm:
     """`norm` [C]: the L2 norm of every input over all tokens."""
 
-    strip = 128
-    """Tokens squared at once, so that the squares stay in the processor's cache."""
+    strip = 512
+    """Tokens squared at once, so that the squares stay few."""
 
     def __init__(self) -> None:
-        self.total: Tensor | float = 0.0
+        self.total: Tensor | None = None
 
     def add(self, x: Tensor) -> None:
         """Take in x [N, L, C]."""
+        if self.total is None:
+            self.total = torch.zeros(1, x.shape[-1], device=x.device)
         for part in x.flatten(0, -2).split(self.strip):
-            self.total = self.total + part.float().square().sum(0)
+            # A product with ones sums over the tokens on all cores.
+            self.total.addmm_(part.new_ones(1, len(part), dtype=torch.float32), part.float().square())
 
     def share(self) -> tuple[Tensor, ...]:
         """The sums so far, float64."""
@@ -65,7 +68,7 @@ class Norm:
 
     def result(self) -> dict[str, Tensor]:
         """{"norm": [C]}."""
-        return {"norm": self.total.sqrt()}
+        return {"norm": self.total.squeeze(0).sqrt()}
 
 
 class Gram:

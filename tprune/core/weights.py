@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,20 +53,12 @@ class StructureEdit:
         return HALVES if self.removed else self.halves
 
 
-_PLACES = tuple(1 << place for place in range(8))
-
-
 def pack_bits(mask: Tensor) -> Tensor:
-    """A bool tensor of any shape as uint8 [ceil(numel / 8)], the first entry in the lowest bit."""
-    flat = mask.flatten()
-    flat = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8).to(torch.uint8)
-    return (flat * torch.tensor(_PLACES, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
+    """A bool tensor of any shape as uint8 [ceil(numel / 8)] on the CPU, the first entry in the lowest bit."""
+    return torch.from_numpy(np.packbits(mask.detach().cpu().flatten().numpy(), bitorder="little"))
 
 
 def unpack_bits(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The bool tensor of `shape` that `pack_bits` made `packed` of."""
-    bits = packed.unsqueeze(1) & torch.tensor(_PLACES, dtype=torch.uint8, device=packed.device)
-    numel = 1
-    for size in shape:
-        numel *= size
-    return (bits != 0).flatten()[:numel].view(shape)
+    """The bool tensor of `shape` that `pack_bits` made `packed` of, on the device of `packed`."""
+    bits = np.unpackbits(packed.cpu().numpy(), count=math.prod(shape), bitorder="little")
+    return torch.from_numpy(bits).view(torch.bool).view(shape).to(packed.device)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from tprune.core.select import count_true
 from tprune.core.weights import WeightEdit, pack_bits, unpack_bits
 from tprune.errors import UserError
 from tprune.models import factored
@@ -33,7 +34,7 @@ def record(matrices: Iterable[tuple[Matrix, WeightEdit]]) -> dict[str, Tensor]:
     """The edits of these matrices, each carried out when it comes, as tensors on the CPU."""
     tensors, changed = {}, {}
     for matrix, edit in matrices:
-        tensors[MASK + matrix.name] = pack_bits(edit.mask).cpu()
+        tensors[MASK + matrix.name] = pack_bits(edit.mask)
         if edit.weight is not None:
             changed[WEIGHT + matrix.parameter_name] = matrix.parameter
         if edit.around is not None:
@@ -65,7 +66,7 @@ def replay(matrices: Iterable[Matrix], tensors: dict[str, Tensor]) -> None:
             matrix.parameter.data.copy_(weight)
             written.add(matrix.parameter_name)
         if mask is not None:
-            matrix.remove(unpack_bits(mask.to(matrix.parameter.device), matrix.shape))
+            matrix.remove(unpack_bits(mask, matrix.shape).to(matrix.parameter.device))
         around = [tensors.get(f"{part}/{matrix.name}") for part in factored.NAMES]
         if None not in around:
             factored.wrap(matrix, around)
@@ -74,7 +75,7 @@ def replay(matrices: Iterable[Matrix], tensors: dict[str, Tensor]) -> None:
 def removed(tensors: dict[str, Tensor], matrix: Matrix) -> int:
     """How many weights of `matrix` a record removes."""
     mask = tensors.get(MASK + matrix.name)
-    return 0 if mask is None else int(unpack_bits(mask, matrix.shape).sum())
+    return 0 if mask is None else count_true(unpack_bits(mask, matrix.shape))
 
 
 def only_masks(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -98,7 +99,7 @@ def matched(model: nn.Module, masks: Mapping[str, Tensor]) -> list[tuple[Matrix,
             raise UserError(
                 f"the mask of {name} does not fit this model; train the model that it belongs to, unsharded"
             )
-        held.append((matrix, unpack_bits(packed.to(matrix.parameter.device), matrix.shape)))
+        held.append((matrix, unpack_bits(packed, matrix.shape).to(matrix.parameter.device)))
     return held
 
 

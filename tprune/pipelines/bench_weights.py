@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,13 +32,14 @@ def bench(driver: LlmWeights, subject: Subject, rounds: int) -> dict[str, Any]:
 
     The plain pass sends the same tokens through the decoder without its head, in batches as large as `--batch-size`
     and `MANY_TOKENS` allow (pruning takes smaller ones where that saves memory). Every pruning run works on a fresh
-    copy of the model; copying, reading the text and tokenising it are not counted.
+    copy of the model and journals its blocks, as with `--out`; copying, reading the text and tokenising it are not
+    counted.
 
     Memory is told twice, both in MB above the loaded model: `tensors_above_model_mb` is what was alive at the worst
-    moment (`peak_tensors`; one more run, not timed), `masks_mb` the part of it that is the outcome and grows with the
-    model, a bit per weight; `resident_above_model_mb` is what the process grew by, the most of the timed runs, with
-    the BLAS's buffers for every thread and what the C library has not yet given back (on a GPU: the same as the
-    first). `activations_mb` and `largest_block_mb` are what to measure them by.
+    moment (`peak_tensors`; one more run, not timed); `resident_above_model_mb` is what the process grew by, the most of
+    the timed runs, with the BLAS's buffers for every thread and what the C library has not yet given back (on a GPU:
+    the same as the first). `activations_mb` and `largest_block_mb` are what to measure them by; `masks_mb` is what the
+    journal holds of the outcome, a bit per weight.
 
     Returns:
         `times` per part, the `ratios` to form, the quartiles of a run's time over that of the pass before it, and the
@@ -78,34 +81,40 @@ def bench(driver: LlmWeights, subject: Subject, rounds: int) -> dict[str, Any]:
     }
 
 
+@contextmanager
 def _on_a_copy(
     driver: LlmWeights, subject: Subject, budget: WeightBudget, tokens: Tensor | None
-) -> Callable[[], Handle]:
-    """Pruning of a copy of the model, to be called once; what the copy before left behind is given back."""
+) -> Iterator[tuple[Callable[[], Handle], Path]]:
+    """Pruning of a copy of the model, to be called once, and the folder of its journal.
+
+    What the copy before left behind is given back.
+    """
     copied = driver.decoder(copy.deepcopy(subject.model))
     gc.collect()
     give_back()
-    return lambda: driver.prune(copied, budget, tokens, Journal(None, ""))
+    with tempfile.TemporaryDirectory(prefix="tprune-bench-") as folder:
+        yield lambda: driver.prune(copied, budget, tokens, Journal(Path(folder), "bench")), Path(folder)
 
 
 def _tensors(
     driver: LlmWeights, subject: Subject, budget: WeightBudget, tokens: Tensor | None
 ) -> tuple[float, float]:
-    """Peak memory of tensors while a copy is pruned, and that of the masks among them, in MB."""
-    prune, handles = _on_a_copy(driver, subject, budget, tokens), []
-    peak = peak_tensors(lambda: handles.append(prune()), subject.device)
-    recorded = masks.only_masks(handles[0].tensors(by_reference=True))
-    return peak, sum(mask.nbytes for mask in recorded.values()) / 2**20
+    """Peak memory of tensors while a copy is pruned, and the size of the masks on disk, in MB."""
+    handles: list[Handle] = []
+    with _on_a_copy(driver, subject, budget, tokens) as (prune, folder):
+        peak = peak_tensors(lambda: handles.append(prune()), subject.device, folder)
+        recorded = masks.only_masks(handles[0].tensors(by_reference=True))
+        return peak, sum(mask.nbytes for mask in recorded.values()) / 2**20
 
 
 def _time(
     driver: LlmWeights, subject: Subject, budget: WeightBudget, tokens: Tensor | None
 ) -> tuple[float, float]:
     """Seconds of pruning a copy, and by how many MB the process (on CUDA: what is allocated) grew meanwhile."""
-    prune = _on_a_copy(driver, subject, budget, tokens)
-    before = _resident(subject.device)
-    with PeakMemory(subject.device) as memory:
-        seconds = timed(prune, subject.device)
+    with _on_a_copy(driver, subject, budget, tokens) as (prune, _):
+        before = _resident(subject.device)
+        with PeakMemory(subject.device) as memory:
+            seconds = timed(prune, subject.device)
     return seconds, memory.megabytes - before
 
 

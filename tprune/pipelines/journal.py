@@ -36,10 +36,15 @@ class Journal:
         there = self.folder is not None and self._file(block).exists()
         return self.agree(read_tensors(self._file(block)) if there else None)
 
-    def write(self, block: int, tensors: dict[str, Tensor]) -> None:
-        """Keep the tensors of a finished block; the file appears whole or not at all."""
+    def write(self, block: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Keep the tensors of a finished block; the file appears whole or not at all.
+
+        Returns:
+            The same, now in the file and read from it when they are used; without a folder, as they were given.
+        """
         if self.folder is None:
-            return
+            return tensors
         partial = self._file(block).with_suffix(".partial")
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
         partial.replace(self._file(block))
+        return read_tensors(self._file(block))

@@ -137,7 +137,7 @@ class BlockPruner:
         matrices, finished = self.decoder.matrices(index), journal.read(index)
         if finished is None:
             finished = self._prune(index, matrices)
-            journal.write(index, finished)
+            finished = journal.write(index, finished)
         else:
             if self._dense_feeds:
                 self.stream.advance(index)
