@@ -79,7 +79,9 @@ def test_structure_removed_is_near_what_was_asked_and_is_really_gone(method, tex
     model = decoder()
     before = sum(parameter.numel() for parameter in model.parameters())
     handle = prune(model, method, text, sparsity=0.34)
-    half = 0.1 if "halves" in registry.load(method, "llm-weights").units else 0.04  # of an MLP, of a key-value group
+    half = (
+        0.1 if "halves" in registry.load(method, "llm-weights").units else 0.04
+    )  # of an MLP, of a key-value group
     assert abs(handle.achieved().value - 0.34) < half
     assert sum(parameter.numel() for parameter in model.parameters()) < before
 

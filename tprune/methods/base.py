@@ -79,7 +79,7 @@ class Method:
     learns: ClassVar[str] = "no"
     """Whether there is something to fit: "no", "optional" (it runs without) or "required"."""
     labels: ClassVar[str] = "classes"
-    """What a fit learns from: the "classes" of images, what their "patches" show, or questions with the "boxes" in which
+    """What a fit learns from: the "classes" of images, what their "patches" show, or questions with "boxes" in which
     answers are read, or of all the "foreground"."""
     built_in: ClassVar[dict[str, Any]] = {}
     """Training hyperparameters for `--fit built-in`, where the paper's need more images than there are."""

@@ -82,8 +82,8 @@ class TokenMethod(Method):
     positions_inside: ClassVar[str | None] = None
     """The same for what leaves inside a VLM's decoder, where it differs from what leaves at the projector."""
     cascades: ClassVar[bool] = False
-    """Whether it decides about a decoder's attention heads too: `heads` and `attend` are then asked, and `reduce` has in
-    `memory["heads"]`, bool [B, H], those that were left in the layer before a site."""
+    """Whether it decides about a decoder's attention heads too: `heads` and `attend` are then asked, and `reduce` has
+    in `memory["heads"]`, bool [B, H], those that were left in the layer before a site."""
     projects: ClassVar[bool] = False
     """Whether tokens are merged before a VLM's projector: the view then holds what the projector makes tokens of, class
     tokens in front, and what is merged is projected again."""

@@ -317,7 +317,6 @@ class LinearView:
             (as the projection behind reads it), where `norm` was asked for; None for any other matrix.
         gram: float32 [in, in], (2 / sequences) · Σ x xᵀ, if asked for.
         output_gram: float32 [out, out], (2 / sequences) · Σ g gᵀ of the loss's gradients at the outputs, if asked for.
-        output_gram: float32 [out, out], (2 / sequences) · Σ g gᵀ of the loss's gradients at the outputs, if asked for.
         gradient: float32 [out, in], the L2 norm over calibration sequences of the gradient of the dense model's loss,
             if asked for.
         likeness: the mean of the positive cosines between its outputs for two tokens of a sequence, if asked for.

@@ -53,7 +53,9 @@ class LlmWeights(Pipeline):
     def check(self) -> None:
         """Refuse a missing budget, and a pattern, an allocation or a recovery that does not fit."""
         if self.max_minutes is not None and not self.method.measures:
-            raise UserError(f"--max-minutes {self.max_minutes:g}: {self.stage.method} does not search; leave it out")
+            raise UserError(
+                f"--max-minutes {self.max_minutes:g}: {self.stage.method} does not search; leave it out"
+            )
         if self.stage.loadable == "plain" and not self.method.uniform:
             raise UserError(
                 f"--loadable plain: {self.stage.method} leaves blocks of different shapes, which stock transformers "
