@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tprune.methods.cache_view import LayerView
 from transformers import DynamicCache
 
 import tprune
@@ -9,7 +10,6 @@ from tests.decoders import decoder, tokens
 from tests.llm_weights import tiny
 from tprune.errors import UserError
 from tprune.methods import registry
-from tprune.methods.views import LayerView
 
 TOKENIZER = tiny.tokenizer()
 PROMPT, EVERY = 40, 8

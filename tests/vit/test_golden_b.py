@@ -5,6 +5,8 @@ import json
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
+from tprune.methods.attention import Attention
+from tprune.methods.token_view import TokenView
 
 import tprune
 from tests.golden_values import HERE, golden, under
@@ -12,7 +14,6 @@ from tprune.core import match
 from tprune.core.budget import Site
 from tprune.methods import registry
 from tprune.methods.tokens import Shape
-from tprune.methods.views import Attention, TokenView
 
 
 def settings(name):

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from tprune.methods.attention import Attention
+from tprune.methods.token_view import TokenView
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import tprune
@@ -10,7 +12,6 @@ from tests.vlm.tiny import IMAGE, TEXT
 from tprune.core.budget import PROJECTOR
 from tprune.methods import registry
 from tprune.methods.tokens import Shape
-from tprune.methods.views import Attention, TokenView
 from tprune.methods.vlm.mmtok import keywords
 
 

@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from tprune.methods.attention import Attention
+from tprune.methods.token_view import TokenView
 
 from tests.golden_values import HERE, golden
 from tests.vlm.test_golden import prompt
@@ -11,7 +13,6 @@ from tprune.core.budget import PROJECTOR, Site, mean_leaving
 from tprune.core.grid import far_apart
 from tprune.methods import registry
 from tprune.methods.tokens import Shape
-from tprune.methods.views import Attention, TokenView
 
 
 def cases(name):

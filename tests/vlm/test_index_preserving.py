@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn import functional
+from tprune.methods.token_view import TokenView
 
 import tprune
 from tests.golden_values import golden, under
@@ -12,7 +13,6 @@ from tprune.core.budget import PROJECTOR
 from tprune.core.reduction import Reduction
 from tprune.methods import registry
 from tprune.methods.tokens import Shape
-from tprune.methods.views import TokenView
 from tprune.methods.vlm.index_preserving import classified
 from tprune.models.encoder import Sight
 from tprune.models.prompts import noise_prompts

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from tprune.methods.attention import Attention
+from tprune.methods.token_view import TokenView
 
 from tprune.core.budget import Site
 from tprune.core.relax import gumbel
 from tprune.methods import registry
 from tprune.methods.tokens import Shape
-from tprune.methods.views import Attention, TokenView
 from tprune.methods.vlm._guided import Guided, guided
 
 SHAPE = Shape(8, 9, heads=2, width=8)

@@ -14,7 +14,7 @@ from tprune.core.allocate import erk, fill_by_score, smallest_of_all, spread_by_
 from tprune.errors import UserError
 from tprune.methods.base import Method, Paper, param
 from tprune.methods.choice import chosen
-from tprune.methods.views import LinearView
+from tprune.methods.weight_view import LinearView
 from tprune.methods.weights import WeightMethod
 
 Views = Callable[[], Iterable[LinearView]]

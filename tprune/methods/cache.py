@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from tprune.core.cache import Evict, Replace
     from tprune.core.stored import Encode
+    from tprune.methods.cache_view import LayerView, Projections, StepView
     from tprune.methods.fit import Fit
-    from tprune.methods.views import LayerView, Projections, StepView
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from torch.nn import functional
 
 from tprune.core.budget import Site, mean_entering
 from tprune.core.reduction import Reduction
+from tprune.methods.token_view import TokenView
 from tprune.methods.tokens import Shape
-from tprune.methods.views import TokenView
 
 
 @dataclass(frozen=True)

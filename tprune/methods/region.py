@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from tprune.methods.views import LinearView
+    from tprune.methods.weight_view import LinearView
 
 
 class Region(Protocol):

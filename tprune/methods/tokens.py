@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
     from tprune.core.budget import Site, Stage
     from tprune.core.reduction import Reduction
+    from tprune.methods.attention import Attention
     from tprune.methods.fit import Fit
-    from tprune.methods.views import Attention, TokenView
+    from tprune.methods.token_view import TokenView
 
 
 @dataclass(frozen=True)

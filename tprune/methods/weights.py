@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tprune.core.weights import WeightEdit
-    from tprune.methods.views import LinearView, ModelView
+    from tprune.methods.weight_view import LinearView, ModelView
 
 
 @dataclass(frozen=True)

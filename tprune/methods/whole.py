@@ -10,7 +10,7 @@ from tprune.methods.weights import WeightBudget, WeightMethod
 
 if TYPE_CHECKING:
     from tprune.core.weights import WeightEdit
-    from tprune.methods.views import LinearView
+    from tprune.methods.weight_view import LinearView
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tprune.errors import UserError
-from tprune.methods.views import Attention
+from tprune.methods.attention import Attention
 from tprune.models.layer_inputs import CACHES, LayerInputs
 from tprune.models.run import Inputs, Run
 from tprune.models.taps import AttentionCall, Tap

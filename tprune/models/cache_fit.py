@@ -9,8 +9,8 @@ from torch import nn
 
 from tprune.core.budget import Site
 from tprune.methods.cache import CacheMethod, CacheShape
+from tprune.methods.cache_view import LayerView
 from tprune.methods.fit import Fit
-from tprune.methods.views import LayerView
 from tprune.models.compress import attention_modules
 from tprune.models.key_values import Entering, KeyValues, projections
 from tprune.models.taps import AttentionCall, Tap

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tprune.errors import UserError
-from tprune.methods.views import TokenView
+from tprune.methods.token_view import TokenView
 
 
 class Clip:

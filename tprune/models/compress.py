@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from tprune.errors import BudgetError, UserError
+from tprune.methods.attention import Attention
 from tprune.methods.cache import CacheMethod
-from tprune.methods.views import Attention
 from tprune.models.cache import prunable_layers, take_over
 from tprune.models.cache_layer import Owner, PrunedLayer, Turn
 from tprune.models.held import attend_by_map, attend_held, attend_stored, biased

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from tprune.core.budget import PROJECTOR, Site, Stage
 from tprune.core.reduction import Reduction
 from tprune.errors import UserError
+from tprune.methods.token_view import TokenView
 from tprune.methods.tokens import Shape, TokenMethod
-from tprune.methods.views import TokenView
 from tprune.models.blocks import find_decoder
 from tprune.models.deepstack import Deepstack
 from tprune.models.entrance import Entrance, fill_up, place_behind, shorten

@@ -13,9 +13,10 @@ from tprune.core.budget import PROJECTOR, Site, Stage
 from tprune.core.reduction import Reduction
 from tprune.core.relax import mask_attention
 from tprune.core.score import attend
+from tprune.methods.attention import Attention
 from tprune.methods.fit import Fit, Relaxed
+from tprune.methods.token_view import TokenView
 from tprune.methods.tokens import TokenMethod
-from tprune.methods.views import Attention, TokenView
 from tprune.models.decoder import DecoderDriver
 from tprune.models.run import Inputs, Run
 from tprune.models.signals import attention_of

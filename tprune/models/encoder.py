@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from tprune.errors import UserError
-from tprune.methods.views import Attention, TokenView
+from tprune.methods.attention import Attention
+from tprune.methods.token_view import TokenView
 from tprune.models.layout import members, packed_crops, pair, pools
 from tprune.models.run import Inputs
 from tprune.models.signals import attention_of

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tprune.core.score import attend
 from tprune.core.stored import attend_tiles
-from tprune.methods.views import Attention
+from tprune.methods.attention import Attention
 from tprune.models.cache_layer import PrunedLayer
 from tprune.models.storing import store
 from tprune.models.taps import AttentionCall, Output

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from tprune.core.reduction import gather_tokens
 from tprune.errors import UserError
+from tprune.methods.token_view import TokenView
 from tprune.methods.tokens import TokenMethod
-from tprune.methods.views import TokenView
 from tprune.models.clip import Clip
 from tprune.models.encoder import Sight
 from tprune.models.layout import Unit, members, pack, pair, unit_seeds

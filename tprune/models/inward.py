@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tprune.core.reduction import Reduction
-from tprune.methods.views import Attention
+from tprune.methods.attention import Attention
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tprune.errors import UserError
-from tprune.methods.views import LayerView, Projections
+from tprune.methods.cache_view import LayerView, Projections
 from tprune.models.blocks import Decoder, Matrix, find_decoder
 from tprune.models.rope import Rotation
 

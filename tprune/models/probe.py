@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from tprune.errors import UserError
+from tprune.methods.attention import Attention
 from tprune.methods.cache import CacheMethod
-from tprune.methods.views import Attention, LayerView
+from tprune.methods.cache_view import LayerView
 from tprune.models.cache import fork
 from tprune.models.cache_layer import PrunedLayer
 from tprune.models.compress import Compression

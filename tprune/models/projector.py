@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from tprune.core.budget import PROJECTOR, Stage
 from tprune.core.reduction import Reduction, gather_tokens
+from tprune.methods.token_view import TokenView
 from tprune.methods.tokens import TokenMethod
-from tprune.methods.views import TokenView
 from tprune.models.clip import Clip
 from tprune.models.encoder import Sight, Watch
 from tprune.models.image_view import ImageViews, check

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from tprune.core.cache import Evict, merge_rows, per_entry, stack_rows
 from tprune.core.stored import Encode, stack_stored, widened
-from tprune.methods.views import Attention, LayerView
+from tprune.methods.attention import Attention
+from tprune.methods.cache_view import LayerView
 from tprune.models.cache_layer import PrunedLayer
 from tprune.models.taps import AttentionCall
 

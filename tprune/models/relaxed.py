@@ -11,8 +11,8 @@ from tprune.core.budget import Site, Stage
 from tprune.core.reduction import Reduction
 from tprune.core.relax import mask_attention
 from tprune.methods.fit import Fit, Relaxed
+from tprune.methods.token_view import TokenView
 from tprune.methods.tokens import TokenMethod
-from tprune.methods.views import TokenView
 from tprune.models.anatomy import Anatomy
 from tprune.models.vit import TokenDriver
 

@@ -18,8 +18,8 @@ from tprune.core.ranks import rank
 from tprune.core.reduction import gather_tokens
 from tprune.core.select import mark, places
 from tprune.errors import UserError
+from tprune.methods.attention import Attention
 from tprune.methods.tokens import TokenMethod
-from tprune.methods.views import Attention
 from tprune.models.cache import prunable_layers
 from tprune.models.decoder import DecoderDriver
 from tprune.models.deferred import Deferred, DeferringLayer, Slots

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from tprune.core.cache import Replace, per_entry
+from tprune.methods.attention import Attention
 from tprune.methods.cache import CacheMethod
-from tprune.methods.views import Attention, StepView
+from tprune.methods.cache_view import StepView
 from tprune.models.cache_layer import PrunedLayer, Turn
 from tprune.models.threads import FewThreads
 

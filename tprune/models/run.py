@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tprune.core.budget import Site, Stage
 from tprune.core.reduction import follow
-from tprune.methods.views import Attention
+from tprune.methods.attention import Attention
 from tprune.models.track import Track
 
 Inputs = dict[str, Any]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tprune.core.budget import Site
 from tprune.core.reduction import gather_tokens
 from tprune.errors import UserError
-from tprune.methods.views import Attention
+from tprune.methods.attention import Attention
 from tprune.models.beside import Beside
 from tprune.models.layer_inputs import CACHES, LayerInputs
 from tprune.models.run import Inputs, Run, here

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from tprune.core.budget import Site
 from tprune.core.reduction import Reduction
+from tprune.methods.token_view import TokenView
 from tprune.methods.tokens import Shape
-from tprune.methods.views import TokenView
 from tprune.models.anatomy import Anatomy, classes
 from tprune.models.relaxed import FitDriver
 from tprune.models.vim import Gaps

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from tprune.core.budget import PROJECTOR, Stage
 from tprune.core.reduction import gather_tokens
 from tprune.core.select import keep_where
+from tprune.methods.token_view import TokenView
 from tprune.methods.tokens import TokenMethod
-from tprune.methods.views import TokenView
 from tprune.models.layout import packed_crops, patches_per_crop
 from tprune.models.run import Inputs
 from tprune.models.signals import attention_of

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from tprune.core.budget import Site, Stage, counts_entering
 from tprune.core.reduction import Reduction
 from tprune.errors import UserError
+from tprune.methods.token_view import TokenView
 from tprune.methods.tokens import TokenMethod
-from tprune.methods.views import TokenView
 from tprune.models.anatomy import Anatomy, halves
 from tprune.models.dense import Canvas
 from tprune.models.inward import Inward

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tprune.methods.views import Attention
+from tprune.methods.attention import Attention
 
 
 class Watch(TorchFunctionMode):

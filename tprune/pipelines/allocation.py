@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tprune.core.statistics import Inputs
 from tprune.methods.allocate import Allocation
-from tprune.methods.views import LinearView
+from tprune.methods.weight_view import LinearView
 from tprune.methods.weights import WeightMethod
 from tprune.models.blocks import Decoder
 from tprune.models.calibrate import Stream

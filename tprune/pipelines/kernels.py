@@ -13,8 +13,9 @@ from torch import nn
 from tprune.core import select
 from tprune.core.budget import PROJECTOR
 from tprune.core.reduction import Reduction
+from tprune.methods.attention import Attention
+from tprune.methods.token_view import TokenView
 from tprune.methods.tokens import Shape, TokenMethod
-from tprune.methods.views import Attention, TokenView
 
 IMAGE, WIDTH, HEADS, BEFORE, BEHIND, KEPT = 576, 4096, 32, 35, 41, 64
 NEURONS = 11008

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tprune.core.statistics import Inputs
 from tprune.core.weights import WeightEdit
-from tprune.methods.views import LinearView
+from tprune.methods.weight_view import LinearView
 from tprune.methods.weights import WeightBudget
 from tprune.models.blocks import Matrix
 from tprune.models.calibrate import Stream

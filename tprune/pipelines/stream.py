@@ -14,7 +14,7 @@ from tprune.core.statistics import Inputs, white
 from tprune.core.weights import WeightEdit
 from tprune.errors import UserError
 from tprune.methods.region import RegionMethod
-from tprune.methods.views import LinearView
+from tprune.methods.weight_view import LinearView
 from tprune.methods.weights import WeightBudget, WeightMethod
 from tprune.models import masks
 from tprune.models.blocks import Decoder, Matrix

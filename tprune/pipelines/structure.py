@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tprune.core.weights import HALVES, StructureEdit
 from tprune.errors import UserError
-from tprune.methods.views import BlockView, MemberView, ModelView, UnitView
+from tprune.methods.weight_view import BlockView, MemberView, ModelView, UnitView
 from tprune.methods.weights import WeightBudget, WeightMethod
 from tprune.models import shapes, units
 from tprune.models.blocks import Decoder

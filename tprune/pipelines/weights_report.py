@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tprune.core.weights import HALVES, StructureEdit
 from tprune.errors import UserError
-from tprune.methods.views import ModelView
+from tprune.methods.weight_view import ModelView
 from tprune.models import masks
 from tprune.models.blocks import Decoder
 from tprune.models.pages import at_hand

@@ -15,7 +15,7 @@ from tprune.core.stored import Encode
 from tprune.errors import UserError
 from tprune.methods.base import Paper, param
 from tprune.methods.cache import CacheMethod
-from tprune.methods.views import LayerView, StepView
+from tprune.methods.cache_view import LayerView, StepView
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from torch import Tensor
 from tprune.core.budget import exponent, staircase
 from tprune.core.reduction import Reduction
 from tprune.core.select import keep_prunable_top
+from tprune.methods.attention import Attention
 from tprune.methods.base import Paper, param
 from tprune.methods.tokens import TokenMethod
-from tprune.methods.views import Attention
 
 ROWS = 256
 """Rows of the attention map that are there at a time."""

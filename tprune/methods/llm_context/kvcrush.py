@@ -19,7 +19,7 @@ from tprune.core.select import keep_ends_and_top, representatives, top
 from tprune.errors import UserError
 from tprune.methods.base import Paper, param
 from tprune.methods.cache import CacheMethod
-from tprune.methods.views import LayerView
+from tprune.methods.cache_view import LayerView
 
 WINDOW, KERNEL = 32, 5
 """SnapKV's, as base method."""

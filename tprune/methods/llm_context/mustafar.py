@@ -14,7 +14,7 @@ from tprune.core.stored import Encode, Stored
 from tprune.errors import UserError
 from tprune.methods.base import Paper, param
 from tprune.methods.cache import CacheMethod
-from tprune.methods.views import LayerView
+from tprune.methods.cache_view import LayerView
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from tprune.core.ranks import rank
 from tprune.core.reduction import Reduction
 from tprune.core.select import keep_prunable_top
 from tprune.errors import UserError
+from tprune.methods.attention import Attention
 from tprune.methods.base import Paper, param
 from tprune.methods.llm_context._steps import Steps
-from tprune.methods.views import Attention
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from tprune.core.reduction import Reduction
 from tprune.core.score import attend
 from tprune.core.select import keep_prunable_top
 from tprune.errors import UserError
+from tprune.methods.attention import Attention
 from tprune.methods.base import Paper, param
 from tprune.methods.tokens import TokenMethod
-from tprune.methods.views import Attention
 
 ROWS = 128
 """Rows of the attention map that are there at a time."""

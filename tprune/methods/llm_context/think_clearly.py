@@ -16,7 +16,7 @@ from tprune.core.ranks import rank
 from tprune.core.select import top
 from tprune.methods.base import Paper, param
 from tprune.methods.cache import CacheMethod, Probe
-from tprune.methods.views import LayerView
+from tprune.methods.cache_view import LayerView
 
 
 @dataclass(frozen=True)

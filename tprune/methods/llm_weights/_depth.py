@@ -8,7 +8,7 @@ import torch
 
 from tprune.core.weights import StructureEdit
 from tprune.errors import BudgetError
-from tprune.methods.views import ModelView
+from tprune.methods.weight_view import ModelView
 
 
 def blocks_to_remove(sparsity: float, depth: int, kept: int = 1) -> int:

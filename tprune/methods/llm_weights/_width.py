@@ -9,7 +9,7 @@ from torch import Tensor
 from tprune.core.select import floor_count, top
 from tprune.core.weights import StructureEdit
 from tprune.errors import BudgetError
-from tprune.methods.views import BlockView, UnitView
+from tprune.methods.weight_view import BlockView, UnitView
 
 
 def sums(columns: Tensor, unit: UnitView) -> Tensor:

@@ -15,7 +15,7 @@ from tprune.core.admm import admm_support, refit, unit_diagonal
 from tprune.core.select import layer_mask, nm_mask
 from tprune.core.weights import WeightEdit
 from tprune.methods.base import Paper, param
-from tprune.methods.views import LinearView
+from tprune.methods.weight_view import LinearView
 from tprune.methods.weights import WeightBudget, WeightMethod
 
 

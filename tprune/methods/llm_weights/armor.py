@@ -16,7 +16,7 @@ from tprune.core.factorise import Factors, fit_factors, largest_divisor, unit_no
 from tprune.core.select import weight_mask
 from tprune.core.weights import WeightEdit
 from tprune.methods.base import Paper, param
-from tprune.methods.views import LinearView
+from tprune.methods.weight_view import LinearView
 from tprune.methods.weights import WeightBudget, WeightMethod
 
 

@@ -12,7 +12,7 @@ from tprune.core.weights import HALVES, StructureEdit
 from tprune.methods.base import Paper, param
 from tprune.methods.llm_weights._depth import halves_in_order
 from tprune.methods.llm_weights._width import check_reach
-from tprune.methods.views import ModelView
+from tprune.methods.weight_view import ModelView
 from tprune.methods.weights import WeightBudget, WeightMethod
 
 

@@ -14,7 +14,7 @@ from tprune.core.allocate import widths_by_importance
 from tprune.core.weights import StructureEdit
 from tprune.methods.base import Paper, param
 from tprune.methods.llm_weights._width import check_reach, keep_best
-from tprune.methods.views import ModelView, UnitView
+from tprune.methods.weight_view import ModelView, UnitView
 from tprune.methods.weights import WeightBudget, WeightMethod
 
 TOKENS = 128 * 1024 / 1e4

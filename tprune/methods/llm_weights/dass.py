@@ -15,7 +15,7 @@ from torch import Tensor
 from tprune.core.select import weight_mask
 from tprune.core.weights import WeightEdit
 from tprune.methods.base import Paper, param
-from tprune.methods.views import LinearView
+from tprune.methods.weight_view import LinearView
 from tprune.methods.weights import WeightBudget, WeightMethod
 
 

@@ -16,7 +16,7 @@ from tprune.core.select import keep_by_cost
 from tprune.core.weights import StructureEdit
 from tprune.methods.base import Paper, param
 from tprune.methods.llm_weights._width import check_reach, same_share
-from tprune.methods.views import BlockView, ModelView, UnitView
+from tprune.methods.weight_view import BlockView, ModelView, UnitView
 from tprune.methods.weights import WeightBudget, WeightMethod
 
 

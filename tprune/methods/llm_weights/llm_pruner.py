@@ -15,7 +15,7 @@ from tprune.core.weights import StructureEdit
 from tprune.errors import UserError
 from tprune.methods.base import Paper, param
 from tprune.methods.llm_weights._width import same_share
-from tprune.methods.views import MemberView, ModelView, UnitView
+from tprune.methods.weight_view import MemberView, ModelView, UnitView
 from tprune.methods.weights import WeightBudget, WeightMethod
 
 ACROSS = {"sum": Tensor.sum, "mean": Tensor.mean, "max": Tensor.amax, "prod": Tensor.prod}

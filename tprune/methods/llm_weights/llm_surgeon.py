@@ -17,7 +17,7 @@ from tprune.core.kronecker import live_inverse, removal_costs, remove_together
 from tprune.core.select import floor_count, layer_mask, nm_mask
 from tprune.core.weights import WeightEdit
 from tprune.methods.base import Paper, param
-from tprune.methods.views import LinearView
+from tprune.methods.weight_view import LinearView
 from tprune.methods.weights import WeightBudget
 from tprune.methods.whole import WholeMethod
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from tprune.core.weights import StructureEdit
 from tprune.methods.base import Paper
 from tprune.methods.llm_weights._width import same_share, sums
-from tprune.methods.views import ModelView
+from tprune.methods.weight_view import ModelView
 from tprune.methods.weights import WeightBudget, WeightMethod
 
 

@@ -15,7 +15,7 @@ from tprune.core.weights import HALVES, StructureEdit
 from tprune.errors import BudgetError
 from tprune.methods.base import Paper, param
 from tprune.methods.llm_weights._depth import cheapest, halves_in_order
-from tprune.methods.views import BlockView, ModelView, UnitView
+from tprune.methods.weight_view import BlockView, ModelView, UnitView
 from tprune.methods.weights import WeightBudget, WeightMethod
 
 HALF = {"channels": "mlp", "heads": "attention"}

@@ -16,7 +16,7 @@ from tprune.core.weights import WeightEdit
 from tprune.errors import UserError
 from tprune.methods.base import Paper, param
 from tprune.methods.llm_weights._scores import lowest
-from tprune.methods.views import LinearView
+from tprune.methods.weight_view import LinearView
 from tprune.methods.weights import WeightBudget, WeightMethod
 
 LEAVES = ("W", "G", "X")

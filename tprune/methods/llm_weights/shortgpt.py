@@ -15,7 +15,7 @@ from tprune.core.statistics import token_cosine
 from tprune.core.weights import StructureEdit
 from tprune.methods.base import Paper, param
 from tprune.methods.llm_weights._depth import blocks_to_remove
-from tprune.methods.views import ModelView
+from tprune.methods.weight_view import ModelView
 from tprune.methods.weights import WeightBudget, WeightMethod
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from tprune.core.weights import StructureEdit
 from tprune.methods.base import Paper, param
 from tprune.methods.llm_weights._depth import blocks_to_remove, cheapest
-from tprune.methods.views import ModelView
+from tprune.methods.weight_view import ModelView
 from tprune.methods.weights import WeightBudget, WeightMethod
 
 

@@ -16,7 +16,7 @@ from tprune.core.solve import dead_inputs, inverse_factor, obs_prune
 from tprune.core.weights import WeightEdit
 from tprune.errors import UserError
 from tprune.methods.base import Paper, param
-from tprune.methods.views import LinearView
+from tprune.methods.weight_view import LinearView
 from tprune.methods.weights import WeightBudget, WeightMethod
 
 

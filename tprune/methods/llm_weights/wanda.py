@@ -14,7 +14,7 @@ from torch import Tensor
 from tprune.core.weights import WeightEdit
 from tprune.methods.base import Paper, param
 from tprune.methods.llm_weights._scores import lowest
-from tprune.methods.views import LinearView
+from tprune.methods.weight_view import LinearView
 from tprune.methods.weights import WeightBudget, WeightMethod
 
 

@@ -1,0 +1,78 @@
+"""One block's attention as it ran, and what can be computed from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tprune.core import score
+
+
+@dataclass(eq=False)
+class Attention:
+    """The queries and keys of one block's attention as it ran, and what can be computed from them.
+
+    The fused kernel stays in place; `rows` computes only the rows that are asked for, beside it.
+
+    Attributes:
+        query: [B, H, N, d], as the attention saw them (normalised, rotated).
+        key, value: [B, G, N, d]; G divides H (grouped-query attention).
+        scale: what the logits are multiplied with.
+        bias: additive, broadcastable to [B, H, N, N] (log sizes, padding), or None.
+        causal: whether row i sees only keys up to i.
+        softcap: bounds the logits (Gemma 2), or None.
+        map: float32 [B, H, N, N], the softmaxed attention, where it is there anyway: a method has edited it, or it is
+            the single row of a generated token.
+        output: [B, H, N, d], what every head read for every token, before the projection; None where it was not seen.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scale: float
+    bias: Tensor | None = None
+    causal: bool = False
+    softcap: float | None = None
+    map: Tensor | None = None
+    output: Tensor | None = None
+
+    def rows(self, rows: Tensor | slice | None = None) -> Tensor:
+        """Softmaxed attention of the query rows `rows` (all by default): float32 [B, H, R, N].
+
+        `rows` is a slice, or int64 [R] for all samples, or [B, R].
+        """
+        if self.map is not None:
+            return score.map_rows(self.map, rows)
+        return score.attention_rows(
+            self.query,
+            self.key,
+            self.scale,
+            rows=rows,
+            bias=self.bias,
+            causal=self.causal,
+            softcap=self.softcap,
+        )
+
+    def column_sums(self, decay: float = 1.0, counted: Tensor | None = None) -> Tensor:
+        """The attention every key received, summed over the queries that see it: float32 [B, H, N].
+
+        The last query counts 1, each one before it `decay` times the next; those that are not `counted`, bool [B, N],
+        do not count.
+        """
+        if self.map is not None and decay == 1 and counted is None:
+            return self.map.sum(2)
+        return score.attention_column_sums(
+            self.query,
+            self.key,
+            self.scale,
+            bias=self.bias,
+            causal=self.causal,
+            softcap=self.softcap,
+            decay=decay,
+            counted=counted,
+        )
+
+    def window(self, size: int) -> Tensor:
+        """What the last `size` queries paid to each key before them, summed: float32 [B, H, N - size]."""
+        return score.window_attention(self.query, self.key, self.scale, size, softcap=self.softcap)

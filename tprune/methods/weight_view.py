@@ -1,0 +1,144 @@
+"""What a weight method is given to look at: matrices, removable units, blocks and the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from tprune.core.weights import StructureEdit
+
+
+@dataclass(eq=False)
+class LinearView:
+    """One prunable matrix, whatever its storage: a Linear, a transposed Conv1D, a slice of fused or stacked ones.
+
+    Attributes:
+        name: its full name in the model, with a suffix for slices of a fused or stacked parameter.
+        block: index of the block it stands in.
+        weight: float32 [out, in], a copy.
+        norm: float32 [in], the L2 norm of each input over all calibration tokens, if asked for.
+        channel_norm: float32 [out], of a matrix that feeds an MLP, the L2 norm of the channel that each output makes
+            (as the projection behind reads it), where `norm` was asked for; None for any other matrix.
+        gram: float32 [in, in], (2 / sequences) · Σ x xᵀ, if asked for.
+        output_gram: float32 [out, out], (2 / sequences) · Σ g gᵀ of the loss's gradients at the outputs, if asked for.
+        gradient: float32 [out, in], the L2 norm over calibration sequences of the gradient of the dense model's loss,
+            if asked for.
+        likeness: the mean of the positive cosines between its outputs for two tokens of a sequence, if asked for.
+        tokens, sequences: how many calibration tokens it saw, of how many sequences.
+        shared: what was computed from the statistics so far, for all matrices with the same inputs.
+    """
+
+    name: str
+    block: int
+    weight: Tensor
+    norm: Tensor | None = None
+    channel_norm: Tensor | None = None
+    gram: Tensor | None = None
+    output_gram: Tensor | None = None
+    gradient: Tensor | None = None
+    likeness: float | None = None
+    tokens: int = 0
+    sequences: int = 0
+    shared: dict[str, Any] = field(default_factory=dict)
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """`make()`, computed once for all matrices with the same inputs (q, k and v; gate and up)."""
+        if name not in self.shared:
+            self.shared[name] = make()
+        return self.shared[name]
+
+
+@dataclass(eq=False)
+class MemberView:
+    """What the units of one kind in one block have of one matrix of their dependency group, [U, R, other].
+
+    R of its rows (of its columns, in the output projection) belong to every unit, consecutive ones.
+
+    Attributes:
+        weight: float32.
+        gradient: float32, the mean over calibration sequences of the dense model's gradient, where "gradient_mean"
+            was asked for.
+        square: float32, the mean of its square, where "gradient_square" was asked for.
+    """
+
+    weight: Tensor
+    gradient: Tensor | None = None
+    square: Tensor | None = None
+
+
+@dataclass(eq=False)
+class UnitView:
+    """The removable units of one kind in one block, seen at the input of their output projection.
+
+    Attributes:
+        kind: "heads" (whole key-value groups) or "channels" (neurons of the MLP).
+        weight: float32 [out, in] of the output projection.
+        width: consecutive inputs per unit: r·e for a group of r query heads of width e, 1 for a channel.
+        heads: query heads per unit (r); 1 for channels.
+        cost: parameters of one unit.
+        norm: float32 [in], L2 norms of the projection's inputs over all calibration tokens, if asked for.
+        mean, variance, fluctuation: float32 [in], of the projection's inputs over the calibration set, if asked
+            for; the fluctuation is the recurrence of FLAP's code (`core.statistics.Moments`).
+        members: the matrices that lose entries with a unit, read one by one: those that feed the units in the order of
+            the block's modules (q, k, v; gate, up), at last the output projection.
+    """
+
+    kind: str
+    weight: Tensor
+    width: int
+    heads: int
+    cost: int
+    norm: Tensor | None = None
+    mean: Tensor | None = None
+    variance: Tensor | None = None
+    fluctuation: Tensor | None = None
+    members: Callable[[], Iterator[MemberView]] = lambda: iter(())
+
+    @property
+    def count(self) -> int:
+        """U, how many units."""
+        return self.weight.shape[1] // self.width
+
+
+@dataclass(eq=False)
+class BlockView:
+    """One block: its units, its size and how much it changes the residual stream.
+
+    Attributes:
+        index: which block.
+        parameters: its prunable parameters.
+        units: by kind.
+        halves: prunable parameters of its "attention" and its "mlp", for methods with the unit "halves".
+        similarity, angle: mean over tokens of the cosine, and of the angle as a part of π, between the residual stream
+            before and after the block, if asked for.
+        entering, leaving: float32 [N, D], the residual stream at the last token of each calibration sequence before
+            and after the block, if statistics of dense blocks were asked for.
+    """
+
+    index: int
+    parameters: int
+    units: dict[str, UnitView] = field(default_factory=dict)
+    halves: dict[str, int] = field(default_factory=dict)
+    similarity: float | None = None
+    angle: float | None = None
+    entering: Tensor | None = None
+    leaving: Tensor | None = None
+
+
+@dataclass(eq=False)
+class ModelView:
+    """All blocks with their statistics, for methods that decide over the whole model.
+
+    Attributes:
+        blocks: in order.
+        uniform: whether all blocks must keep the same number of units of a kind (`--loadable plain`).
+        losses_with: (made, candidates) -> float64 [C], the model's mean loss per calibration token with the edits
+            `made` and those of each candidate in turn; for methods with `measures`. Edits of one block add up.
+    """
+
+    blocks: list[BlockView]
+    uniform: bool = False
+    losses_with: Callable[[Sequence[StructureEdit], Sequence[Sequence[StructureEdit]]], Tensor] | None = None
