@@ -3,9 +3,6 @@
 import pytest
 import torch
 import transformers
-from tprune.methods.attention import Attention
-from tprune.methods.cache_view import LayerView
-from tprune.methods.token_view import TokenView
 
 from tests.decoders import decoder
 from tests.golden_values import golden
@@ -15,7 +12,10 @@ from tprune.core.score import attention_rows, mean_over_group, pool_neighbours, 
 from tprune.core.select import representatives
 from tprune.core.sparse import Sparse
 from tprune.methods import registry
+from tprune.methods.attention import Attention
+from tprune.methods.cache_view import LayerView
 from tprune.methods.llm_context.kvcrush import anchor_of
+from tprune.methods.token_view import TokenView
 from tprune.models.cache_layer import Owner, PrunedLayer
 from tprune.models.decoder import DecoderDriver
 from tprune.models.held import biased

@@ -2,17 +2,17 @@
 
 import pytest
 import torch
-from tprune.methods.attention import Attention
-from tprune.methods.cache_view import LayerView
-from tprune.methods.token_view import TokenView
 
 import tprune
 from tests.decoders import decoder, tokens
 from tprune.core.budget import Site
 from tprune.core.sparse import Elements
 from tprune.methods import registry
+from tprune.methods.attention import Attention
 from tprune.methods.cache import CacheMethod
+from tprune.methods.cache_view import LayerView
 from tprune.methods.llm_context.agile_quant import paid_to
+from tprune.methods.token_view import TokenView
 
 PROMPT = 96
 CACHE_METHODS = [

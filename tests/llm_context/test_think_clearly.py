@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tprune.methods.cache_view import LayerView
 from transformers import DynamicCache
 
 import tprune
@@ -10,6 +9,7 @@ from tests.decoders import decoder, tokens
 from tests.llm_weights import tiny
 from tprune.errors import UserError
 from tprune.methods import registry
+from tprune.methods.cache_view import LayerView
 
 TOKENIZER = tiny.tokenizer()
 PROMPT, EVERY = 40, 8

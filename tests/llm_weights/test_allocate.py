@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tprune.methods.weight_view import LinearView
 
 from tests.decoders import decoder, tokens
 from tests.golden_values import golden
@@ -11,6 +10,7 @@ from tprune.core.allocate import fill_by_score
 from tprune.core.statistics import Norm, mean_likeness
 from tprune.errors import UserError
 from tprune.methods import allocate, registry
+from tprune.methods.weight_view import LinearView
 from tprune.methods.weights import WeightBudget
 from tprune.models.blocks import find_decoder
 from tprune.models.calibrate import Stream

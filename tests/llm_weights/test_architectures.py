@@ -163,7 +163,6 @@ def test_channels_of_experts_are_refused_by_name(name, text):
 def test_compensation_is_exact_where_removed_inputs_are_constant():
     method = registry.build("flap", "llm-weights")
     from tprune.methods.weight_view import BlockView, ModelView, UnitView
-
     from tprune.methods.weights import WeightBudget
 
     torch.manual_seed(0)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tprune.methods.weight_view import LinearView
 
 from tests.decoders import decoder, tokens
 from tests.golden_values import golden
@@ -20,6 +19,7 @@ from tprune.core.select import weight_mask
 from tprune.core.statistics import Norm
 from tprune.errors import UserError
 from tprune.methods import registry
+from tprune.methods.weight_view import LinearView
 from tprune.methods.weights import WeightBudget
 from tprune.models.blocks import find_decoder
 from tprune.models.factored import is_wrapped

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch import nn
-from tprune.methods.weight_view import BlockView, LinearView, ModelView, UnitView
 
 from tests.decoders import decoder
 from tests.golden_values import golden
@@ -11,6 +10,7 @@ from tprune.core import solve
 from tprune.core.select import cumulative_mask, inclusive_mask, nm_mask
 from tprune.core.statistics import Gram, Moments, Norm, token_cosine
 from tprune.methods import registry
+from tprune.methods.weight_view import BlockView, LinearView, ModelView, UnitView
 from tprune.methods.weights import WeightBudget
 from tprune.models.blocks import find_decoder
 from tprune.models.calibrate import Stream

@@ -5,13 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tprune.methods.weight_view import LinearView
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.decoders import decoder, tokens
 from tests.golden_values import golden
 from tests.llm_weights.tiny import prune
 from tprune.methods import registry
+from tprune.methods.weight_view import LinearView
 from tprune.methods.weights import WeightBudget
 from tprune.models.blocks import find_decoder
 from tprune.models.calibrate import Stream

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tprune.methods.weight_view import MemberView, UnitView
 
 from tests.decoders import decoder
 from tests.golden_values import golden
@@ -10,6 +9,7 @@ from tests.llm_weights.test_contract import _driver as driver_of
 from tests.llm_weights.tiny import prune
 from tprune.core.allocate import widths_by_importance
 from tprune.methods import registry
+from tprune.methods.weight_view import MemberView, UnitView
 from tprune.methods.weights import WeightBudget
 from tprune.models.blocks import find_decoder
 from tprune.pipelines.journal import Journal

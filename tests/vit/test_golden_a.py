@@ -5,8 +5,6 @@ import json
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from tprune.methods.attention import Attention
-from tprune.methods.token_view import TokenView
 
 import tprune
 from tests.conftest import tiny_vit
@@ -17,6 +15,8 @@ from tprune.core.reduction import Reduction
 from tprune.core.score import cls_times_value_norm, cosine_normalise, redundancy
 from tprune.errors import UserError
 from tprune.methods import registry
+from tprune.methods.attention import Attention
+from tprune.methods.token_view import TokenView
 
 
 def settings(name):

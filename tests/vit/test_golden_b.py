@@ -5,14 +5,14 @@ import json
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from tprune.methods.attention import Attention
-from tprune.methods.token_view import TokenView
 
 import tprune
 from tests.golden_values import HERE, golden, under
 from tprune.core import match
 from tprune.core.budget import Site
 from tprune.methods import registry
+from tprune.methods.attention import Attention
+from tprune.methods.token_view import TokenView
 from tprune.methods.tokens import Shape
 
 

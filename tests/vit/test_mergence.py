@@ -6,12 +6,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import cosine_similarity
-from tprune.methods.attention import Attention
-from tprune.methods.token_view import TokenView
 
 from tprune.core import match
 from tprune.core.budget import Site
 from tprune.methods import registry
+from tprune.methods.attention import Attention
+from tprune.methods.token_view import TokenView
 
 
 def drawn(seed, *shape):

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tprune.methods.attention import Attention
-from tprune.methods.token_view import TokenView
 
 from tprune.core.budget import Site
 from tprune.methods import registry
+from tprune.methods.attention import Attention
+from tprune.methods.token_view import TokenView
 
 
 def drawn(seed, *shape):

@@ -1,12 +1,12 @@
 """CATP against its description, one prompt and one token at a time."""
 
 import torch
-from tprune.methods.attention import Attention
-from tprune.methods.token_view import TokenView
 
 from tests.vlm.test_golden import prompt
 from tprune.core.budget import PROJECTOR
 from tprune.methods import registry
+from tprune.methods.attention import Attention
+from tprune.methods.token_view import TokenView
 from tprune.methods.tokens import Shape
 
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 from torch.nn.functional import cosine_similarity
-from tprune.methods.attention import Attention
-from tprune.methods.token_view import TokenView
 
 from tprune.core import alike
 from tprune.core.budget import PROJECTOR, Site
 from tprune.methods import registry
+from tprune.methods.attention import Attention
+from tprune.methods.token_view import TokenView
 
 
 def noise(*shape, seed=0):

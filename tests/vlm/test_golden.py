@@ -4,14 +4,14 @@ import json
 
 import pytest
 import torch
-from tprune.methods.attention import Attention
-from tprune.methods.token_view import TokenView
 
 from tests.golden_values import HERE, golden
 from tests.vlm.tiny import tiny
 from tprune.core import match
 from tprune.core.budget import PROJECTOR, Site, Stage
 from tprune.methods import registry
+from tprune.methods.attention import Attention
+from tprune.methods.token_view import TokenView
 from tprune.methods.tokens import Shape
 from tprune.models.encoder import Sight
 from tprune.models.layout import packed_crops

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from tprune.methods.attention import Attention
-from tprune.methods.token_view import TokenView
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import tprune
@@ -11,6 +9,8 @@ from tests.golden_values import golden
 from tests.vlm.tiny import IMAGE, TEXT
 from tprune.core.budget import PROJECTOR
 from tprune.methods import registry
+from tprune.methods.attention import Attention
+from tprune.methods.token_view import TokenView
 from tprune.methods.tokens import Shape
 from tprune.methods.vlm.mmtok import keywords
 

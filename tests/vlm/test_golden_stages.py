@@ -4,14 +4,14 @@ import json
 
 import pytest
 import torch
-from tprune.methods.attention import Attention
-from tprune.methods.token_view import TokenView
 
 from tests.golden_values import HERE, golden
 from tests.vlm.test_golden import prompt
 from tprune.core.budget import PROJECTOR, Site, mean_leaving
 from tprune.core.grid import far_apart
 from tprune.methods import registry
+from tprune.methods.attention import Attention
+from tprune.methods.token_view import TokenView
 from tprune.methods.tokens import Shape
 
 

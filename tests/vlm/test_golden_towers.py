@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from tprune.methods.attention import Attention
-from tprune.methods.token_view import TokenView
 
 from tests.golden_values import golden
 from tprune.core import outliers, score
 from tprune.core.budget import PROJECTOR, Site
 from tprune.methods import registry
+from tprune.methods.attention import Attention
+from tprune.methods.token_view import TokenView
 from tprune.methods.vlm.recoverable import Recoverable
 
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch.nn import functional
-from tprune.methods.token_view import TokenView
 
 import tprune
 from tests.golden_values import golden, under
@@ -12,6 +11,7 @@ from tprune.core import grid
 from tprune.core.budget import PROJECTOR
 from tprune.core.reduction import Reduction
 from tprune.methods import registry
+from tprune.methods.token_view import TokenView
 from tprune.methods.tokens import Shape
 from tprune.methods.vlm.index_preserving import classified
 from tprune.models.encoder import Sight

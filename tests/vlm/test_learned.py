@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tprune.methods.attention import Attention
-from tprune.methods.token_view import TokenView
 
 from tprune.core.budget import Site
 from tprune.core.relax import gumbel
 from tprune.methods import registry
+from tprune.methods.attention import Attention
+from tprune.methods.token_view import TokenView
 from tprune.methods.tokens import Shape
 from tprune.methods.vlm._guided import Guided, guided
 

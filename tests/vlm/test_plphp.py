@@ -1,11 +1,11 @@
 """PLPHP against its description; and what leaves a head's cache is as if that head alone did not see it."""
 
 import torch
-from tprune.methods.attention import Attention
 
 import tprune
 from tests.vlm.tiny import IMAGE, tiny
 from tprune.methods import registry
+from tprune.methods.attention import Attention
 from tprune.models.prompts import noise_prompts
 from tprune.pipelines.kernels import selection
 

@@ -3,13 +3,13 @@
 import pytest
 import torch
 from torch import nn
-from tprune.methods.attention import Attention
 
 import tprune
 from tests.vlm.test_golden_before import image, tower
 from tests.vlm.tiny import IMAGE, tiny
 from tprune.core.budget import PROJECTOR
 from tprune.methods import registry
+from tprune.methods.attention import Attention
 from tprune.models.prompts import noise_prompts
 
 
