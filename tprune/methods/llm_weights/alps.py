@@ -28,7 +28,7 @@ class Alps(WeightMethod):
         venue="NeurIPS",
         year=2024,
         arxiv="2406.07831",
-        code="github.com/mazumder-lab/ALPS",
+        code="mazumder-lab/ALPS",
         checked="code",
         notes="In float64, of the authors' float32 the decomposition alone: over hundreds of iterations rounding would "
         "decide what goes. The refit takes all its steps: the code's early stop asks for a small residual on removed "

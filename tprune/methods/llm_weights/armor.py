@@ -29,7 +29,7 @@ class Armor(WeightMethod):
         venue="ICLR",
         year=2026,
         arxiv="2510.05528",
-        code="github.com/LawrenceRLiu/ARMOR",
+        code="LawrenceRLiu/ARMOR",
         checked="code",
         notes="Sparsity is counted in the core; the two matrices around it add b / inputs + b / outputs per weight. "
         "Blocks are the largest divisors up to b. Under --sparsity the core keeps its first zeros, as where the code "

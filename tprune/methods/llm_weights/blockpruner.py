@@ -25,7 +25,7 @@ class BlockPruner(WeightMethod):
         venue="arXiv",
         year=2024,
         arxiv="2406.10594",
-        code="github.com/MrGGLS/BlockPruner",
+        code="MrGGLS/BlockPruner",
         checked="code",
         notes="The authors give a number of halves; here they go, in the same order, until the removed weights come "
         "nearest to the budget. They search on 256 rows of Alpaca, joined and cut into windows of 2,048 tokens.",

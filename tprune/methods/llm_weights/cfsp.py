@@ -30,7 +30,7 @@ class CFSP(WeightMethod):
         venue="COLING",
         year=2025,
         arxiv="2409.13199",
-        code="github.com/wyxscir/CFSP",
+        code="wyxscir/CFSP",
         checked="code",
         notes="The authors weigh activations by normalised weights of gate, up and down. Each of these sums to one "
         "over the axis that is averaged afterwards: the norm of the activation is left, and is what is computed here. "

@@ -28,7 +28,7 @@ class DaSS(WeightMethod):
         venue="TMLR",
         year=2025,
         arxiv="2405.01943",
-        code="github.com/guozhiyu/glu_dass",
+        code="guozhiyu/glu_dass",
         checked="code",
         notes="Attention stays dense; the sparsity is of the MLPs. MLPs without a gate are pruned by the same rule, "
         "experts each by their own channels.",

@@ -29,7 +29,7 @@ class Flap(WeightMethod):
         venue="AAAI",
         year=2024,
         arxiv="2312.11983",
-        code="github.com/CASIA-IVA-Lab/FLAP",
+        code="CASIA-IVA-Lab/FLAP",
         checked="code",
         notes="The variance is the paper's (fluctuation=running is the code's recurrence) and the unit at the "
         "threshold stays (rule=strict drops it, as the code does); where all blocks lose the same share, channels take "

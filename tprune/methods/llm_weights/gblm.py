@@ -27,7 +27,7 @@ class Gblm(WeightMethod):
         venue="arXiv",
         year=2023,
         arxiv="2311.04902",
-        code="github.com/VILA-Lab/GBLM-Pruner",
+        code="VILA-Lab/GBLM-Pruner",
         checked="code",
         notes="Gradients are kept in float32 (the code stores float16) and the model stays in eval mode. As in the "
         "code the gradients are summed over the calibration sequences and the norms averaged: with other than the "

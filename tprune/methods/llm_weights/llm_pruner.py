@@ -31,7 +31,7 @@ class LLMPruner(WeightMethod):
         venue="NeurIPS",
         year=2023,
         arxiv="2305.11627",
-        code="github.com/horseee/LLM-Pruner",
+        code="horseee/LLM-Pruner",
         checked="code",
         notes="Block-wise and local, in one step; its other granularities and its global threshold are left out. Under "
         "grouped queries the heads of a key-value group are added up, where the code adds those of other groups. What "

@@ -31,7 +31,7 @@ class LlmSurgeon(WholeMethod):
         venue="ICLR",
         year=2024,
         arxiv="2312.17244",
-        code="github.com/Qualcomm-AI-research/llm-surgeon",
+        code="Qualcomm-AI-research/llm-surgeon",
         checked="code",
         notes="Single weights and n:m, with one Kronecker product; not rows and columns, nor low-rank training between "
         "rounds. Biases are neither removed nor updated. Counts are exact; rule=inclusive removes one weight or group "

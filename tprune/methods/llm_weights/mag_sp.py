@@ -20,7 +20,7 @@ class MagSP(WeightMethod):
         venue="AAAI",
         year=2024,
         arxiv="2312.11983",
-        code="github.com/CASIA-IVA-Lab/FLAP",
+        code="CASIA-IVA-Lab/FLAP",
         checked="code",
         notes="A unit under grouped queries is a whole key-value group. What heads leave of the budget, whose shares "
         "round down, channels take; at the authors' ratios that is nothing.",

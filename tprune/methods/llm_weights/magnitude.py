@@ -27,7 +27,7 @@ class Magnitude(WeightMethod):
         venue="NeurIPS",
         year=2015,
         arxiv="1506.02626",
-        code="github.com/locuslab/wanda",
+        code="locuslab/wanda",
         checked="code",
         notes="The layer-wise baseline of Wanda's code; its inclusive rule, which removes one weight too many and "
         "all ties, is rule=inclusive.",

@@ -31,7 +31,7 @@ class MultiPruner(WeightMethod):
         venue="arXiv",
         year=2025,
         arxiv="2501.09949",
-        code="github.com/IntelLabs/Hardware-Aware-Automated-Machine-Learning",
+        code="IntelLabs/Hardware-Aware-Automated-Machine-Learning",
         checked="code",
         notes="The authors' ratio is of all parameters, ours of the blocks' weights; as theirs, a stage may end beyond "
         "its share by one step. They search on 256 rows of Alpaca for halves and on 128 for widths, here on the same "

@@ -32,7 +32,7 @@ class PrunerZero(WeightMethod):
         venue="ICML",
         year=2024,
         arxiv="2406.02924",
-        code="github.com/pprp/Pruner-Zero",
+        code="pprp/Pruner-Zero",
         checked="code",
         notes="Gradients are of the calibration text (the code's are of WikiText-2), kept in float32 (the code stores "
         "float16). The code holds no search; tprune search-metric follows the paper's description.",

@@ -29,7 +29,7 @@ class SparseGPT(WeightMethod):
         venue="ICML",
         year=2023,
         arxiv="2301.00774",
-        code="github.com/IST-DASLab/sparsegpt",
+        code="IST-DASLab/sparsegpt",
         checked="code",
         notes="Counts are exact and weights on inputs that were always zero go first; rule=inclusive removes one "
         "weight more per block and all of those, as the authors' code does. A failed Cholesky raises the damping.",

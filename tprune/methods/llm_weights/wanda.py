@@ -27,7 +27,7 @@ class Wanda(WeightMethod):
         venue="ICLR",
         year=2024,
         arxiv="2306.11695",
-        code="github.com/locuslab/wanda",
+        code="locuslab/wanda",
         checked="code",
     )
     kind = "calibrated"

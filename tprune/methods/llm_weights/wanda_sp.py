@@ -20,7 +20,7 @@ class WandaSP(WeightMethod):
         venue="AAAI",
         year=2024,
         arxiv="2312.11983",
-        code="github.com/CASIA-IVA-Lab/FLAP",
+        code="CASIA-IVA-Lab/FLAP",
         checked="code",
         notes="As the code, which scores heads and channels of a block before it removes either. A unit under grouped "
         "queries is a whole key-value group. What heads leave of the budget, whose shares round down, channels take; "
