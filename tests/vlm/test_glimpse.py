@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional
 
 import tprune
 from tests.golden_values import golden, under
+from tests.vlm.test_fit import course
 from tests.vlm.tiny import SMALL, one_row, start, tiny
 from tprune.core import grid
 from tprune.data import questions
@@ -264,8 +266,9 @@ def test_each_prompt_keeps_what_it_needs():
 def test_the_boxes_of_a_question_hold_what_its_answer_is_read_from():
     asked = questions.training("built-in")
     for place in range(12):
-        scene = asked._asked(place)
-        assert asked.boxes(place) == scene.boxes
+        scene = asked.scene(place)
+        assert asked.boxed(place, False)[1] == (scene.prompt, scene.answer, scene.boxes)
+        assert asked.boxed(place, True)[1][2] == scene.digits
         if scene.kind == "count":
             assert len(scene.boxes) == int(scene.answer) == len(scene.digits)
         else:
@@ -274,9 +277,16 @@ def test_the_boxes_of_a_question_hold_what_its_answer_is_read_from():
         assert all(0 <= low < high <= 1 for box in scene.boxes for low, high in (box[::2], box[1::2]))
 
 
-def test_questions_without_boxes_are_refused_in_one_line(tmp_path):
-    from PIL import Image
+def test_boxes_of_whole_numbers_and_of_other_numbers_are_filled_up_alike():
+    found, _ = course("glimpseprune")
+    boxes = [((0, 0, 1, 1),), ((0, 0.5, 1, 1), (0, 0, 0.5, 0.5))]
+    inputs, _ = found.collated([(Image.new("RGB", (8, 8)), ("what ?", "it", own)) for own in boxes])
+    assert torch.equal(inputs["boxes"][0, 0], torch.tensor([0.0, 0, 1, 1]))
+    assert inputs["boxes"][0, 1].isnan().all()
+    assert torch.equal(inputs["boxes"][1], torch.tensor(boxes[1]))
 
+
+def test_questions_without_boxes_are_refused_in_one_line(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     line = {"image": "a.png", "prompt": "what ?", "answer": "it"}
     (tmp_path / questions.FILE).write_text(json.dumps(line))

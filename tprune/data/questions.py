@@ -7,12 +7,15 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image, UnidentifiedImageError
 
 from tprune.data.images import BUILT_IN, DrawnScenes
 from tprune.errors import UserError
+
+if TYPE_CHECKING:
+    from tprune.data.scenes import Question
 
 FILE = "questions.jsonl"
 
@@ -52,9 +55,10 @@ class Questions:
         """The image of one question, and (prompt, answer)."""
         return self.open(place), (self.items[place].prompt, self.items[place].answer)
 
-    def boxes(self, place: int, everything: bool = False) -> tuple[tuple[float, ...], ...] | None:
-        """Where the answer of one question is read, or what there is, if that is known."""
-        return self.items[place].boxes
+    def boxed(self, place: int, everything: bool) -> tuple[Image.Image, tuple]:
+        """As `sample`, and where the answer is read behind it: `Item.boxes`, whether or not of `everything`."""
+        image, asked = self.sample(place)
+        return image, (*asked, self.items[place].boxes)
 
     def open(self, place: int) -> Image.Image:
         """The image of one question as RGB.
@@ -88,15 +92,16 @@ class TrainingQuestions(DrawnScenes):
 
     def sample(self, place: int) -> tuple[Image.Image, tuple[str, str]]:
         """One scene, and (prompt, answer)."""
-        asked = self._asked(place)
+        asked = self.scene(place)
         return asked.image, (asked.prompt, asked.answer)
 
-    def boxes(self, place: int, everything: bool = False) -> tuple[tuple[float, ...], ...]:
-        """Where the answer of one question is read, or where any digit stands."""
-        asked = self._asked(place)
-        return asked.digits if everything else asked.boxes
+    def boxed(self, place: int, everything: bool) -> tuple[Image.Image, tuple]:
+        """As `sample`, and where the answer is read behind it, or where any digit stands."""
+        asked = self.scene(place)
+        return asked.image, (asked.prompt, asked.answer, asked.digits if everything else asked.boxes)
 
-    def _asked(self, place: int) -> Any:
+    def scene(self, place: int) -> Question:
+        """One scene with all that is known of it."""
         from tprune.data.scenes import question_scene
 
         return question_scene("train", place, self.seed)
@@ -135,8 +140,7 @@ class BoxedQuestions:
 
     def sample(self, place: int) -> tuple[Image.Image, tuple]:
         """The image of one question, and (prompt, answer, boxes)."""
-        image, asked = self.data.sample(place)
-        return image, (*asked, self.data.boxes(place, self.everything))
+        return self.data.boxed(place, self.everything)
 
 
 def training(source: str) -> Questions | TrainingQuestions:

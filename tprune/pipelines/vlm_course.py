@@ -118,8 +118,8 @@ class VlmCourse(Course):
                 tail = {"input_ids": ids, "attention_mask": real}.get(name, torch.zeros_like(ids))
                 inputs[name] = torch.cat([value, tail.to(value.dtype)], dim=1)
         inputs[ANSWERS] = functional.pad(real, (before[1], 0))
-        boxes = [torch.tensor(found) for *_, found in texts if len(texts[0]) == 3]
-        if boxes:
+        if len(texts[0]) == 3:
+            boxes = [torch.tensor(found, dtype=torch.float32) for *_, found in texts]
             padded = nn.utils.rnn.pad_sequence(boxes, batch_first=True, padding_value=torch.nan)
             inputs[BOXES] = padded.to(self.device)
         return inputs, ids[real]
