@@ -24,6 +24,7 @@ class CacheShape:
 
     Attributes:
         depth: number of layers.
+        places: those whose cache can be pruned, ascending.
         heads: query heads of one.
         width: D, of a token's hidden state.
         base: of the rotary embeddings' frequencies.
@@ -32,6 +33,7 @@ class CacheShape:
     """
 
     depth: int
+    places: tuple[int, ...]
     heads: int
     width: int
     base: float

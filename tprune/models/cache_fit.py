@@ -27,6 +27,7 @@ def cache_shape(model: nn.Module, who: str | None = None) -> CacheShape:
     made = {} if who is None else projections(model, {place: modules[place] for place in places}, kinds, who)
     return CacheShape(
         len(kinds),
+        tuple(places),
         config.num_attention_heads,
         config.hidden_size,
         float(rope.get("rope_theta", BASE)),

@@ -70,11 +70,12 @@ class TokenButler(CacheMethod):
 
     def choose(self, shape, layer, foreseen, visible, keep, memory):
         """The ⌈r n⌉ keys of the n that a query may see whose predicted logits are largest; all in the first layer."""
-        part = (keep * shape.depth - 1) / max(shape.depth - 1, 1)
+        counted, whole = len(shape.places), int(0 in shape.places)
+        part = (keep * counted - whole) / max(counted - whole, 1)
         if part <= 0:
             raise UserError(
-                f"tokenbutler: every key is read in the first of {shape.depth} layers; ask for --keep above "
-                f"{1 / shape.depth:.2g}"
+                f"tokenbutler: every key is read in the first of {counted} layers; ask for --keep above "
+                f"{1 / counted:.2g}"
             )
         if layer == 0:
             return visible
