@@ -10,6 +10,7 @@ from tests.llm_weights.tiny import logits, prune
 from tprune.errors import UserError
 from tprune.methods import registry
 from tprune.models.blocks import find_decoder
+from tprune.pipelines import prune_weights
 from tprune.pipelines.stream import grouped_axis
 
 METHODS = [fact.id for fact in registry.facts("llm-weights")]
@@ -132,9 +133,9 @@ def test_what_is_stored_makes_the_same_edit_on_the_dense_model_and_none_on_the_p
     dense = copy.deepcopy(model)
     handle = prune(model, method, text, sparsity=0.4)
     driver = _driver(method)
-    driver.reload(driver.decoder(dense), handle.tensors(by_reference=True))
+    prune_weights.reload(driver, driver.decoder(dense), handle.tensors(by_reference=True))
     assert torch.equal(logits(dense, ids), logits(model, ids))
-    driver.reload(driver.decoder(model), handle.tensors(by_reference=False))
+    prune_weights.reload(driver, driver.decoder(model), handle.tensors(by_reference=False))
     assert torch.equal(logits(dense, ids), logits(model, ids))
 
 

@@ -132,6 +132,13 @@ def test_what_cannot_be_is_refused_in_one_line(arguments, message, folder, text)
         run("--method", "wanda", folder, "--data", text, *SMALL, "--no-eval", *given)
 
 
+def test_a_model_in_memory_is_untouched_where_it_cannot_be_trained(text):
+    model = decoder()
+    with pytest.raises(UserError, match="--recover adapters"):
+        prune(model, "wanda", text, sparsity=0.5, recover="adapters")
+    assert all(map(torch.equal, model.parameters(), decoder().parameters()))
+
+
 def test_a_missing_package_is_named_before_anything_is_loaded(folder, text, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="--recover lora needs the peft library: pip install peft"):

@@ -12,6 +12,7 @@ from tprune.methods import registry
 from tprune.methods.weight_view import MemberView, UnitView
 from tprune.methods.weights import WeightBudget
 from tprune.models.blocks import find_decoder
+from tprune.pipelines import prune_weights
 from tprune.pipelines.journal import Journal
 from tprune.pipelines.removal import Removal
 
@@ -20,7 +21,9 @@ def edits(method, model, ids, sparsity, **settings):
     """What a method keeps of a model, by the names of the record."""
     driver = driver_of(method)
     driver.method = registry.build(method, "llm-weights", settings)
-    return driver.prune(find_decoder(model), WeightBudget(sparsity), ids, Journal(None, "test")).edits
+    return prune_weights.prune(
+        driver, find_decoder(model), WeightBudget(sparsity), ids, Journal(None, "test")
+    ).edits
 
 
 @pytest.mark.parametrize("method", ["wanda-sp", "mag-sp"])

@@ -20,6 +20,7 @@ from tprune.models.blocks import find_decoder
 from tprune.models.calibrate import MANY_TOKENS
 from tprune.models.memory import give_back
 from tprune.models.subject import Subject
+from tprune.pipelines import prune_weights
 from tprune.pipelines.base import Handle
 from tprune.pipelines.journal import Journal
 
@@ -93,7 +94,8 @@ def _on_a_copy(
     gc.collect()
     give_back()
     with tempfile.TemporaryDirectory(prefix="tprune-bench-") as folder:
-        yield lambda: driver.prune(copied, budget, tokens, Journal(Path(folder), "bench")), Path(folder)
+        journal = Journal(Path(folder), "bench")
+        yield lambda: prune_weights.prune(driver, copied, budget, tokens, journal), Path(folder)
 
 
 def _tensors(

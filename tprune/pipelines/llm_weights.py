@@ -10,25 +10,17 @@ from torch import Tensor
 
 from tprune import recipe as recipes
 from tprune.data import text
-from tprune.errors import BudgetError, UserError
+from tprune.errors import UserError
 from tprune.evaluate.perplexity import perplexity, score_windows
 from tprune.methods.allocate import Allocation, parse
 from tprune.methods.weights import WeightBudget
-from tprune.models import factored, masks, save, shapes
+from tprune.models import factored, save
 from tprune.models.blocks import Decoder, find_decoder
 from tprune.models.calibrate import Stream
-from tprune.models.gradients import POWERS, gradient_statistics
-from tprune.models.subject import Subject, pages_of
-from tprune.pipelines import allocation, memory, recover, share, stream, structure, whole
-from tprune.pipelines.base import Achieved, Handle, Pipeline, Quality, Sample, Workload
+from tprune.models.subject import Subject
+from tprune.pipelines import memory, prune_weights, recover, stream
+from tprune.pipelines.base import Handle, Pipeline, Quality, Sample, Workload
 from tprune.pipelines.journal import Journal
-from tprune.pipelines.weights_report import (
-    WeightHandle,
-    mask_row,
-    pattern_share,
-    sizes,
-    structure_rows,
-)
 
 LENGTH = 512
 """Tokens per sequence, of calibration and evaluation."""
@@ -51,15 +43,20 @@ class LlmWeights(Pipeline):
         return self.recipe.length or LENGTH
 
     def check(self) -> None:
-        """Refuse a missing budget, and a pattern, an allocation or a recovery that does not fit."""
+        """Refuse a missing budget, and whatever else of the stage does not go with its method."""
         if self.max_minutes is not None and not self.method.measures:
             raise UserError(
                 f"--max-minutes {self.max_minutes:g}: {self.stage.method} does not search; leave it out"
             )
-        if self.stage.loadable == "plain" and not self.method.uniform:
+        if self.stage.loadable == "plain" and (self.method.wraps or not self.method.uniform):
+            does = (
+                "puts matrices around those it prunes"
+                if self.method.wraps
+                else "leaves blocks of different shapes"
+            )
             raise UserError(
-                f"--loadable plain: {self.stage.method} leaves blocks of different shapes, which stock transformers "
-                "cannot load; leave it out, and load the result with tprune.load"
+                f"--loadable plain: {self.stage.method} {does}, which stock transformers cannot load; leave it out, "
+                "and load the result with tprune.load"
             )
         self.budget()
         self.allocation()
@@ -113,14 +110,9 @@ class LlmWeights(Pipeline):
         """What was asked.
 
         Raises:
-            UserError: nothing, a pattern from a method that removes structure, or plain shapes from one that wraps.
+            UserError: nothing, or a pattern from a method that removes structure.
         """
         stage = self.stage
-        if self.method.wraps and stage.loadable == "plain":
-            raise UserError(
-                f"--loadable plain: {stage.method} puts matrices around those it prunes, which stock "
-                "loaders do not know; leave it out"
-            )
         if stage.pattern is not None:
             if not self.method.patterns:
                 raise UserError(
@@ -193,9 +185,10 @@ class LlmWeights(Pipeline):
         decoder = self.decoder(subject.model)
         if state is not None:
             edits, trained = recover.split(state)
-            handle = self.reload(decoder, edits)
+            handle = prune_weights.reload(self, decoder, edits)
             recover.put_back(subject.model, trained)
             return handle
+        self.check()
         if factored.sizes(decoder) and (self.method.wraps or self.method.scope != "block"):
             raise UserError(
                 f"matrices stand around those of this model already; {self.stage.method} does not go with that"
@@ -205,113 +198,12 @@ class LlmWeights(Pipeline):
         if self.method.scope != "model" and budget.pattern is None:
             self.progress.say("unstructured masks: no speed-up is to be expected from dense kernels")
         journal = Journal(work, f"stage-{self.recipe.stages.index(self.stage)}")
-        return self.prune(decoder, budget, self.calibration_tokens(subject, decoder), journal)
-
-    def prune(
-        self, decoder: Decoder, budget: WeightBudget, tokens: Tensor | None, journal: Journal
-    ) -> Handle:
-        """Prune a decoder, calibrated on `tokens` int64 [N, L]."""
-        training = decoder.model.training
-        decoder.model.eval()
-        try:
-            if self.method.scope == "whole":
-                rounds = whole.WholePruner(decoder, self.method, budget, tokens, self.progress)
-                return self._masked(decoder, rounds.run(journal), budget)
-            start, journal = share.begin(self, decoder, tokens, journal)
-            gradients = shares = None
-            kinds = [kind for kind in self.method.stats if kind in POWERS]
-            measured = {}
-            if kinds:
-                sequences = self.progress.track(tokens, "gradients")
-                measured = gradient_statistics(decoder, sequences, kinds)
-                gradients = measured.get("gradient")
-            rule = self.allocation()
-            if rule is not None and budget.sparsity > 0:
-                sharing = allocation.Sharing(decoder, rule, self.method, gradients, self.progress)
-                shares = sharing.run(budget.sparsity, start, journal.part("shares"))
-            reads = set(self.method.stats) - POWERS.keys() or self.method.measures
-            calibration = start() if reads else None
-            if self.method.scope == "model":
-                return self._prune_structure(decoder, budget, calibration, journal, measured)
-            pruner = stream.BlockPruner(
-                decoder, self.method, budget, self.recipe.seed, calibration, self.progress, shares, gradients
-            )
-            return self._masked(decoder, pruner.run(journal), budget)
-        finally:
-            decoder.model.train(training)
-
-    def _masked(self, decoder: Decoder, edits: dict[str, Tensor], budget: WeightBudget | None) -> Handle:
-        """The handle of matrices pruned by masks."""
-        rows = [mask_row(decoder, index, edits) for index in range(len(decoder.blocks))]
-        weights, gone = (sum(row[name] for row in rows) for name in ("weights", "removed"))
-        if budget is not None and budget.sparsity > 0 and gone == 0:
-            raise BudgetError(
-                f"--sparsity {budget.sparsity:g} rounds to no weight at all in this model; its rows are "
-                f"{decoder.matrices(0)[0].shape[1]} wide: ask for more"
-            )
-        factored.write_config(decoder)
-        everything = sum(parameter.numel() for parameter in decoder.model.parameters())
-        details: dict[str, Any] = {"over_all_parameters": gone / everything}
-        if budget is not None and budget.pattern:
-            details["groups_within_pattern"] = pattern_share(
-                decoder, budget.pattern, self.method.groups_outputs
-            )
-        plain = self.stage.loadable == "plain"
-        beside = {} if plain else masks.only_masks(edits)
-        kind = "wrapped" if hasattr(decoder.config, "tprune") else "plain" if plain else "masked"
-        return WeightHandle(kind, Achieved(gone / weights, details), rows, edits, beside)
-
-    def _prune_structure(
-        self,
-        decoder: Decoder,
-        budget: WeightBudget,
-        calibration: Stream | None,
-        journal: Journal,
-        gradients: dict[str, dict[str, Tensor]],
-    ) -> Handle:
-        before = sizes(decoder)
-        everything = sum(parameter.numel() for parameter in decoder.model.parameters())
-        pruner = structure.StructurePruner(
-            decoder,
-            self.method,
-            budget,
-            calibration,
-            self.stage.loadable == "plain",
-            self.progress,
-            gradients,
-            self.max_minutes,
-        )
-        edits, view = pruner.run(journal)
-        after = sizes(decoder)
-        if budget.sparsity > 0 and after == before:
-            costs = [
-                [*block.halves.values(), *(unit.cost for unit in block.units.values())]
-                for block in view.blocks
-            ]
-            least = min(map(min, costs)) / sum(before)
-            raise BudgetError(
-                f"--sparsity {budget.sparsity:g} rounds to no unit at all; one unit is {least:.2g} of the weights",
-                least,
-            )
-        left = sum(parameter.numel() for parameter in decoder.model.parameters())
-        found = Achieved(1 - sum(after) / sum(before), {"over_all_parameters": 1 - left / everything})
-        kind = "wrapped" if hasattr(decoder.config, "tprune") else "plain"
-        return WeightHandle(kind, found, structure_rows(edits, view, after), structure.record(edits), {})
+        tokens = self.calibration_tokens(subject, decoder)
+        return prune_weights.prune(self, decoder, budget, tokens, journal)
 
     def recover(self, subject: Subject, handle: Handle, work: Path | None) -> dict[str, Any]:
         """Train it on text as `--recover` says."""
         return recover.recover(self, subject, handle, work)
-
-    def reload(self, decoder: Decoder, state: dict[str, Tensor]) -> Handle:
-        """Make stored edits again: on the dense model they all happen, on the pruned one they change nothing."""
-        if structure.REMOVED in state:
-            shapes.apply(decoder, structure.edits_of(state))
-            kind = "wrapped" if hasattr(decoder.config, "tprune") else "plain"
-            return WeightHandle(kind, Achieved(float("nan")), [], state, {})
-        if pages_of(decoder.model) is None:
-            for index in range(len(decoder.blocks)):
-                masks.replay(decoder.matrices(index), state)
-        return self._masked(decoder, state, None)
 
     def probe(self, subject: Subject) -> dict[str, Tensor]:
         """Random tokens, and the logits after the last two of each row."""

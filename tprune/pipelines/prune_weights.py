@@ -1,0 +1,162 @@
+"""What a stage of llm-weights does to a decoder: prune it, or make stored edits again; and the handle of either."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from tprune.errors import BudgetError
+from tprune.methods.weights import WeightBudget
+from tprune.models import factored, masks, shapes
+from tprune.models.blocks import Decoder
+from tprune.models.gradients import POWERS, gradient_statistics
+from tprune.models.subject import pages_of
+from tprune.pipelines import share
+from tprune.pipelines.allocation import Sharing
+from tprune.pipelines.base import Achieved
+from tprune.pipelines.journal import Journal
+from tprune.pipelines.stream import BlockPruner
+from tprune.pipelines.structure import REMOVED, StructurePruner, edits_of, record
+from tprune.pipelines.weights_report import (
+    WeightHandle,
+    mask_row,
+    pattern_share,
+    sizes,
+    structure_rows,
+)
+from tprune.pipelines.whole import WholePruner
+
+if TYPE_CHECKING:
+    from tprune.pipelines.llm_weights import LlmWeights
+
+Gradients = dict[str, dict[str, Tensor]]
+"""What was measured of gradients, by kind and parameter."""
+
+
+def prune(
+    driver: LlmWeights, decoder: Decoder, budget: WeightBudget, tokens: Tensor | None, journal: Journal
+) -> WeightHandle:
+    """Prune a decoder in place, calibrated on `tokens` int64 [N, L]; it may be in training."""
+    scopes = {"block": _block_by_block, "model": _structure, "whole": _in_rounds}
+    training = decoder.model.training
+    decoder.model.eval()
+    try:
+        return scopes[driver.method.scope](driver, decoder, budget, tokens, journal)
+    finally:
+        decoder.model.train(training)
+
+
+def reload(driver: LlmWeights, decoder: Decoder, state: dict[str, Tensor]) -> WeightHandle:
+    """Make stored edits again: on the dense model they all happen, on the pruned one they change nothing."""
+    if REMOVED in state:
+        shapes.apply(decoder, edits_of(state))
+        return WeightHandle(_kind_of_shapes(decoder), Achieved(float("nan")), [], state, {})
+    if pages_of(decoder.model) is None:
+        for index in range(len(decoder.blocks)):
+            masks.replay(decoder.matrices(index), state)
+    return _masked(driver, decoder, state, None)
+
+
+def _block_by_block(
+    driver: LlmWeights, decoder: Decoder, budget: WeightBudget, tokens: Tensor | None, journal: Journal
+) -> WeightHandle:
+    """Matrix by matrix, while the model streams by."""
+    method, progress = driver.method, driver.progress
+    start, journal = share.begin(driver, decoder, tokens, journal)
+    gradients = _gradients(driver, decoder, tokens).get("gradient")
+    rule, shares = driver.allocation(), None
+    if rule is not None and budget.sparsity > 0:
+        sharing = Sharing(decoder, rule, method, gradients, progress)
+        shares = sharing.run(budget.sparsity, start, journal.part("shares"))
+    calibration = start() if set(method.stats) - POWERS.keys() else None
+    pruner = BlockPruner(
+        decoder, method, budget, driver.recipe.seed, calibration, progress, shares, gradients
+    )
+    return _masked(driver, decoder, pruner.run(journal), budget)
+
+
+def _in_rounds(
+    driver: LlmWeights, decoder: Decoder, budget: WeightBudget, tokens: Tensor, journal: Journal
+) -> WeightHandle:
+    """All matrices together, in rounds."""
+    pruner = WholePruner(decoder, driver.method, budget, tokens, driver.progress)
+    return _masked(driver, decoder, pruner.run(journal), budget)
+
+
+def _structure(
+    driver: LlmWeights, decoder: Decoder, budget: WeightBudget, tokens: Tensor | None, journal: Journal
+) -> WeightHandle:
+    """Heads, channels, halves and blocks."""
+    method = driver.method
+    before = sizes(decoder)
+    everything = _parameters(decoder)
+    gradients = _gradients(driver, decoder, tokens)
+    reads = set(method.stats) - POWERS.keys() or method.measures
+    pruner = StructurePruner(
+        decoder,
+        method,
+        budget,
+        driver.calibration(decoder, tokens, journal.folder) if reads else None,
+        driver.stage.loadable == "plain",
+        driver.progress,
+        gradients,
+        driver.max_minutes,
+    )
+    edits, view = pruner.run(journal)
+    after = sizes(decoder)
+    if budget.sparsity > 0 and after == before:
+        costs = (
+            cost
+            for block in view.blocks
+            for cost in (*block.halves.values(), *(unit.cost for unit in block.units.values()))
+        )
+        least = min(costs) / sum(before)
+        raise BudgetError(
+            f"--sparsity {budget.sparsity:g} rounds to no unit at all; one unit is {least:.2g} of the weights",
+            least,
+        )
+    details = {"over_all_parameters": 1 - _parameters(decoder) / everything}
+    found = Achieved(1 - sum(after) / sum(before), details)
+    rows = structure_rows(edits, view, after)
+    return WeightHandle(_kind_of_shapes(decoder), found, rows, record(edits), {})
+
+
+def _gradients(driver: LlmWeights, decoder: Decoder, tokens: Tensor | None) -> Gradients:
+    """What the method reads of the dense model's gradients; nothing where it reads none."""
+    kinds = [kind for kind in driver.method.stats if kind in POWERS]
+    if not kinds:
+        return {}
+    return gradient_statistics(decoder, driver.progress.track(tokens, "gradients"), kinds)
+
+
+def _masked(
+    driver: LlmWeights, decoder: Decoder, edits: dict[str, Tensor], budget: WeightBudget | None
+) -> WeightHandle:
+    """The handle of matrices pruned by masks; without a budget, of stored ones."""
+    rows = [mask_row(decoder, index, edits) for index in range(len(decoder.blocks))]
+    weights, gone = (sum(row[name] for row in rows) for name in ("weights", "removed"))
+    if budget is not None and budget.sparsity > 0 and gone == 0:
+        raise BudgetError(
+            f"--sparsity {budget.sparsity:g} rounds to no weight at all in this model; its rows are "
+            f"{decoder.matrices(0)[0].shape[1]} wide: ask for more"
+        )
+    factored.write_config(decoder)
+    details: dict[str, Any] = {"over_all_parameters": gone / _parameters(decoder)}
+    if budget is not None and budget.pattern:
+        details["groups_within_pattern"] = pattern_share(
+            decoder, budget.pattern, driver.method.groups_outputs
+        )
+    plain = driver.stage.loadable == "plain"
+    beside = {} if plain else masks.only_masks(edits)
+    kind = "wrapped" if hasattr(decoder.config, "tprune") else "plain" if plain else "masked"
+    return WeightHandle(kind, Achieved(gone / weights, details), rows, edits, beside)
+
+
+def _kind_of_shapes(decoder: Decoder) -> str:
+    """Whether stock transformers builds such a model."""
+    return "wrapped" if hasattr(decoder.config, "tprune") else "plain"
+
+
+def _parameters(decoder: Decoder) -> int:
+    return sum(parameter.numel() for parameter in decoder.model.parameters())
