@@ -3,11 +3,17 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from click.testing import CliRunner
 
+from tests.decoders import decoder
 from tests.llm_weights.test_artifacts import QUIET, recipe, weights
+from tests.llm_weights.tiny import prune
 from tprune.cli import command
-from tprune.errors import UserError
+from tprune.errors import BudgetError, UserError
+from tprune.methods import registry
+from tprune.methods.weight_view import BlockView, ModelView
+from tprune.methods.weights import WeightBudget
 from tprune.pipelines.removal import Removal
 from tprune.pipelines.run import execute
 
@@ -38,8 +44,11 @@ def test_a_limit_of_time_for_a_method_that_does_not_search_is_refused(folder, te
 
 
 def test_loadable_plain_is_refused_by_name_where_blocks_get_different_shapes(folder, text):
-    with pytest.raises(UserError, match="--loadable plain: blockpruner leaves blocks of different shapes"):
+    said = "--loadable plain: blockpruner leaves blocks of different shapes"
+    with pytest.raises(UserError, match=said):
         execute(recipe(folder, text, "blockpruner", loadable="plain"), QUIET)
+    with pytest.raises(UserError, match=said):
+        prune(decoder(), "blockpruner", text, sparsity=0.34, loadable="plain")
 
 
 def test_a_limit_of_time_without_a_place_to_keep_what_was_found_is_refused(folder):
@@ -48,3 +57,18 @@ def test_a_limit_of_time_without_a_place_to_keep_what_was_found_is_refused(folde
         UserError, match="--max-minutes 1: what a search found is kept beside --out DIR; give one"
     ):
         CliRunner().invoke(command, asked, catch_exceptions=False)
+
+
+def test_blockpruner_never_takes_the_last_half_out():
+    blocks = [BlockView(index, 5, halves={"attention": 1, "mlp": 4}) for index in range(2)]
+    model = ModelView(blocks, losses_with=lambda made, candidates: torch.zeros(len(candidates)))
+    method = registry.build("blockpruner", "llm-weights")
+    with pytest.raises(BudgetError, match=r"at most 0\.6 \(one half of a block stays\)"):
+        method.plan(model, WeightBudget(0.9))
+    gone = method.plan(model, WeightBudget(0.6))
+    assert [edit.halves for edit in gone] == [("attention", "mlp"), ("attention",)]
+
+
+def test_multipruner_without_any_share_is_refused():
+    with pytest.raises(UserError, match="distribution=0,0,0: expected three shares"):
+        registry.build("multipruner", "llm-weights", {"distribution": (0.0, 0.0, 0.0)})

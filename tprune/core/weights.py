@@ -27,6 +27,8 @@ class WeightEdit:
 
 HALVES = ("attention", "mlp")
 """What a decoder block is made of, each half with its norms."""
+HALF_OF = {"channels": "mlp", "heads": "attention"}
+"""Which half the units of a kind are in."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from tprune.models.blocks import Decoder
 
+POWERS = {"gradient": 2, "gradient_mean": 1, "gradient_square": 2}
+"""To which power gradients are summed."""
+
 
 def gradient_norms(decoder: Decoder, sequences: Iterable[Tensor]) -> dict[str, Tensor]:
     """The L2 norm of every weight's gradient over sequences: sqrt(Σ_n g_n²), float32, by parameter name."""
@@ -50,10 +53,6 @@ def gradient_statistics(
         for total in totals.values():
             total.sqrt_() if kind == "gradient" else total.div_(count)
     return found
-
-
-POWERS = {"gradient": 2, "gradient_mean": 1, "gradient_square": 2}
-"""To which power gradients are summed."""
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tprune.core.weights import HALVES, StructureEdit
+from tprune.core.weights import HALF_OF, HALVES, StructureEdit
 from tprune.errors import UserError
 from tprune.methods.weight_view import ModelView
 from tprune.models import masks
@@ -14,9 +14,6 @@ from tprune.models.blocks import Decoder
 from tprune.models.pages import at_hand
 from tprune.pipelines.base import Achieved, Handle
 from tprune.pipelines.stream import grouped_axis
-
-HALF_OF = {"heads": "attention", "channels": "mlp"}
-"""Which half of a block the units of a kind are in."""
 
 
 class WeightHandle(Handle):
@@ -112,7 +109,7 @@ def structure_rows(edits: list[StructureEdit], view: ModelView, after: list[int]
             row["influence"] = 1 - block.similarity
         for kind, unit in block.units.items():
             kept = len(edit.keep[kind]) if kind in edit.keep else unit.count
-            row[kind] = f"{0 if HALF_OF[kind] in edit.halves else kept} of {unit.count}"
+            row[kind] = f"{0 if HALF_OF[kind] in edit.gone else kept} of {unit.count}"
         if apart:
             row |= {half: "gone" if half in edit.gone else "stays" for half in HALVES}
         left = 0 if removed else next(sizes)

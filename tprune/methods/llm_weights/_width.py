@@ -63,15 +63,15 @@ def keep_best(
     return StructureEdit(block.index, keep=keep)
 
 
-def check_reach(sparsity: float, most: float) -> None:
-    """Refuse more than a method can remove.
+def check_reach(sparsity: float, most: float, stays: str = "a unit of each kind") -> None:
+    """Refuse more than a method can remove, since something `stays`.
 
     Raises:
         BudgetError: that.
     """
     if sparsity > most:
         raise BudgetError(
-            f"--sparsity {sparsity:g}: this model can lose at most {most:.4g} (a unit of each kind stays)",
+            f"--sparsity {sparsity:g}: this model can lose at most {most:.4g} ({stays} stays)",
             0.0,
             most,
         )

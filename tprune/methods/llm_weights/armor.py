@@ -7,7 +7,6 @@ a few dense numbers turn the matrix so that the pattern loses less; S still runs
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -38,7 +37,7 @@ class Armor(WeightMethod):
     kind = "calibrated"
     stats = ("norm",)
     propagate = "dense"
-    wraps: ClassVar[bool] = True
+    wraps = True
 
     block: int = param(128, "b: the largest width of a block of A and B", low=1)
     iterations: int = param(20000, "At most so many iterations per matrix", low=0)

@@ -44,16 +44,18 @@ class BlockPruner(WeightMethod):
         kinds = HALVES if self.halves == "both" else (self.halves,)
         sizes = {(block.index, kind): block.halves[kind] for block in model.blocks for kind in kinds}
         total = sum(block.parameters for block in model.blocks)
-        check_reach(budget.sparsity, (sum(sizes.values()) - min(sizes.values())) / total)
-        left = budget.sparsity * total
+        check_reach(
+            budget.sparsity, (sum(sizes.values()) - max(sizes.values())) / total, "one half of a block"
+        )
+        left, least = budget.sparsity * total, min(sizes.values())
         gone: dict[int, tuple[str, ...]] = {}
-        order = halves_in_order(model, kinds) if min(sizes.values()) <= 2 * left else ()
+        order = halves_in_order(model, kinds) if least <= 2 * left else ()
         for edit in order:
             size = sizes[edit.block, edit.halves[0]]
             if size > 2 * left:
                 break
             gone[edit.block] = gone.get(edit.block, ()) + edit.halves
             left -= size
-            if min(sizes.values()) > 2 * left:
+            if least > 2 * left:
                 break
         return [StructureEdit(index, halves=halves) for index, halves in sorted(gone.items())]

@@ -1,4 +1,4 @@
-"""LLM-Pruner: remove the heads and channels whose loss would change the loss least, by its gradient.
+"""LLM-Pruner: remove the heads and channels without which the loss would change least, by its gradient.
 
 What must go together is one group, q, k, v and o of a head, gate, up and down of a channel; its importance is the
 first (and second) order change of the loss when its weights become zero, added up over the group.

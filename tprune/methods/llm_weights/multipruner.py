@@ -11,15 +11,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tprune.core.weights import HALVES, StructureEdit
-from tprune.errors import BudgetError
+from tprune.core.weights import HALF_OF, HALVES, StructureEdit
+from tprune.errors import BudgetError, UserError
 from tprune.methods.base import Paper, param
 from tprune.methods.llm_weights._depth import cheapest, halves_in_order
 from tprune.methods.weight_view import BlockView, ModelView, UnitView
 from tprune.methods.weights import WeightBudget, WeightMethod
-
-HALF = {"channels": "mlp", "heads": "attention"}
-"""Where the units of a kind are."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +49,19 @@ class MultiPruner(WeightMethod):
     )
     groups: int = param(1, "Key-value groups (heads, where each has its own keys) that go at a time", low=1)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not sum(self.distribution):
+            raise UserError("--set distribution=0,0,0: expected three shares, of which one is above 0")
+
     def plan(self, model: ModelView, budget: WeightBudget) -> list[StructureEdit]:
         """Three stages, each up to its share of the budget."""
         total = sum(block.parameters for block in model.blocks)
         asked = budget.sparsity * total
         search = Search(model)
-        if asked and min(min(block.halves.values()) for block in model.blocks) > 2 * asked:
-            return []
         first, second, _ = (share / sum(self.distribution) for share in self.distribution)
+        if first and asked and min(min(block.halves.values()) for block in model.blocks) > 2 * asked:
+            return []
         search.remove_halves(first * asked)
         search.narrow("channels", self.step, (first + second) * asked)
         search.narrow("heads", lambda unit: self.groups, asked)
@@ -102,7 +104,7 @@ class Search:
 
     def narrow(self, kind: str, step: Callable[[UnitView], int], target: float) -> None:
         """Take units of a kind out, `step` of a block at a time, until `target` weights are gone, or none can go."""
-        gone = {edit.block for edit in self.halves if edit.halves == (HALF[kind],)}
+        gone = {edit.block for edit in self.halves if edit.halves == (HALF_OF[kind],)}
         blocks = {block.index: block for block in self.model.blocks if block.index not in gone}
         while self.removed < target:
             left = {
@@ -131,7 +133,7 @@ class Search:
         found = []
         for block in self.model.blocks:
             halves = tuple(edit.halves[0] for edit in self.halves if edit.block == block.index)
-            kinds = [kind for kind in HALF if (block.index, kind) in self.widths]
+            kinds = [kind for kind in HALF_OF if (block.index, kind) in self.widths]
             keep = {
                 kind: self.keeping(block, kind, self.widths[block.index, kind]).keep[kind] for kind in kinds
             }
