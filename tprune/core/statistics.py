@@ -191,12 +191,13 @@ class Inputs:
         sums = [tuple(one.cpu() for one in part.share()) for part in self.parts] if self.tokens else []
         return self.tokens, self.sequences, sums
 
-    def join(self, shares: Iterable[tuple[int, int, list[tuple[Tensor, ...]]]]) -> None:
-        """Be what took in everything that `shares` did, in place of its own; added up in their order.
+    def join(
+        self, shares: Iterable[tuple[int, int, list[tuple[Tensor, ...]]]], device: torch.device | str = "cpu"
+    ) -> None:
+        """Be what took in everything that `shares` did, in place of its own; added up in their order, on `device`.
 
         For the kinds in `SHARED`; the others depend on the order of sequences.
         """
-        device = next((part.total.device for part in self.parts if isinstance(part.total, Tensor)), "cpu")
         self.tokens = self.sequences = 0
         total: list[tuple[Tensor, ...]] = []
         for tokens, sequences, sums in shares:

@@ -106,12 +106,16 @@ def load_paged(source: Source, family: str, *, device: str, dtype: str) -> Subje
     from tprune.models.pages import Pages
     from tprune.models.shards import Shards
 
+    if source.random_weights and source.weights is None:
+        raise UserError(
+            "--max-memory: blocks are read from files, which --random-weights has none of; leave one out"
+        )
     transformers.utils.logging.set_verbosity_error()
     folder = _guard(source, lambda: _downloaded(source))
     files = (
         sorted(Path(folder).glob("model*.safetensors")) if source.weights is None else [Path(source.weights)]
     )
-    if not files or source.random_weights:
+    if not files:
         raise UserError(f"--max-memory: {source.name} has no model*.safetensors files to read block by block")
     config = _guard(source, lambda: transformers.AutoConfig.from_pretrained(folder))
     if hasattr(config.get_text_config(decoder=True), "tprune"):

@@ -23,11 +23,13 @@ class Together:
     """The processes of this run; the one, where nothing was launched.
 
     Attributes:
+        device: where statistics are.
         rank: of this process, from 0.
         count: how many there are.
     """
 
     def __init__(self, device: torch.device | str):
+        self.device = device
         self.rank, self.count = 0, int(os.environ.get("WORLD_SIZE", "1"))
         if self.count > 1:
             from accelerate import PartialState
@@ -55,7 +57,7 @@ class Together:
         if self.count > 1:
             for one in inputs:
                 own = one.share()
-                one.join(self._of(rank, own) for rank in range(self.count))
+                one.join((self._of(rank, own) for rank in range(self.count)), self.device)
 
     def _of(self, rank: int, value: T) -> T:
         """The value that the process `rank` has."""
