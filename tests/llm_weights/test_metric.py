@@ -97,15 +97,15 @@ def test_metrics_that_cannot_be_read_or_are_not_finite_are_refused_by_name(text)
         prune(decoder(), "pruner-zero", text, sparsity=0.5, metric="div(W, sub(G, G))")
 
 
-def search(folder, text, *more):
+def search(folder, text, *more, **how):
     arguments = ["search-metric", str(folder), "--data", str(text), *SMALL, *map(str, more)]
-    return CliRunner().invoke(command, arguments, catch_exceptions=False)
+    return CliRunner().invoke(command, arguments, catch_exceptions=False, **how)
 
 
 def test_a_search_goes_on_where_it_stopped_and_its_recipe_prunes_as_well_as_it_says(
     folder, text, tmp_path, monkeypatch
 ):
-    words = ("--evaluations", 6, "--population", 3, "--json")
+    words, out = ("--evaluations", 6, "--population", 3, "--json"), tmp_path / "a"
     whole = json.loads(search(folder, text, *words).stdout)
     measure, measured = metric.MetricSearch.measure, []
 
@@ -117,23 +117,8 @@ def test_a_search_goes_on_where_it_stopped_and_its_recipe_prunes_as_well_as_it_s
 
     monkeypatch.setattr(metric.MetricSearch, "measure", interrupted)
     with pytest.raises(BaseException):  # noqa: B017  (what click makes of an interruption)
-        CliRunner().invoke(
-            command,
-            [
-                "search-metric",
-                str(folder),
-                "--data",
-                str(text),
-                *SMALL,
-                *map(str, words),
-                "--out",
-                str(tmp_path / "a"),
-            ],
-            catch_exceptions=False,
-            standalone_mode=False,
-        )
+        search(folder, text, *words, "--out", out, standalone_mode=False)
     measured = []
-    out = tmp_path / "a"
     again = json.loads(search(folder, text, *words, "--out", out).stdout)
     assert len(measured) == 3
     assert again["tried"] == whole["tried"]
@@ -148,3 +133,10 @@ def test_a_search_goes_on_where_it_stopped_and_its_recipe_prunes_as_well_as_it_s
 def test_a_search_without_a_budget_says_what_to_give(folder):
     with pytest.raises(UserError, match="--sparsity S"):
         CliRunner().invoke(command, ["search-metric", str(folder)], catch_exceptions=False)
+
+
+def test_a_file_that_cannot_be_written_is_said_before_anything_is_searched(folder, text, tmp_path):
+    with pytest.raises(UserError, match="there is no folder"):
+        search(folder, text, "--out", tmp_path / "nowhere" / "best.yaml")
+    with pytest.raises(UserError, match="is a folder; give a file"):
+        search(folder, text, "--out", tmp_path, "--force")

@@ -228,6 +228,19 @@ def launch(
     show_report(report, as_json)
 
 
+def check_file(out: str | None, force: bool) -> None:
+    """Refuse an output file that cannot be written, or exists and may not be replaced, before anything is measured."""
+    if out is None:
+        return
+    if os.path.exists(out) and not force:
+        raise UserError(f"--out {out} exists; give another file, or --force to replace it")
+    if os.path.isdir(out):
+        raise UserError(f"--out {out} is a folder; give a file")
+    folder = os.path.dirname(os.path.abspath(out))
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--out {out}: there is no folder {folder} to write in")
+
+
 def with_absolute_paths(recipe: Recipe) -> Recipe:
     """The recipe with the files and folders it names made absolute, so that it runs from anywhere."""
 

@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tprune.commands.common import FAMILY_DEFAULTS, model_options, parse_settings, with_absolute_paths
+from tprune.commands.common import (
+    FAMILY_DEFAULTS,
+    check_file,
+    model_options,
+    parse_settings,
+    with_absolute_paths,
+)
 from tprune.errors import UserError
 from tprune.recipe import ModelSource, Recipe, Stage
 
@@ -58,8 +64,7 @@ def command(
     With --max-drop the winner is the cheapest (FLOPs of tokens, bytes of caches and weights), else the best.
     """
     goal = asked_goal(options)
-    if out is not None and Path(out).exists() and not force:
-        raise UserError(f"--out {out} exists; give another file, or --force to replace it")
+    check_file(out, force)
     base, choices = planned(family, model or FAMILY_DEFAULTS[family], options)
     from tprune.pipelines.search import Search
     from tprune.pipelines.trials import Trials

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tprune.commands.common import FAMILY_DEFAULTS, model_options, with_absolute_paths
+from tprune.commands.common import FAMILY_DEFAULTS, check_file, model_options, with_absolute_paths
 from tprune.errors import UserError
 from tprune.recipe import ModelSource, Recipe, Stage, check_budget
 
@@ -56,8 +56,7 @@ def command(
     windows, 8 by default); the published one is measured first. With --out an interrupted search goes on where it
     stopped.
     """
-    if out is not None and Path(out).exists() and not force:
-        raise UserError(f"--out {out} exists; give another file, or --force to replace it")
+    check_file(out, force)
     recipe = planned(model, options)
     from tprune.core.evolve import Evolution
     from tprune.methods.llm_weights.pruner_zero import LEAVES
