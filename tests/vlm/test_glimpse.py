@@ -16,6 +16,7 @@ from tprune.data import questions
 from tprune.errors import UserError
 from tprune.methods import registry
 from tprune.methods.tokens import Shape
+from tprune.models import beside
 from tprune.models.prompts import noise_prompts
 from tprune.models.run import here
 from tprune.models.signals import attention_of
@@ -220,6 +221,14 @@ def completed(given, inputs):
     ids = given.get("position_ids")
     ids = torch.arange(inputs["input_ids"].shape[1])[None].expand(2, -1) if ids is None else ids
     return given | {"position_ids": ids, "attention_mask": inputs["attention_mask"]}
+
+
+def test_a_decoder_without_rotary_embeddings_is_refused_in_one_line():
+    method = registry.build("glimpseprune", "vlm")
+    with pytest.raises(
+        UserError, match="glimpseprune needs a decoder with rotary embeddings, and Linear has none"
+    ):
+        beside.check(method, torch.nn.Linear(1, 1))
 
 
 def test_what_leaves_leaves_the_caches_of_the_layers_before_too():

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tprune.errors import UserError
 from tprune.methods.attention import Attention
+from tprune.methods.tokens import TokenMethod
 from tprune.models.layer_inputs import CACHES, LayerInputs
 from tprune.models.run import Inputs, Run
 from tprune.models.taps import AttentionCall, Tap
@@ -48,22 +49,23 @@ class Joined:
         return torch.cat([self.key, key], dim=2), torch.cat([self.value, value], dim=2)
 
 
+def check(method: TokenMethod, core: nn.Module) -> None:
+    """Raise UserError where `method` puts tokens of its own behind a prompt, and the decoder does not allow it."""
+    if "beside" in method.reads and not hasattr(core, "rotary_emb"):
+        raise UserError(
+            f"{method.id} needs a decoder with rotary embeddings, and {type(core).__name__} has none"
+        )
+
+
 class Beside:
     """Sees prompts go through a decoder, until `remove`.
 
     Args:
         core, layers, attentions: the decoder, its layers and their attention modules.
         inputs: fits what layers are given.
+        head: from the last layer's [..., D] to logits [..., V].
         current: the run that goes on, if any; what is heard of it is its `heard`.
-
-    Attributes:
-        tongue: from the last layer's [..., D] to logits [..., V].
-
-    Raises:
-        UserError: a decoder without rotary embeddings.
     """
-
-    tongue: Callable[[Tensor], Tensor]
 
     def __init__(
         self,
@@ -71,13 +73,13 @@ class Beside:
         layers: Sequence[nn.Module],
         attentions: Sequence[nn.Module],
         inputs: LayerInputs,
+        head: Callable[[Tensor], Tensor],
         current: Callable[[], Run | None],
     ):
-        if inputs.rotary is None:
-            raise UserError(f"{type(core).__name__} has no rotary embeddings, which this method needs")
-        self.core, self.layers, self.inputs, self.current = core, layers, inputs, current
-        self.attentions = attentions
+        self.layers, self.attentions, self.inputs = layers, attentions, inputs
+        self.head, self.current = head, current
         self.names = {module: list(signature(module.forward).parameters) for module in (core, layers[0])}
+        self.cache_name = next(name for name in CACHES if name in self.names[layers[0]])
         self.running = False
         self.tap = Tap(self.attentions, self._observe)
         self.handles = [
@@ -160,7 +162,7 @@ class Behind:
         hidden, call = self._run(added, hidden, ids, answers[:, first:], layer)
         attention = call.view()
         attention.query, attention.bias = attention.query[:, :, :1], attention.bias[:, :, :1]
-        said = self.beside.tongue(hidden[:, :-1])
+        said = self.beside.head(hidden[:, :-1])
         return attention, said[answers[:, first:]].float()
 
     def _run(
@@ -181,17 +183,15 @@ class Behind:
                 for place, more in enumerate(added):
                     own, *others = hidden.split([1, hidden.shape[1] - 1], dim=1)
                     hidden = torch.cat([own + more.to(own.dtype), *others], dim=1)
-                    layer = beside.layers[place]
-                    name = next(name for name in CACHES if name in signature(layer.forward).parameters)
                     made = {
                         "hidden_states": hidden,
                         "attention_mask": mask,
                         "position_ids": ids,
                         "position_embeddings": beside.inputs.rotate(place, hidden, ids),
-                        name: Joined(*self.heard.cached[place]),
+                        beside.cache_name: Joined(*self.heard.cached[place]),
                     }
                     # Past its hooks: what a method does to the prompt there is not done to these tokens.
-                    output = layer.forward(**(given | made))
+                    output = beside.layers[place].forward(**(given | made))
                     hidden = output[0] if isinstance(output, tuple) else output
         finally:
             beside.running = False

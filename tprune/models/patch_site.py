@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,8 @@ class PatchSite:
         self.kept: Tensor | None = None
         self.before: Tensor | None = None
         self.full: Tensor | None = None
+        # What blocks are given, by its id, and what they get in its place: most are given the same.
+        self.fitted: dict[int, tuple[Any, Any]] = {}
         self.handles = []
         for block in parts.blocks:
             self.handles.append(block.register_forward_pre_hook(self._shorten, with_kwargs=True))
@@ -55,7 +58,13 @@ class PatchSite:
         """Take all hooks off."""
         for handle in self.handles:
             handle.remove()
-        self.handles, self.kept, self.before, self.full = [], None, None, None
+        self.handles = []
+        self._forget()
+
+    def _forget(self) -> None:
+        """Of the images before."""
+        self.kept = self.before = self.full = None
+        self.fitted = {}
 
     def left(self) -> None:
         """What is left is chosen again at the projector."""
@@ -63,10 +72,10 @@ class PatchSite:
 
     def begin(self, inputs: Inputs) -> None:
         """Images come; `inputs` of the call, by name."""
-        self.kept = self.before = self.full = None
-        sight = Sight(self.parts, inputs)
+        self._forget()
         if inputs.get("image_grid_thw") is None:
             return
+        sight = Sight(self.parts, inputs)
         stays = self._chosen(sight)
         if bool(stays.all()):
             return
@@ -107,17 +116,30 @@ class PatchSite:
             args = (short, *args[1:])
         else:
             given["hidden_states"] = short
-        seams = self.before.to(given["cu_seqlens"].device)[given["cu_seqlens"].long()]
-        seams = torch.unique_consecutive(seams).to(given["cu_seqlens"].dtype)
-        given["cu_seqlens"] = seams
+        given["cu_seqlens"], longest = self._fit(given["cu_seqlens"], self._seams)
         if given.get("max_seqlen") is not None:
-            given["max_seqlen"] = int(seams.diff().max())
-        rope = given["position_embeddings"]
-        given["position_embeddings"] = tuple(part[self.kept.to(part.device)] for part in rope)
+            given["max_seqlen"] = longest
+        given["position_embeddings"] = self._fit(given["position_embeddings"], self._turns)
         return args, given
+
+    def _fit(self, whole: Any, make: Callable[[Any], Any]) -> Any:
+        """What `make` makes of what a block is given, once for all blocks that are given the same."""
+        if id(whole) not in self.fitted:
+            self.fitted[id(whole)] = whole, make(whole)
+        return self.fitted[id(whole)][1]
+
+    def _seams(self, whole: Tensor) -> tuple[Tensor, int]:
+        """Where sequences begin and end among what is left, none of them empty, and the length of the longest."""
+        seams = self.before.to(whole.device)[whole.long()].unique_consecutive().to(whole.dtype)
+        return seams, int(seams.diff().max())
+
+    def _turns(self, whole: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The rotary embeddings of what is left."""
+        return tuple(part[self.kept.to(part.device)] for part in whole)
 
     def _behind(self, block: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         """Behind a block: its output at its full length, what has left as it was."""
         if self.kept is None:
             return None
-        return self.full.index_copy(0, self.kept.to(output.device), output)
+        full, self.full = self.full, None
+        return full.index_copy(0, self.kept.to(output.device), output)

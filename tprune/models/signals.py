@@ -163,8 +163,14 @@ class Signals:
         handles = watch(self.layers, reads, current)
         if "beside" in reads:
             parts = [attention_of(layer) for layer in self.layers]
-            self.beside = Beside(self.core, self.layers, parts, self.inputs, current)
-            self.beside.tongue = lambda hidden: model.get_output_embeddings()(self.norm(hidden))
+            self.beside = Beside(
+                self.core,
+                self.layers,
+                parts,
+                self.inputs,
+                lambda hidden: model.get_output_embeddings()(self.norm(hidden)),
+                current,
+            )
             handles.append(self.beside)
         return handles
 

@@ -16,6 +16,7 @@ from tprune.core.budget import PROJECTOR, Stage
 from tprune.data import questions
 from tprune.errors import UserError
 from tprune.methods.tokens import Shape, TokenMethod
+from tprune.models import beside
 from tprune.models import load as loaders
 from tprune.models import vlm as adapter
 from tprune.models.clip import load_clip
@@ -197,6 +198,7 @@ class VlmPipeline(Pipeline):
         positions = self.positions(parts)
         # Before the first hook is in place.
         check_positions(numbering(positions), parts.core)
+        beside.check(method, parts.core)
         projector = Projector(
             subject.model,
             parts,
