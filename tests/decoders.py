@@ -72,3 +72,8 @@ def decoder(name="llama", **changes):
 def tokens(*shape, seed=1):
     """Random token ids, never padding."""
     return torch.randint(2, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def count_hooks(model):
+    """Of all its modules."""
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())

@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 import tprune
-from tests.decoders import CONFIGS, NO_ROPE, decoder, tokens
+from tests.decoders import CONFIGS, NO_ROPE, count_hooks, decoder, tokens
 from tests.llm_weights import tiny
 from tprune.evaluate.context import layer_bytes
 from tprune.methods import registry
@@ -88,10 +88,6 @@ def test_a_pruned_prompt_goes_on_and_leaving_restores_the_model_exactly(method, 
     assert torch.equal(model(ids).logits, dense[0])
     assert model.config is config
     assert count_hooks(model) == hooks
-
-
-def count_hooks(model):
-    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
 
 @every_cache_method

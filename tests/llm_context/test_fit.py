@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tprune
-from tests.decoders import decoder
+from tests.decoders import count_hooks, decoder
 from tests.fits import interrupted, same
 from tests.llm_weights import tiny
 from tests.test_cli import call
@@ -105,8 +105,23 @@ def test_what_cannot_be_fitted_is_refused(text, tmp_path):
         tprune.prune(model, "cskv", keep=0.5, fit=str(text), tokenizer=tiny.tokenizer(), sequence=100_000)
 
 
-def test_cskv_reconstructs_better_the_longer_it_is_fitted(text):
-    """On text it has not seen: keys and values through the fitted maps, those it begins with, and singular vectors."""
+@every_learner
+def test_a_fit_that_is_refused_leaves_nothing_in_the_model(method, text, monkeypatch):
+    def refuse(*args):
+        raise UserError("no")
+
+    monkeypatch.setattr("tprune.pipelines.fit.processes", refuse)
+    model = decoder()
+    before = count_hooks(model), [parameter.requires_grad for parameter in model.parameters()]
+    with pytest.raises(UserError, match="no"):
+        tprune.prune(
+            model, method, keep=0.5, fit=str(text), tokenizer=tiny.tokenizer(), **settings(method, text)
+        )
+    assert (count_hooks(model), [parameter.requires_grad for parameter in model.parameters()]) == before
+
+
+def test_cskv_reconstructs_its_text_better_once_it_is_fitted(text):
+    """On its own text: keys and values through the fitted maps, those it begins with, and singular vectors."""
     model, ids = decoder(), tprune_windows(text).tokens[-6:]
 
     def lost(**more):

@@ -16,6 +16,7 @@ from torch import nn
 
 from tprune.errors import UserError
 from tprune.methods.base import Method
+from tprune.methods.fit import Fit
 from tprune.models.together import PATIENCE
 from tprune.pipelines.course import Course
 from tprune.pipelines.fit_loop import Learner, Loop
@@ -59,18 +60,12 @@ class Fitting:
         if not course.labelled:
             self.progress.say("no labels that fit this model: fitting to the dense model's outputs")
         driver = course.driver(self.method, fit, self.seed)
-        with trained(course, fit.tunes), torch.enable_grad():
-            fit.begin(self.forwards(fit.plan.batch, driver))
-            learner = Learner(course.model, fit, driver, course.outputs, course.labelled)
-            file = None if self.work is None else self.work / f"fit-{self.method.id}.safetensors"
-            loop = Loop(learner, fit.plan, len(course.data), file, self.progress, course.unit)
-            accelerator = processes(course.model, fit.plan.batch)
-            share = accelerator.process_index, accelerator.num_processes
-            try:
-                loop.run(course.lessons(fit.plan.batch, self.seed, share), accelerator, self.seed)
-            finally:
-                driver.remove()
-        method, looped = self.method.bind(fit.state()), time.monotonic()
+        try:
+            with trained(course, fit.tunes), torch.enable_grad():
+                loop = self._looped(fit, driver)
+        finally:
+            driver.remove()
+        method, ended = self.method.bind(fit.state()), time.monotonic()
         if self.keep is not None and method.counted().varies():
             method = self.settled(method)
         facts = {
@@ -82,7 +77,19 @@ class Fitting:
             | loop.figures()
             | {"learned": {name: list(tensor.shape) for name, tensor in method.state.items()}}
         )
-        return method, facts | {"seconds": round(loop.seconds + time.monotonic() - looped, 1)}
+        return method, facts | {"seconds": round(loop.seconds + time.monotonic() - ended, 1)}
+
+    def _looped(self, fit: Fit, driver: Any) -> Loop:
+        """All steps of `fit`, which `driver` has put into the model."""
+        course, plan = self.course, fit.plan
+        fit.begin(self.forwards(plan.batch, driver))
+        learner = Learner(course.model, fit, driver, course.outputs, course.labelled)
+        file = None if self.work is None else self.work / f"fit-{self.method.id}.safetensors"
+        loop = Loop(learner, plan, len(course.data), file, self.progress, course.unit)
+        accelerator = processes(course.model, plan.batch)
+        share = accelerator.process_index, accelerator.num_processes
+        loop.run(course.lessons(plan.batch, self.seed, share), accelerator, self.seed)
+        return loop
 
     def forwards(self, size: int, driver: Any) -> Iterator[dict[str, Any]]:
         """What forwards on the training data leave in `driver.memory`, `size` samples each."""
