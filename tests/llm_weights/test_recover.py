@@ -53,6 +53,16 @@ def test_what_lost_structure_learns_too(method, text):
     assert handle.recovered["kind"] == "lora"
 
 
+@pytest.mark.parametrize("how", ["lora", "full"])
+def test_zeros_of_an_earlier_stage_stay_too(how, text):
+    model, other = decoder(), decoder()
+    for one, recover in ((model, FEW[how]), (other, None)):
+        prune(one, "magnitude", text, sparsity=0.5)
+        prune(one, "mag-sp", text, sparsity=0.34, recover=recover)
+    before, after = zeros(other), zeros(model)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_what_is_merged_is_what_was_trained(name, text):
     model = decoder(name)

@@ -103,6 +103,14 @@ def matched(model: nn.Module, masks: Mapping[str, Tensor]) -> list[tuple[Matrix,
     return held
 
 
+def zeros(model: nn.Module) -> list[tuple[Matrix, Tensor]]:
+    """The matrices of `model` that have zeros, whoever put them there, each with where they are, bool [out, in]."""
+    decoder = find_decoder(model)
+    matrices = (matrix for index in range(len(decoder.blocks)) for matrix in decoder.matrices(index))
+    found = ((matrix, matrix.read() == 0) for matrix in matrices)
+    return [(matrix, mask) for matrix, mask in found if count_true(mask)]
+
+
 @torch.no_grad()
 def remove(held: Iterable[tuple[Matrix, Tensor]]) -> None:
     """Set what masks mark to zero."""

@@ -37,7 +37,7 @@ Gradients = dict[str, dict[str, Tensor]]
 def prune(
     driver: LlmWeights, decoder: Decoder, budget: WeightBudget, tokens: Tensor | None, journal: Journal
 ) -> WeightHandle:
-    """Prune a decoder in place, calibrated on `tokens` int64 [N, L]; it may be in training."""
+    """Prune a decoder in place, calibrated on `tokens` int64 [N, L]; in evaluation mode, whatever mode it is in."""
     scopes = {"block": _block_by_block, "model": _structure, "whole": _in_rounds}
     training = decoder.model.training
     decoder.model.eval()

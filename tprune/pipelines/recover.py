@@ -1,4 +1,4 @@
-"""Training after pruning: next-token loss on text, what was pruned stays pruned (`--recover`)."""
+"""Training after pruning: next-token loss on text, zeros stay zeros, also those of earlier stages (`--recover`)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Steps:
     """What the loop asks beside the loss: nothing is drawn, and zeros are kept.
 
     Attributes:
-        held: matrices and what is pruned of them, set to zero again after every step.
+        held: matrices and where they are zero, which they are again after every step.
         generator: set by the loop.
     """
 
@@ -73,7 +73,7 @@ def check(driver: LlmWeights) -> Recovery:
 
     Raises:
         UserError: an unknown name or setting, a package that is missing, a precision that learns nothing, or a method
-            that leaves no linear layers.
+            that puts matrices around those it prunes.
     """
     stage, recipe = driver.stage, driver.recipe
     asked = parse(stage.recover)
@@ -102,11 +102,9 @@ def recover(driver: LlmWeights, subject: Subject, handle: WeightHandle, work: Pa
     stage, recipe = driver.stage, driver.recipe
     source = text.read(stage.recover_data or recipe.data, "calibration")
     tokens = text.windows(source, driver.tokenizer(subject), driver.length, None, "--recover-data")
-    packed = {name.removeprefix(masks.MASK): mask for name, mask in masks.only_masks(handle.edits).items()}
     recovering = Recovering(
         check(driver),
         subject.model,
-        packed,
         text.Sequences(tokens, source.protocol),
         recipe.batch_size,
         recipe.seed,
@@ -144,7 +142,6 @@ class Recovering:
     Attributes:
         recovery: how.
         model: pruned.
-        packed: masks, by the name of the matrix; none where structure was removed.
         data: the training text.
         batch_size: at most so many sequences go through the model together.
         seed: of the order, and of low-rank factors.
@@ -154,7 +151,6 @@ class Recovering:
 
     recovery: Recovery
     model: nn.Module
-    packed: Mapping[str, Tensor]
     data: text.Sequences
     batch_size: int
     seed: int
@@ -178,7 +174,7 @@ class Recovering:
         accelerator = processes(model, plan.batch, f"--recover {asked.id}:batch")
         share = accelerator.process_index, accelerator.num_processes
         batches = Batches(self.data, None, plan.batch, self.seed, share)
-        held = masks.matched(model, self.packed)
+        held = masks.zeros(model)
         with torch.enable_grad(), self._trained(held):
             learner = NextToken(model, Steps(held if isinstance(asked, Full) else []))
             loop = Loop(learner, plan, len(self.data), self.file, self.progress, "sequences")
