@@ -16,6 +16,7 @@ from tprune.core.expression import BINARY, UNARY, parse, simplify
 from tprune.errors import UserError
 from tprune.methods.llm_weights.pruner_zero import LEAVES
 from tprune.pipelines import metric
+from tprune.recipe import ModelSource, Recipe
 
 TENSORS, _ = golden("llm-weights", "metric")
 SMALL = ("--calibration", "3", "--length", "24", "--batch-size", "2", "--limit", "2", "--sparsity", "0.5")
@@ -140,3 +141,12 @@ def test_a_file_that_cannot_be_written_is_said_before_anything_is_searched(folde
         search(folder, text, "--out", tmp_path / "nowhere" / "best.yaml")
     with pytest.raises(UserError, match="is a folder; give a file"):
         search(folder, text, "--out", tmp_path, "--force")
+
+
+def test_what_follows_a_line_that_was_cut_off_is_read_again(tmp_path):
+    file, asked = tmp_path / "tried.jsonl", Recipe(ModelSource("one"), ())
+    metric.Tried(file, asked).write("W", 3.0)
+    with file.open("a") as lines:
+        lines.write('{"metric": "G", "per')
+    metric.Tried(file, asked).write("X", None)
+    assert metric.Tried(file, asked).found == {"W": 3.0, "X": None}

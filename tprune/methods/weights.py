@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from tprune.core.weights import WeightEdit
+    from tprune.core.weights import StructureEdit, WeightEdit
     from tprune.methods.weight_view import LinearView, ModelView
 
 
@@ -39,9 +39,9 @@ class WeightMethod(Method):
 
     scope: ClassVar[str] = "block"
     stats: ClassVar[tuple[str, ...]] = ()
-    """What is gathered at the input of every linear layer: "norm", "gram", "moments"; per block "similarity", "angle";
-    or for every weight of the dense model, before anything is pruned, "gradient" (its norm over sequences),
-    "gradient_mean" or "gradient_square" (the mean of its square)."""
+    """What is gathered at the input of every linear layer: "norm", "gram", "moments"; in scope "whole" "output_gram" at
+    its outputs; per block "similarity", "angle"; or for every weight of the dense model, before anything is pruned,
+    "gradient" (its norm over sequences), "gradient_mean" or "gradient_square" (the mean of its square)."""
     units: ClassVar[tuple[str, ...]] = ()
     """The kinds of unit that a method of scope "model" looks at: "heads", "channels", "halves" of blocks."""
     measures: ClassVar[bool] = False
@@ -71,6 +71,6 @@ class WeightMethod(Method):
         """New weights of one linear layer (scope "block")."""
         raise NotImplementedError
 
-    def plan(self, model: ModelView, budget: WeightBudget) -> list[WeightEdit]:
-        """The edits of a whole model (scope "model")."""
+    def plan(self, model: ModelView, budget: WeightBudget) -> list[StructureEdit]:
+        """What is taken out of a whole model, or of the blocks that `model` shows (scope "model")."""
         raise NotImplementedError

@@ -43,10 +43,15 @@ class Tried:
         if not file.exists():
             file.write_text(json.dumps(head) + "\n", encoding="utf-8")
             return
-        lines = [_read(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        stored = file.read_text(encoding="utf-8")
+        lines = [_read(line) for line in stored.splitlines()]
         if not lines or lines[0] != head:
             raise UserError(f"{file} is of another search; remove it, or give another --out")
         self.found = {line["metric"]: line["perplexity"] for line in lines[1:] if line is not None}
+        if not stored.endswith("\n"):
+            # The last line was cut off; what comes next gets one of its own.
+            with file.open("a", encoding="utf-8") as stream:
+                stream.write("\n")
 
     def write(self, metric: str, perplexity: float | None) -> None:
         """Keep one; None is one that cannot be used."""

@@ -89,8 +89,7 @@ class StructurePruner:
         return edits
 
     def _losses(self, journal: Journal) -> Removal:
-        answers = Journal(journal.folder, f"{journal.name}-losses")
-        return Removal(self.stream, answers, self.progress, self.max_minutes)
+        return Removal(self.stream, journal.part("losses"), self.progress, self.max_minutes)
 
     def _view(self, index: int, kinds: list[str], journal: Journal) -> BlockView:
         """One block with its statistics, from the journal or from the stream, which then stands behind it."""

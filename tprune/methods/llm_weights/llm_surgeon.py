@@ -65,7 +65,8 @@ class LlmSurgeon(WholeMethod):
                 cost = removal_costs(linear.weight, outer, inner)
                 yield cost if budget.pattern is None else _group_costs(cost, *budget.pattern)
 
-        counts = smallest_of_all(costs, self._count(sum(cost.numel() for cost in costs()), budget, share))
+        weights = sum(linear.weight.numel() for linear in linears)
+        counts = smallest_of_all(costs, self._count(weights, budget, share))
         for linear, (outer, inner), count in zip(linears, inverses, counts, strict=True):
             if count == 0:
                 yield WeightEdit(torch.zeros_like(linear.weight, dtype=torch.bool))
@@ -83,8 +84,9 @@ class LlmSurgeon(WholeMethod):
             live_inverse(linear.gram, columns, self.damp_inputs),
         )
 
-    def _count(self, total: int, budget: WeightBudget, share: float) -> int:
-        """How many of `total` weights, or groups of a pattern, go."""
+    def _count(self, weights: int, budget: WeightBudget, share: float) -> int:
+        """How many of so many weights, or of their groups of a pattern, go."""
+        total = weights // budget.pattern[1] if budget.pattern else weights
         count = floor_count(total, share if budget.pattern else share * budget.sparsity)
         return min(count + 1, total) if self.rule == "inclusive" else count
 
