@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from tprune.core import cosine
 from tprune.core.reduction import Reduction, gather_tokens
 from tprune.core.score import cosine_normalise, redundancy
 
@@ -45,8 +46,7 @@ def drop_central(features: Tensor, rounds: Tensor, stays: Tensor) -> Tensor:
     Returns:
         bool [B, N], what is left.
     """
-    unit = cosine_normalise(features, eps=1e-12)
-    similarity = unit @ unit.transpose(1, 2)  # [B, N, N]
+    similarity = cosine.among(features, eps=1e-12)
     rank = torch.arange(features.shape[1], device=features.device)
     for count in rounds.to(features.device).unbind(1):
         score = (similarity @ stays.to(similarity.dtype).unsqueeze(2)).squeeze(2)
@@ -100,8 +100,7 @@ def crowded(features: Tensor, there: Tensor, similar: float, fraction: float) ->
         similar: cosine from which two tokens are alike; a token is like itself.
         fraction: of the tokens that are there.
     """
-    unit = cosine_normalise(features)
-    number = ((unit @ unit.transpose(1, 2) > similar) & there.unsqueeze(1)).sum(2)
+    number = ((cosine.among(features, eps=1e-6) > similar) & there.unsqueeze(1)).sum(2)
     return there & (number >= fraction * there.sum(1, keepdim=True))
 
 

@@ -13,8 +13,8 @@ def between(rows: Tensor, columns: Tensor, eps: float = 1e-8) -> Tensor:
     The products are divided by the norms, not the vectors, which are larger; norms below `eps` count as it.
     """
     rows, columns = rows.float(), columns.float()
-    lengths = (x.norm(dim=-1).clamp_min(eps) for x in (rows, columns))
-    return rows @ columns.transpose(1, 2) / next(lengths).unsqueeze(2) / next(lengths).unsqueeze(1)
+    high, wide = (x.norm(dim=-1).clamp_min(eps) for x in (rows, columns))
+    return rows @ columns.transpose(1, 2) / high.unsqueeze(2) / wide.unsqueeze(1)
 
 
 def among(x: Tensor, eps: float = 1e-8) -> Tensor:

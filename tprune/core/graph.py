@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tprune.core.score import cosine_normalise
+from tprune.core import cosine
 from tprune.core.select import smallest_mask
 
 
@@ -22,8 +22,7 @@ def similar_neighbours(features: Tensor, count: int) -> Tensor:
 
     Row i marks the neighbours of token i, never itself; the relation need not be mutual. Of equals the lower index.
     """
-    unit = cosine_normalise(features)
-    similarity = unit @ unit.transpose(1, 2)
+    similarity = cosine.among(features, eps=1e-6)
     similarity.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
     return smallest_mask(similarity.neg_(), min(count, features.shape[1] - 1))
 
@@ -52,8 +51,7 @@ def similarity_walk(
     Returns:
         float32 [B, N, N], rows sum to 1; and how many tokens each can go to, int64 [B, N].
     """
-    unit = cosine_normalise(features, eps=1e-12)
-    similarity = unit @ unit.transpose(1, 2)
+    similarity = cosine.among(features, eps=1e-12)
     apart = (similarity < threshold) | (group.unsqueeze(1) != group.unsqueeze(2))
     # Rounding, or a token of zeros, must not leave a row empty.
     apart.diagonal(dim1=1, dim2=2).fill_(False)

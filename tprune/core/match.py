@@ -7,6 +7,7 @@ import torch
 from scipy.cluster import hierarchy
 from torch import Tensor
 
+from tprune.core import cosine
 from tprune.core.reduction import gather_tokens
 from tprune.core.score import cosine_normalise
 from tprune.core.select import places, with_prefix
@@ -65,8 +66,7 @@ def farthest_first(
         allowed: bool [B, N], what may be chosen; None for all.
         seeds: bool [B, N], what is chosen already and not again; None for nothing.
     """
-    unit = cosine_normalise(features)
-    similarity = unit @ unit.transpose(1, 2)  # [B, N, N]
+    similarity = cosine.among(features, eps=1e-6)
     similarity.diagonal(dim1=1, dim2=2).fill_(-2)
     if allowed is not None:
         similarity.masked_fill_(~allowed.unsqueeze(1), -2)
