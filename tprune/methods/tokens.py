@@ -28,8 +28,7 @@ class Shape:
     Attributes:
         depth: number of blocks the tokens pass through.
         tokens: number of prunable tokens of one sequence.
-        prefix: number of tokens that are never pruned (CLS, distillation, registers, a detector's queries); a view
-            shows them in front.
+        prefix: number of tokens that are never pruned (CLS, distillation, registers, a detector's queries), in front.
         heads: attention heads of one block.
         has_cls: whether the first token is a class token.
         grid: rows and columns of the prunable tokens, where they form an image.
@@ -41,8 +40,7 @@ class Shape:
         kind: "plain" (every token sees every other), "windows" (attention within windows) or "state-space".
         window: rows and columns of a window, where `kind` is "windows".
         span: the first block before which tokens may leave and the one behind the last, where it is not all of them.
-        lengths: how many tokens each block has where nothing leaves, where they differ; `tokens` is what it is in
-            `span`.
+        lengths: how many tokens each block has where nothing leaves, where they differ; `tokens` is that in `span`.
     """
 
     depth: int
@@ -154,8 +152,7 @@ class TokenMethod(Method):
         return False
 
     def uniform(self) -> bool:
-        """Whether what leaves inside a decoder, at one site, also leaves the caches of the layers before, behind the
-        prompt."""
+        """Whether what leaves inside a decoder, at one site, leaves the caches of the layers before it too."""
         return False
 
     def evicts(self) -> bool:

@@ -16,6 +16,7 @@ from tprune.core.reduction import Reduction
 from tprune.methods.attention import Attention
 from tprune.methods.token_view import TokenView
 from tprune.methods.tokens import Shape, TokenMethod
+from tprune.pipelines.tokens import for_timing
 
 IMAGE, WIDTH, HEADS, BEFORE, BEHIND, KEPT = 576, 4096, 32, 35, 41, 64
 NEURONS = 11008
@@ -28,10 +29,8 @@ def selection(method: TokenMethod, device: torch.device | str) -> Callable[[], R
     if method.evicts():
         return partial(_best_of_heads, method, _prompt(device))
     shape = Shape(32, IMAGE, heads=HEADS, has_cls=True, width=WIDTH, tower=PATCH_WIDTH, patch=PATCH)
-    if method.learns == "required":
-        # What it learned in a smaller model does not fit; the values do not change the time.
-        state = method.neutral_state(shape, 0)
-        method = method.bind({name: tensor.to(device) for name, tensor in state.items()})
+    # What it learned in a smaller model does not fit.
+    method = for_timing(method, shape, 0, device)
     site = min(stage.site for stage in method.stages(shape, KEPT / IMAGE))
     view = (
         _image(method, device) if site == PROJECTOR else _prompt(device, method.encoder_blocks(TOWER_DEPTH))

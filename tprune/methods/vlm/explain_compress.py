@@ -89,7 +89,7 @@ def foretold(view, kernels, biases):
     there = (cells[..., 0] >= 0) & view.prunable
     crop, row, column = cells[there].unbind(1)
     # Crops of other prompts' batches and smaller grids are zeros, as beyond the borders of an image.
-    size = [int(part.max()) + 1 if part.numel() else 1 for part in (crop, row, column)]
+    size = (cells.flatten(0, 1).amax(0).clamp_min(0) + 1).tolist()
     x = paid.new_zeros(*size, paid.shape[2])
     x[crop, row, column] = paid[there]
     real = torch.zeros(size, dtype=torch.bool, device=x.device)
