@@ -19,13 +19,18 @@ def test_relevance_is_the_mean_row_of_the_product_over_all_layers():
     start = torch.tensor([[False, False, False, True, True, False], [False] * 5 + [True]])
     found = attention_relevance(maps, gradients, start)
     for row in range(2):
-        whole = torch.eye(6)
-        for attention, gradient in zip(maps, gradients, strict=True):
-            whole = whole + (attention[row] * gradient[row]).clamp(min=0).mean(0) @ whole
-        assert torch.allclose(found[row], whole[start[row]].mean(0), atol=1e-5)
+        assert torch.allclose(found[row], plainly(maps, gradients, row)[start[row]].mean(0), atol=1e-5)
 
 
-def network(inner, seed=1):
+def plainly(maps, gradients, row):
+    """The product over all layers, of one prompt: [N, N]."""
+    whole = torch.eye(maps[0].shape[-1])
+    for attention, gradient in zip(maps, gradients, strict=True):
+        whole = whole + (attention[row] * gradient[row]).clamp(min=0).mean(0) @ whole
+    return whole
+
+
+def network(inner):
     return nn.Sequential(nn.Conv2d(inner, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 1, 3, padding=1))
 
 
@@ -75,10 +80,7 @@ def test_it_learns_what_the_answers_came_from():
     answers, image = inputs["answers"], memory["image"]
     expected = 0
     for row in range(len(answers)):
-        whole = torch.eye(answers.shape[1])
-        for attention, gradient in zip(maps, gradients, strict=True):
-            whole = whole + (attention[row] * gradient[row]).clamp(min=0).mean(0) @ whole
-        told = whole[answers[row].nonzero().squeeze(1) - 1].mean(0)[image[row]]
+        told = plainly(maps, gradients, row)[answers[row].nonzero().squeeze(1) - 1].mean(0)[image[row]]
         told, said = told / told.sum(), memory["said"][row][image[row]].log_softmax(0)
         expected -= (told * said).sum() / len(answers)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)

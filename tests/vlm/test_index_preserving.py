@@ -9,7 +9,6 @@ from tests.golden_values import golden, under
 from tests.vlm.tiny import start, tiny
 from tprune.core import grid
 from tprune.core.budget import PROJECTOR
-from tprune.core.reduction import Reduction
 from tprune.methods import registry
 from tprune.methods.token_view import TokenView
 from tprune.methods.tokens import Shape
@@ -98,31 +97,21 @@ def test_the_tower_works_on_what_is_left_as_if_nothing_saw_the_rest(kind):
     assert torch.allclose(found[0][kept], found[1][kept], atol=1e-4)
 
 
-def test_what_is_next_to_something_stays_and_one_token_at_least():
+def test_what_is_next_to_something_stays_and_one_token_at_least(monkeypatch):
     method = registry.build("index-preserving", "vlm", {"threshold": 0.5})
     logit = torch.full((2, 1, 20), -1.0)
     logit[0, 0, 7] = 1.0
     logit[1, 0, 3] = -0.5
-    state = {
-        "norm.weight": torch.ones(1, 1, 1),
-        "norm.bias": torch.zeros(1, 1, 1),
-        "conv.weight": torch.zeros(1, 1, 1, 1),
-        "conv.bias": torch.zeros(1),
-        "fc.weight": torch.zeros(1, 1),
-        "fc.bias": torch.zeros(1),
-    }
-    method = method.bind(state)
     there = torch.ones(2, 20, dtype=torch.bool)
     view = TokenView(
         there.unsqueeze(2), there, grid=(4, 5), signals={"pixels": lambda: there[..., None, None, None]}
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tprune.methods.vlm.index_preserving.classified", lambda pixels, state: logit[:, 0])
-        kept = method.reduce(PROJECTOR, view, 20, {})
+    monkeypatch.setattr("tprune.methods.vlm.index_preserving.classified", lambda pixels, state: logit[:, 0])
+    kept = method.reduce(PROJECTOR, view, 20, {})
     rows = [kept.index[row][kept.valid[row]].tolist() for row in range(2)]
     assert rows[0] == [1, 2, 3, 6, 7, 8, 11, 12, 13]
     assert len(rows[1]) == 1
-    assert isinstance(kept, Reduction)
+    assert rows[1][0] in (2, 3, 4, 7, 8, 9)
 
 
 def test_foreground_and_background_weigh_the_same():
