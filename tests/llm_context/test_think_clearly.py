@@ -10,6 +10,7 @@ from tests.llm_weights import tiny
 from tprune.errors import UserError
 from tprune.methods import registry
 from tprune.methods.cache_view import LayerView
+from tprune.models.probe import Probing
 
 TOKENIZER = tiny.tokenizer()
 PROMPT, EVERY = 40, 8
@@ -69,6 +70,20 @@ def test_what_leaves_behind_a_prompt_is_what_the_instruction_s_last_token_ignore
         states, places = torch.zeros(2, 2, PROMPT, 4), torch.arange(PROMPT).expand(2, 2, -1)
         view = LayerView(0, 1, None, states, states, places, {}, probed=row.unsqueeze(1), passage=passages)
         assert torch.equal(layer.places, method.start(view, PROMPT // 2).index)
+
+
+def test_what_is_heard_of_a_padded_row_is_what_is_heard_of_it_alone(monkeypatch):
+    """Through layers with a sliding window too, which are not ours."""
+    model, ids, gap, heard = decoder("gemma2"), tokens(2, PROMPT), PROMPT - 6, []
+    ask = Probing._ask
+    monkeypatch.setattr(Probing, "_ask", lambda *args: heard.append(ask(*args)) or heard[-1])
+    mask = torch.ones_like(ids)
+    mask[1, :gap] = 0
+    with prune(model, instruction="s.", positions="original"):
+        model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0))
+        model(ids[1:, gap:])
+    together, alone = (layers[1] for layers in heard)
+    assert torch.allclose(together[1:, :, gap:], alone, atol=1e-5)
 
 
 def test_an_asking_that_evicts_nothing_changes_no_token_and_no_cache():

@@ -64,7 +64,7 @@ class Probing(Compression):
         self.ends = torch.tensor([ids(text)[-1] for text in probe.breaks])
         opening = ids(probe.opening)
         self.opening = opening[0] if len(opening) == 1 else None
-        self.heard: dict[int, Tensor] | None = None
+        self.heard: dict[int, Tensor] = {}
         self.asking: DynamicCache | None = None
         super().__init__(model, method, keep, seed, False)
 
@@ -123,20 +123,23 @@ class Probing(Compression):
 
     def _ask(self, cache: DynamicCache, tokens: Tensor) -> dict[int, Tensor]:
         """What the instruction's last token pays to the entries of every layer that can be pruned: [B, H, T]."""
-        self.asking, self.heard = fork(cache), {}
+        self.asking = fork(cache)
         for layer in self.asking.layers:
             if isinstance(layer, PrunedLayer):
                 layer.arriving = None
-        instruction = self.instruction.to(tokens.device).expand(len(tokens), -1)
-        ids = (tokens >= 0).sum(1, keepdim=True) + torch.arange(instruction.shape[1], device=tokens.device)
+        instruction, real = self.instruction.to(tokens.device).expand(len(tokens), -1), tokens >= 0
+        given = {
+            "input_ids": instruction,
+            "attention_mask": torch.cat([real, torch.ones_like(instruction, dtype=torch.bool)], dim=1).long(),
+            "position_ids": real.sum(1, keepdim=True)
+            + torch.arange(instruction.shape[1], device=tokens.device),
+        }
         try:
             with torch.no_grad():
-                self.base(
-                    input_ids=instruction, past_key_values=self.asking, position_ids=ids, use_cache=True
-                )
+                self.base(**given, past_key_values=self.asking, use_cache=True)
+            return self.heard
         finally:
-            self.asking = None
-        return self.heard
+            self.asking, self.heard = None, {}
 
     def _passages(self, tokens: Tensor) -> Tensor:
         """In which passage every real token stands, by its place among them: int64 [B, N]; -1 up to the opening."""
