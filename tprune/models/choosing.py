@@ -48,6 +48,11 @@ class Choosing(Compression):
         self.position = given_positions(kwargs.get("position_ids"), tokens, first.seen)
         return found
 
+    def _after(self, base: nn.Module, args: tuple, output: Any) -> None:
+        """As ever; what was foreseen has been used."""
+        super()._after(base, args, output)
+        self.foreseen = self.entering.inputs = None
+
     def _attend(self, call: AttentionCall) -> Output | None:
         """One layer's attention over the keys that its queries choose."""
         if self.cache is None:

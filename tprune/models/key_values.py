@@ -45,7 +45,7 @@ class Entering:
 
 
 class KeyValues:
-    """Watches what attention modules are given, until `remove`.
+    """Watches what attention modules are given, each while it runs, until `remove`.
 
     Attributes:
         position: int64 [B, q], the position ids of these tokens.
@@ -57,15 +57,22 @@ class KeyValues:
         self.who, self.position = who, torch.empty(0)
         self.projections = projections(model, modules, kinds, who)
         self.entering = {place: Entering(module) for place, module in modules.items()}
+        self.hooks = [
+            module.register_forward_hook(partial(self._forget, place)) for place, module in modules.items()
+        ]
 
     def remove(self) -> None:
         """Take the hooks off."""
-        for hook in self.entering.values():
+        for hook in [*self.entering.values(), *self.hooks]:
             hook.remove()
 
     def inputs(self, place: int) -> Tensor:
-        """What the attention of a layer was given last, [B, q, D]."""
+        """What the attention of a layer that is running was given, [B, q, D]."""
         return self.entering[place].inputs
+
+    def _forget(self, place: int, *args: Any) -> None:
+        """A prompt's inputs to all layers take more memory than its cache."""
+        self.entering[place].inputs = None
 
     def begin(self, position: Tensor | None, tokens: Tensor, seen: int) -> None:
         """A call of the decoder with `tokens` [B, q, ...] after `seen` others, and the position ids it was given."""
