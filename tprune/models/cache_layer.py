@@ -351,4 +351,4 @@ class PrunedLayer(DynamicLayer):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Only these rows."""
-        self._each_row(lambda x: x[indices, ...])
+        self._each_row(lambda x: x[indices.to(x.device)])

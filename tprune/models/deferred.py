@@ -107,7 +107,7 @@ class DeferringLayer(DynamicLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Only these rows."""
         super().batch_select_indices(indices)
-        self._each_row(lambda x: x[indices, ...])
+        self._each_row(lambda x: x[indices.to(x.device)])
 
     def _each_row(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.stored is not None:
