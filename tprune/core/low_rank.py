@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -93,7 +94,7 @@ class LowRank(Part):
     value: Tensor
     maps: KeyValueMaps
     begin: Tensor
-    grows = True
+    grows: ClassVar[bool] = True
 
     @property
     def length(self) -> int:

@@ -49,7 +49,7 @@ class Reconstruction(Fit):
         for layer, made in self.projections.items():
             scale = None if self.method.looks == 0 else sizes[layer] ** self.method.scale
             for one, weight in zip(self.maps(layer), made.weights(), strict=True):
-                first = LowRankMap.of(weight.float(), scale).first(one.rank)
+                first = LowRankMap.of(weight, scale).first(one.rank)
                 one.down.copy_(first.down)
                 one.up.copy_(first.up)
 

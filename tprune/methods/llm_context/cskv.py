@@ -82,7 +82,7 @@ class CSKV(CacheMethod):
             return made.once(
                 "fitted", lambda: KeyValueMaps(*(one.to(layer.key) for one in fitted), made.finish)
             )
-        whole = made.once("whole", lambda: [LowRankMap.of(w.float()).to(layer.key) for w in made.weights()])
+        whole = made.once("whole", lambda: [LowRankMap.of(w).to(layer.key) for w in made.weights()])
         ranks = self.ranks([len(one.up) for one in whole], keep)
         return KeyValueMaps(*(one.first(rank) for one, rank in zip(whole, ranks, strict=True)), made.finish)
 

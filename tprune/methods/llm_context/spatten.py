@@ -46,8 +46,10 @@ class SpAtten(TokenMethod):
     native = ("final", "heads_final")
     cascades = True
 
-    final: float = param(0.1, "part of the prompt that is left before the last layer", low=0, high=1)
-    heads_final: float = param(0.9, "part of the heads that is left in the last layer", low=0, high=1)
+    final: float = param(0.1, "part of the prompt to which it falls, behind the last layer", low=0, high=1)
+    heads_final: float = param(
+        0.9, "part of the heads to which they fall, behind the last layer", low=0, high=1
+    )
     values: float = param(1.0, "part of the values that each head reads for each token", low=0, high=1)
     bits: tuple[int, ...] = param(
         (),

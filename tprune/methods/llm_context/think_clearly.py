@@ -37,7 +37,7 @@ class ThinkClearly(CacheMethod):
     reads = ()
     takes = ()
     every: int = param(200, "tokens between two prunings", low=1)
-    recent: int = param(16, "latest entries that stay whatever is asked")
+    recent: int = param(16, "latest entries that stay whatever is asked", low=0)
     instruction: str = param(
         "Time is up. Given the time I've spent and the approaches I've tried, I should stop thinking and now write "
         "summarization in one sentence.</think>",
