@@ -80,7 +80,7 @@ class Owl(Allocation):
         venue="ICML",
         year=2024,
         arxiv="2310.05175",
-        code="github.com/luuyin/OWL",
+        code="luuyin/OWL",
         checked="code",
     )
     stats = ("norm",)
@@ -132,7 +132,7 @@ class TampDas(Allocation):
         venue="arXiv",
         year=2025,
         arxiv="2504.09897",
-        code="github.com/G-JWLee/TAMP",
+        code="G-JWLee/TAMP",
         checked="code",
         notes="Calibration is on text, which has no visual tokens: of the three terms, within images, within text and "
         "between them, the one within text is left.",
