@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -15,6 +15,13 @@ from tprune.methods.weight_view import BlockView, UnitView
 def sums(columns: Tensor, unit: UnitView) -> Tensor:
     """Scores of the output projection's inputs [in], summed over each unit's: [U]."""
     return columns.view(-1, unit.width).sum(1)
+
+
+def score_units(
+    blocks: Sequence[BlockView], score: Callable[[UnitView], Tensor]
+) -> dict[tuple[int, str], Tensor]:
+    """The `score` [U] of every kind of unit in every block, by block and kind."""
+    return {(block.index, kind): score(unit) for block in blocks for kind, unit in block.units.items()}
 
 
 def same_share(

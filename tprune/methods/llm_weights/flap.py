@@ -15,7 +15,7 @@ from torch import Tensor
 from tprune.core.select import keep_by_cost
 from tprune.core.weights import StructureEdit
 from tprune.methods.base import Paper, param
-from tprune.methods.llm_weights._width import check_reach, same_share
+from tprune.methods.llm_weights._width import check_reach, same_share, score_units
 from tprune.methods.weight_view import BlockView, ModelView, UnitView
 from tprune.methods.weights import WeightBudget, WeightMethod
 
@@ -67,11 +67,7 @@ class Flap(WeightMethod):
 
     def plan(self, model: ModelView, budget: WeightBudget) -> list[StructureEdit]:
         """Score all units, choose under the budget, compensate."""
-        scores = {
-            (block.index, kind): self.score(unit)
-            for block in model.blocks
-            for kind, unit in block.units.items()
-        }
+        scores = score_units(model.blocks, self.score)
         total = sum(block.parameters for block in model.blocks)
         same = model.uniform or self.structure == "ul-um"
         choose = same_share if same else self.one_budget

@@ -14,7 +14,7 @@ from torch import Tensor
 from tprune.core.weights import StructureEdit
 from tprune.errors import UserError
 from tprune.methods.base import Paper, param
-from tprune.methods.llm_weights._width import same_share
+from tprune.methods.llm_weights._width import same_share, score_units
 from tprune.methods.weight_view import MemberView, ModelView, UnitView
 from tprune.methods.weights import WeightBudget, WeightMethod
 
@@ -67,9 +67,7 @@ class LLMPruner(WeightMethod):
             raise UserError(
                 f"llm-pruner: first={self.first} and last={self.last} of 32 blocks leave none to prune; lower them"
             )
-        scores = {
-            (block.index, kind): self.score(unit) for block in blocks for kind, unit in block.units.items()
-        }
+        scores = score_units(blocks, self.score)
         return same_share(blocks, scores, budget.sparsity, sum(block.parameters for block in model.blocks))
 
     def score(self, unit: UnitView) -> Tensor:

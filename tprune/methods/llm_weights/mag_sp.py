@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tprune.core.weights import StructureEdit
 from tprune.methods.base import Paper
-from tprune.methods.llm_weights._width import same_share, sums
+from tprune.methods.llm_weights._width import same_share, score_units, sums
 from tprune.methods.weight_view import ModelView
 from tprune.methods.weights import WeightBudget, WeightMethod
 
@@ -31,10 +31,6 @@ class MagSP(WeightMethod):
 
     def plan(self, model: ModelView, budget: WeightBudget) -> list[StructureEdit]:
         """Norms of columns, summed over a head's."""
-        scores = {
-            (block.index, kind): sums(unit.weight.norm(dim=0), unit)
-            for block in model.blocks
-            for kind, unit in block.units.items()
-        }
+        scores = score_units(model.blocks, lambda unit: sums(unit.weight.norm(dim=0), unit))
         total = sum(block.parameters for block in model.blocks)
         return same_share(model.blocks, scores, budget.sparsity, total)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tprune.core.weights import StructureEdit
 from tprune.methods.base import Paper
-from tprune.methods.llm_weights._width import same_share, sums
+from tprune.methods.llm_weights._width import same_share, score_units, sums
 from tprune.methods.weight_view import ModelView
 from tprune.methods.weights import WeightBudget, WeightMethod
 
@@ -35,10 +35,6 @@ class WandaSP(WeightMethod):
 
     def plan(self, model: ModelView, budget: WeightBudget) -> list[StructureEdit]:
         """Mean |weight| of a column times the norm of its input, summed over a head's columns."""
-        scores = {
-            (block.index, kind): sums(unit.weight.abs().mean(0) * unit.norm, unit)
-            for block in model.blocks
-            for kind, unit in block.units.items()
-        }
+        scores = score_units(model.blocks, lambda unit: sums(unit.weight.abs().mean(0) * unit.norm, unit))
         total = sum(block.parameters for block in model.blocks)
         return same_share(model.blocks, scores, budget.sparsity, total)
