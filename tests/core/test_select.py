@@ -117,3 +117,16 @@ def test_a_sparse_map_keeps_its_largest_entries_as_they_are_and_lets_gradients_t
     assert sparse.tolist() == [[[[0.0, attention[0, 0, 0, 1].item()], [attention[0, 0, 1, 0].item(), 0.0]]]]
     sparse.sum().backward()
     assert attention.grad.tolist() == [[[[0.0, 1.0], [1.0, 0.0]]]]
+
+
+def test_those_above_a_threshold_stay_within_a_least_and_a_most():
+    score = torch.tensor([[0.9, 0.8, 0.7, 0.1], [0.2, 0.3, 0.1, 0.9]])
+    group = torch.tensor([[True] * 4, [True, True, True, False]])
+
+    def found(*limits):
+        return [row.nonzero().squeeze(1).tolist() for row in select.above(score, group, 0.5, *limits)]
+
+    assert found() == [[0, 1, 2], [1]]
+    assert found(2) == [[0, 1, 2], [0, 1]]
+    assert found(4) == [[0, 1, 2, 3], [0, 1, 2]]
+    assert found(1, torch.tensor([2, 0])) == [[0, 1], [1]]

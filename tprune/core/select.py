@@ -90,6 +90,21 @@ def best_of(score: Tensor, group: Tensor, count: Tensor) -> Tensor:
     return group & torch.zeros_like(group).scatter(1, order, place < count.unsqueeze(1))
 
 
+def above(
+    score: Tensor, group: Tensor, threshold: float, least: int = 1, most: Tensor | None = None
+) -> Tensor:
+    """Where the scores [B, N] of a group, bool [B, N], are above a threshold: bool [B, N].
+
+    Args:
+        score, group, threshold: see above.
+        least: the best are there where fewer are above it, or the whole group.
+        most: int64 [B], the best alone where more are above it; `least` takes precedence.
+    """
+    number = ((score > threshold) & group).sum(1)
+    number = number if most is None else number.minimum(most)
+    return best_of(score, group, number.clamp_min(least))
+
+
 def keep_where(stays: Tensor) -> tuple[Tensor, Tensor | None]:
     """The places that `stays` [B, N] marks, in their order, whatever their number.
 

@@ -75,8 +75,7 @@ class ATPLLaVA(TokenMethod):
         if not self.varies():
             index, valid = select.keep_prunable_top(margin, count, view.prunable)
             return Reduction.keep(index, length, valid)
-        one = torch.ones(len(margin), dtype=torch.int64, device=margin.device)
-        stays = (margin > 0) | select.best_of(margin, view.prunable, one)
+        stays = select.above(margin, view.prunable, 0)
         index, valid = select.keep_where(stays | ~view.prunable)
         return Reduction.keep(index, length, valid)
 

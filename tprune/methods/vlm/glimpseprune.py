@@ -83,7 +83,7 @@ class GlimpsePrune(TokenMethod):
 
     def reduce(self, site, view, count, memory):
         """Who the predictor is surest of, or sure enough."""
-        module = self.module(self.state)
+        module = self.learned()
         attention = view.signal("beside").look(module.added()[: site.layer])
         logit = module.asked(view, attention, self.scores == "log-probabilities")
         if not self.varies():
@@ -94,25 +94,23 @@ class GlimpsePrune(TokenMethod):
 
     def sure(self, probability, image):
         """Which of the image tokens, bool [B, N], stay: those above the threshold, within `cap` and `least`."""
-        number = ((probability > self.threshold) & image).sum(1)
-        if self.cap is not None:
-            number = number.minimum((image.sum(1) * self.cap).long())
-        return select.best_of(probability, image, number.clamp_min(self.least))
+        most = None if self.cap is None else (image.sum(1) * self.cap).long()
+        return select.above(probability, image, self.threshold, self.least, most)
 
-    def module(self, state):
+    def learned(self):
         """The token and the predictor as they were learned."""
-        with torch.device("meta"):
-            made = Glimpse(
-                *state["token"].shape,
-                state["enter.weight"].shape[1],
-                state["conditions.0.weight"].shape[1],
-                self.width,
-                self.condition,
-                len(self.blocks),
-                self.heads,
-            )
-        made.load_state_dict(state, assign=True)
+        depth, width = self.state["token"].shape
+        heads, tower = (self.state[f"{name}.weight"].shape[1] for name in ("enter", "conditions.0"))
+        made = self.empty(depth, width, heads, tower)
+        made.load_state_dict(self.state, assign=True)
         return made
+
+    def empty(self, depth, width, heads, tower):
+        """Both without values, for a model of this depth, width, attention heads and width of the tower."""
+        with torch.device("meta"):
+            return Glimpse(
+                depth, width, heads, tower, self.width, self.condition, len(self.blocks), self.heads
+            )
 
     def fit(self, shape, keep, seed):
         """Both, whatever the budget."""
@@ -132,9 +130,7 @@ class Answering(Fit):
         self.method = method
         self.sites = tuple(stage.site for stage in method.stages(shape, 1.0))
         self.plan = Plan(method.epochs, method.batch, method.lr, warmup=0.1)
-        with torch.device("meta"):
-            sizes = (shape.depth, shape.width, shape.heads, shape.tower)
-            glimpse = Glimpse(*sizes, method.width, method.condition, len(method.blocks), method.heads)
+        glimpse = method.empty(shape.depth, shape.width, shape.heads, shape.tower)
         self.glimpse = glimpse.to_empty(device="cpu").begin(torch.Generator().manual_seed(seed))
 
     def at(self, site, view, memory):

@@ -70,8 +70,7 @@ class IndexPreserving(TokenMethod):
         if not self.varies():
             index, valid = select.keep_prunable_top(logit, count, view.prunable)
         else:
-            number = ((logit > self.threshold) & view.prunable).sum(1).clamp_min(1)
-            stays = select.best_of(logit, view.prunable, number)
+            stays = select.above(logit, view.prunable, self.threshold)
             index, valid = select.keep_where(stays | ~view.prunable)
         return Reduction.keep(index, view.prunable.shape[1], valid)
 
