@@ -40,10 +40,12 @@ def test_the_authors_tokens_stay_in_the_authors_windows():
     pixels, size = tensors["pixels"], tensors["grid"]
     model, handle = placed(tensors)
     with handle:
-        seams = []
+        projector, seams = handle.projector, []
         hooks = [
             block.register_forward_pre_hook(
-                lambda block, args, kwargs: seams.append((len(args[0]), kwargs["cu_seqlens"])),
+                lambda block, args, kwargs: seams.append(
+                    (len(args[0]), kwargs["cu_seqlens"], projector.inside.kept)
+                ),
                 with_kwargs=True,
             )
             for block in model.model.visual.blocks
@@ -51,16 +53,15 @@ def test_the_authors_tokens_stay_in_the_authors_windows():
         features(model, pixels, size)
         for hook in hooks:
             hook.remove()
-        projector = handle.projector
         sight = Sight(projector.parts, {"image_grid_thw": size, "pixel_values": pixels})
-        found = sight.order.argsort()[projector.inside.kept]
+        found = sight.order.argsort()[seams[0][2]]
         image = projector.views.of_pixels(sight, projector.inside._units(sight, [0]))
         seen = image.signal("pixels")
     expected = tensors["window_index"].unsqueeze(1) * 4 + torch.arange(4)
     assert torch.equal(found, expected.flatten())
     assert torch.equal(found.view(-1, 4)[:, 0].div(4, rounding_mode="floor").sort().values, tensors["kept"])
     own = 4 * int((tensors["kept"] < 30).sum())
-    for block, (length, found) in enumerate(seams):
+    for block, (length, found, _) in enumerate(seams):
         assert length == len(expected.flatten())
         assert found.tolist() == ([0, own, length] if block == 1 else tensors["window_seams"].tolist())
     # Theirs count the first patch of the second image to the first, which is told in the paper's notes.
@@ -77,8 +78,13 @@ def test_the_tower_works_on_what_is_left_as_if_nothing_saw_the_rest(kind):
     blocks, found = model.model.visual.blocks, []
     keep = blocks[-1].register_forward_hook(lambda block, args, output: found.append(output))
     with tprune.prune(model, "vlm/index-preserving", **start("index-preserving", model), keep=0.5) as handle:
+        inside, left = handle.projector.inside, []
+        note = blocks[0].register_forward_hook(lambda block, args, output: left.append(inside.kept))
         features(model, pixels, size)
-        kept, length = handle.projector.inside.kept, len(found[0])
+        note.remove()
+        kept, length = left[0], len(found[0])
+        # A tower that is called by itself is whole.
+        whole = model.model.visual(pixels, size).pooler_output
     seen = torch.zeros(length, dtype=torch.bool).index_fill(0, kept, True)
     begins = {attention_of(block): 0 for block in blocks}
 
@@ -94,7 +100,8 @@ def test_the_tower_works_on_what_is_left_as_if_nothing_saw_the_rest(kind):
         features(model, pixels, size)
     keep.remove()
     assert 0 < len(kept) < length
-    assert torch.allclose(found[0][kept], found[1][kept], atol=1e-4)
+    assert torch.allclose(found[0][kept], found[2][kept], atol=1e-4)
+    assert torch.equal(whole, model.model.visual(pixels, size).pooler_output)
 
 
 def test_what_is_next_to_something_stays_and_one_token_at_least(monkeypatch):

@@ -67,8 +67,8 @@ class PatchSite:
         self.fitted = {}
 
     def left(self) -> None:
-        """What is left is chosen again at the projector."""
-        return
+        """The images have gone through; what is left of them is chosen again at the projector."""
+        self._forget()
 
     def begin(self, inputs: Inputs) -> None:
         """Images come; `inputs` of the call, by name."""

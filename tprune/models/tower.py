@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tprune.core.budget import PROJECTOR, Stage
 from tprune.core.reduction import gather_tokens
-from tprune.core.select import keep_where
+from tprune.core.select import keep_where, mark
 from tprune.methods.token_view import TokenView
 from tprune.methods.tokens import TokenMethod
 from tprune.models.layout import packed_crops, patches_per_crop
@@ -86,10 +86,7 @@ class TowerSite:
         """Which patches are left, bool [E, P]; None where they were not asked to leave."""
         if self.index is None:
             return None
-        length = self.full.shape[1]
-        index = self.index if self.valid is None else torch.where(self.valid, self.index, length)
-        marked = torch.zeros(len(index), length + 1, dtype=torch.bool, device=index.device)
-        return marked.scatter(1, index, True)[:, self.parts.prefix : -1]
+        return mark(self.index, self.valid, self.full.shape[1])[:, self.parts.prefix :]
 
     def _observe(self, call: AttentionCall) -> None:
         self.call = call
@@ -144,10 +141,7 @@ class TowerSite:
         view.signals = {"remaining": lambda: sum(block > place for block in self.blocks)}
         counts = self._counts(batch, length - prefix if self.index is None else None)
         reduction = self.method.reduce(PROJECTOR, view, counts, self.memory)
-        chosen = reduction.index
-        real = torch.ones_like(chosen, dtype=torch.bool) if reduction.valid is None else reduction.valid
-        stays = torch.cat([~there, head.new_zeros(batch, 1)], dim=1)
-        stays = stays.scatter(1, torch.where(real, chosen, there.shape[1]), True)[:, :-1]
+        stays = mark(reduction.index, reduction.valid, there.shape[1]) | ~there
         kept, self.valid = keep_where(torch.cat([head, stays & valid[:, prefix:]], dim=1))
         self.index = index.gather(1, kept)
 
