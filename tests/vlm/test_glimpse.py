@@ -172,27 +172,26 @@ def padded(model):
     return inputs
 
 
-@pytest.mark.parametrize("kind", ["llava", "qwen2.5-vl"])
-def test_a_token_behind_the_prompt_becomes_what_it_would_be_in_it(kind):
-    model = tiny(kind)
-    inputs = padded(model)
-    added = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
-    length = inputs["input_ids"].shape[1]
+@pytest.fixture(params=["llava", "qwen2.5-vl"])
+def asked(request):
+    """A model, two prompts, and what is added to a token behind them before every layer [4, 32]."""
+    model = tiny(request.param)
+    return model, padded(model), torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_token_behind_the_prompt_becomes_what_it_would_be_in_it(asked):
+    model, inputs, added = asked
 
     def ask(behind, given):
         return behind.look(added[: LOOKED + 1]), given
 
     attention, given = heard(model, inputs, ask)
-    given = completed(given, inputs)
-    _, rows = standing(model, given, added, length)
+    _, rows = standing(model, completed(given, inputs), added, inputs["input_ids"].shape[1])
     assert torch.allclose(attention.rows(), rows, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["llava", "qwen2.5-vl"])
-def test_answers_behind_it_are_told_as_if_it_stood_before_them(kind):
-    model = tiny(kind)
-    inputs = padded(model)
-    added = torch.randn(4, 32, generator=torch.Generator().manual_seed(1))
+def test_answers_behind_it_are_told_as_if_it_stood_before_them(asked):
+    model, inputs, added = asked
     length = inputs["input_ids"].shape[1]
     first, answers = length - 3, torch.zeros(2, length, dtype=torch.bool)
     answers[:, first:] = True
