@@ -9,7 +9,8 @@ from torch.nn.functional import scaled_dot_product_attention
 import tprune
 from tests.decoders import decoder, tokens
 from tests.golden_values import golden
-from tprune.core.stored import Ragged, Rows, Stored, attend_tiles, shared_counts, stack_stored
+from tprune.core.by_head import Ragged, shared_counts
+from tprune.core.stored import Rows, Stored, attend_tiles, stack_stored
 from tprune.errors import UserError
 from tprune.evaluate.context import cache_bytes
 from tprune.methods import registry

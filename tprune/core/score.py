@@ -38,7 +38,7 @@ def attention_logits(
     logits = _logits(query, key, scale, softcap)
     if bias is None:
         return logits
-    return logits.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else logits + bias
+    return logits.masked_fill_(~bias, -torch.inf) if bias.dtype == torch.bool else logits.add_(bias)
 
 
 def _mask_future(logits: Tensor, row: Tensor) -> Tensor:
@@ -80,16 +80,14 @@ def attention_rows(
         chosen = query[:, :, rows] if len(rows) < length else query
     else:
         chosen = query.gather(2, rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
-    logits = _logits(chosen, key, scale, softcap)
-    if bias is not None:
-        if bias.shape[-2] != 1 and rows is not None:
-            if rows.dim() == 1:
-                bias = bias[..., rows, :]
-            else:
-                bias = bias.expand(rows.shape[0], -1, -1, -1).gather(
-                    2, rows[:, None, :, None].expand(-1, bias.shape[1], -1, keys)
-                )
-        logits = logits.masked_fill_(~bias, -torch.inf) if bias.dtype == torch.bool else logits.add_(bias)
+    if bias is not None and bias.shape[-2] != 1 and rows is not None:
+        if rows.dim() == 1:
+            bias = bias[..., rows, :]
+        else:
+            bias = bias.expand(rows.shape[0], -1, -1, -1).gather(
+                2, rows[:, None, :, None].expand(-1, bias.shape[1], -1, keys)
+            )
+    logits = attention_logits(chosen, key, scale, bias, softcap)
     if causal:
         logits = _mask_future(logits, rows + (keys - length))
     return logits.softmax(dim=-1)

@@ -130,9 +130,9 @@ class CacheMethod(Method):
 
         With `per_head` the heads share so many each by their scores, which are then not negative.
         """
+        from tprune.core.by_head import keep_by_head
         from tprune.core.cache import Evict
         from tprune.core.select import keep_ends_and_top
-        from tprune.core.stored import keep_by_head
 
         if self.per_head is None or count == layer.length:
             return Evict(keep_ends_and_top(score, count, first, last))

@@ -1,9 +1,10 @@
-"""transformers' caches with layers whose entries may leave: taken over in place, and forked."""
+"""transformers' caches with layers whose entries may leave: taken over in place, and forked; which layers these are."""
 
 from __future__ import annotations
 
 import copy
 
+from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from tprune.errors import UserError
@@ -62,3 +63,23 @@ def prunable_layers(config: object) -> list[int]:
     return [
         place for place, kind in enumerate(DynamicCache(config=config).layers) if type(kind) is DynamicLayer
     ]
+
+
+def attention_modules(base: nn.Module) -> tuple[list[int], list[str | None], dict[int, nn.Module]]:
+    """The layers that can be pruned, every layer's type, and the attention modules by layer."""
+    modules = {
+        module.layer_idx: module
+        for module in base.modules()
+        if hasattr(module, "layer_idx") and hasattr(module, "is_causal") and hasattr(module, "config")
+    }
+    places = prunable_layers(base.config)
+    if not places:
+        raise UserError(
+            "every layer of this model attends through a sliding window: its cache is small already"
+        )
+    if not modules or any(place not in modules for place in places):
+        raise UserError(f"{type(base).__name__} is no decoder whose attention layers can be found")
+    text = base.config.get_text_config(decoder=True)
+    depth = text.num_hidden_layers
+    kinds = getattr(text, "layer_types", None) or [None] * depth
+    return places, kinds, modules

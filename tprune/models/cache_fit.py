@@ -11,7 +11,7 @@ from tprune.core.budget import Site
 from tprune.methods.cache import CacheMethod, CacheShape
 from tprune.methods.cache_view import LayerView
 from tprune.methods.fit import Fit
-from tprune.models.compress import attention_modules
+from tprune.models.cache import attention_modules
 from tprune.models.key_values import Entering, KeyValues, projections
 from tprune.models.taps import AttentionCall, Tap
 

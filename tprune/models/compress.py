@@ -21,7 +21,7 @@ from transformers import DynamicCache
 from tprune.errors import BudgetError, UserError
 from tprune.methods.attention import Attention
 from tprune.methods.cache import CacheMethod
-from tprune.models.cache import prunable_layers, take_over
+from tprune.models.cache import attention_modules, take_over
 from tprune.models.cache_layer import Owner, PrunedLayer, Turn
 from tprune.models.held import attend_by_map, attend_held, attend_stored, biased
 from tprune.models.key_values import KeyValues
@@ -268,26 +268,6 @@ class Compression:
         except UserError:
             return False
         return True
-
-
-def attention_modules(base: nn.Module) -> tuple[list[int], list[str | None], dict[int, nn.Module]]:
-    """The layers that can be pruned, every layer's type, and the attention modules by layer."""
-    modules = {
-        module.layer_idx: module
-        for module in base.modules()
-        if hasattr(module, "layer_idx") and hasattr(module, "is_causal") and hasattr(module, "config")
-    }
-    places = prunable_layers(base.config)
-    if not places:
-        raise UserError(
-            "every layer of this model attends through a sliding window: its cache is small already"
-        )
-    if not modules or any(place not in modules for place in places):
-        raise UserError(f"{type(base).__name__} is no decoder whose attention layers can be found")
-    text = base.config.get_text_config(decoder=True)
-    depth = text.num_hidden_layers
-    kinds = getattr(text, "layer_types", None) or [None] * depth
-    return places, kinds, modules
 
 
 def _padding(mask: Any, seen: int, coming: int) -> Tensor | None:
