@@ -5,6 +5,7 @@ import torch
 
 import tprune
 from tests.decoders import decoder, tokens
+from tests.llm_weights import tiny
 from tprune.core.budget import Site
 from tprune.core.sparse import Elements
 from tprune.methods import registry
@@ -37,7 +38,8 @@ def after(model, method, steps=6, **settings):
 @pytest.mark.parametrize("method", EVICTING)
 def test_a_pyramid_of_budgets_keeps_what_was_asked_and_goes_on(method):
     model, ids, coming = decoder(), tokens(2, 128), tokens(2, 3, seed=2)
-    with tprune.prune(model, f"llm-context/{method}", keep=0.5, pyramid=1.5) as handle:
+    asked = {"keep": 0.5, "pyramid": 1.5, "tokenizer": tiny.tokenizer()}
+    with tprune.prune(model, f"llm-context/{method}", **asked) as handle:
         cache = model(ids).past_key_values
         assert [layer.length for layer in cache.layers] == [85, 64, 43]
         assert handle.achieved().value == 0.5

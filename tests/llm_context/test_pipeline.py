@@ -22,7 +22,8 @@ from tprune.progress import Progress
 from tprune.recipe import ModelSource, Recipe, Stage
 
 METHODS = [fact.id for fact in registry.facts("llm-context") if fact.learns != "required"]
-every_method = pytest.mark.parametrize("method", METHODS)
+# think-clearly reads text, and has tests of its own.
+every_method = pytest.mark.parametrize("method", [name for name in METHODS if name != "think-clearly"])
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,8 @@ def test_the_benchmark_times_every_part_and_leaves_the_model_dense(method, folde
     timed = {"prefill_dense", "prefill_pruned", "decode_dense", "decode_pruned", "scoring_prefill"}
     evicts = isinstance(driver.method, CacheMethod) and driver.method.evicts_while_decoding
     assert set(found["times"]) == timed | ({"scoring_decode"} if evicts else set())
-    assert found["cache_mb_pruned"] < found["cache_mb_dense"]
+    forgets = not isinstance(driver.method, CacheMethod) or driver.method.forgets
+    assert found["cache_mb_pruned"] < found["cache_mb_dense"] or not forgets
     json.dumps(found)
     assert torch.equal(subject.model(tokens(1, 150)).logits, dense)
 

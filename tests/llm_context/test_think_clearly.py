@@ -7,6 +7,8 @@ from transformers import DynamicCache
 import tprune
 from tests.decoders import decoder, tokens
 from tests.llm_weights import tiny
+from tests.test_cli import call
+from tprune import artifact
 from tprune.errors import UserError
 from tprune.methods import registry
 from tprune.methods.cache_view import LayerView
@@ -123,6 +125,28 @@ def test_nothing_before_the_opening_token_leaves():
     with prune(model, keep=0.5, opening=opening):
         places = model(ids).past_key_values.layers[0].places
     assert places.flatten().unique().tolist() == list(range(31))
+
+
+def test_what_is_written_gives_the_same_outputs_again_and_is_timed(text, folder, tmp_path):
+    asked = [
+        "llm-context",
+        "--method",
+        "think-clearly",
+        "--keep",
+        "0.5",
+        "--set",
+        "instruction=stop.",
+        folder,
+    ]
+    call(*asked, "--length", 96, "--data", text, "--out", tmp_path / "out", "--quiet")
+    model, probe = tprune.load(tmp_path / "out"), artifact.read_tensors(tmp_path / "out" / artifact.PROBE)
+    with torch.no_grad():
+        cache = model(input_ids=probe["input"][:, :72]).past_key_values
+        found = model(input_ids=probe["input"][:, 72:], past_key_values=cache).logits
+    assert cache.layers[0].keys.shape[2] == 36 + found.shape[1]
+    assert torch.allclose(found, probe["output"], atol=1e-4)
+    timed = call("bench", folder, *asked[1:-1], "--length", 96, "--rounds", 1, "--json").stdout
+    assert '"scoring_prefill"' in timed
 
 
 def test_without_text_there_is_nothing_to_read():
