@@ -30,7 +30,8 @@ class CSKV(CacheMethod):
         code="wln20/CSKV",
         checked="code",
         notes="As the authors' code: a window fills up, and is emptied when it is full. The budget is bytes and gives "
-        "the ranks, of all heads together and to the single code. Biases, and norms of keys, which the authors' models "
+        "the ranks, of all heads together and to the single code; fitted maps have one rank for all lengths, and what "
+        "is dense comes on top. Biases, and norms of keys, which the authors' models "
         "lack, come after the reconstruction. The learning rate falls as a cosine, theirs linearly; their quantisation "
         "of the codes is left out.",
     )
