@@ -3,6 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tprune.core import mask as masks
 from tprune.core import select
 
 scores = st.lists(st.integers(-3, 3), min_size=1, max_size=12).map(lambda row: torch.tensor([row]).float())
@@ -20,7 +21,7 @@ def test_top_keeps_exactly_the_best_in_ascending_order_with_ties_to_the_left(sco
 @given(scores, st.integers(0, 12))
 def test_smallest_mask_marks_exactly_count_with_ties_to_the_left(score, count):
     count = min(count, score.shape[1])
-    mask = select.smallest_mask(score, count)[0].tolist()
+    mask = masks.smallest_mask(score, count)[0].tolist()
     values = score[0].tolist()
     expected = sorted(range(len(values)), key=lambda i: (values[i], i))[:count]
     assert [i for i, marked in enumerate(mask) if marked] == sorted(expected)
@@ -28,25 +29,25 @@ def test_smallest_mask_marks_exactly_count_with_ties_to_the_left(score, count):
 
 def test_wanda_card_example():
     score = torch.tensor([[1.0, 2.0, -3.0, 4.0]]).abs() * torch.tensor([4.0, 1.0, 1.0, 0.5])
-    assert select.smallest_mask(score, 2).tolist() == [[False, True, False, True]]
+    assert masks.smallest_mask(score, 2).tolist() == [[False, True, False, True]]
 
 
 @given(st.integers(0, 999), st.sampled_from([(2, 4), (4, 8), (1, 4), (4, 4)]))
 def test_nm_leaves_exactly_n_of_every_m(seed, pattern):
     keep, group = pattern
     score = torch.randint(0, 3, (5, 24), generator=torch.Generator().manual_seed(seed)).float()
-    kept = (~select.nm_mask(score, keep, group)).unflatten(-1, (-1, group)).sum(-1)
+    kept = (~masks.nm_mask(score, keep, group)).unflatten(-1, (-1, group)).sum(-1)
     assert (kept == keep).all()
 
 
 def test_nm_refuses_a_ragged_axis():
     with pytest.raises(ValueError, match="groups of 4"):
-        select.nm_mask(torch.rand(2, 6), 2, 4)
+        masks.nm_mask(torch.rand(2, 6), 2, 4)
 
 
 def test_inclusive_rule_removes_one_more():
     score = torch.tensor([[4.0, 1.0], [2.0, 3.0]])
-    assert select.inclusive_mask(score, 2).sum() == 3
+    assert masks.inclusive_mask(score, 2).sum() == 3
 
 
 @given(st.integers(0, 99))
@@ -74,7 +75,7 @@ def test_nm_takes_the_smallest_of_every_group_with_ties_to_the_left(seed, patter
     score = torch.randint(0, 3, (4, 4 * group), generator=torch.Generator().manual_seed(seed)).float()
     order = score.unflatten(-1, (-1, group)).argsort(dim=-1, stable=True)[..., : group - keep]
     expected = torch.zeros(4, 4, group, dtype=torch.bool).scatter_(-1, order, True).flatten(-2)
-    assert torch.equal(select.nm_mask(score, keep, group), expected)
+    assert torch.equal(masks.nm_mask(score, keep, group), expected)
 
 
 @given(
@@ -84,7 +85,7 @@ def test_a_layer_loses_exactly_its_count_in_any_precision_with_ties_to_the_left(
     score = torch.randint(0, 4, (5, 8), generator=torch.Generator().manual_seed(seed)).to(dtype)
     order = score.flatten().argsort(stable=True)[:count]
     expected = torch.zeros(40, dtype=torch.bool).index_fill_(0, order, True).view(5, 8)
-    assert torch.equal(select.layer_mask(score, count), expected)
+    assert torch.equal(masks.layer_mask(score, count), expected)
 
 
 def test_counts_round_down_but_not_because_of_binary_fractions():
@@ -95,10 +96,10 @@ def test_counts_round_down_but_not_because_of_binary_fractions():
 @given(st.integers(0, 99), st.floats(0.1, 0.7))
 def test_the_cumulative_mask_comes_near_its_fraction_and_spares_rows_with_one_giant(seed, fraction):
     score = torch.rand(40, 60, generator=torch.Generator().manual_seed(seed))
-    assert abs(select.cumulative_mask(score, fraction).double().mean().item() - fraction) < 0.02
+    assert abs(masks.cumulative_mask(score, fraction).double().mean().item() - fraction) < 0.02
     one_giant = torch.cat([torch.full((1, 60), 1e-3), score])
     one_giant[0, 0] = 1e6
-    assert not select.cumulative_mask(one_giant, fraction)[0, 0]
+    assert not masks.cumulative_mask(one_giant, fraction)[0, 0]
 
 
 def test_marking_undoes_places_whatever_shorter_rows_repeat():

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tprune.core import solve
-from tprune.core.select import layer_mask, nm_mask
+from tprune.core.mask import layer_mask, nm_mask
 from tprune.core.weights import pack_bits, unpack_bits
 
 

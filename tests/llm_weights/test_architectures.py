@@ -7,7 +7,7 @@ import torch
 
 from tests.decoders import decoder, tokens
 from tests.llm_weights.tiny import EXPERTS, NAMES, logits, prune, stepwise_logits
-from tprune.core.select import smallest_mask
+from tprune.core.mask import smallest_mask
 from tprune.errors import UserError
 from tprune.methods import registry
 from tprune.models import units

@@ -15,7 +15,7 @@ from tprune.core.factorise import (
     relative_error,
     unit_norms,
 )
-from tprune.core.select import weight_mask
+from tprune.core.mask import weight_mask
 from tprune.core.statistics import Norm
 from tprune.errors import UserError
 from tprune.methods import registry

@@ -7,7 +7,7 @@ from torch import nn
 from tests.decoders import decoder
 from tests.golden_values import golden
 from tprune.core import solve
-from tprune.core.select import cumulative_mask, inclusive_mask, nm_mask
+from tprune.core.mask import cumulative_mask, inclusive_mask, nm_mask
 from tprune.core.statistics import Gram, Moments, Norm, token_cosine
 from tprune.methods import registry
 from tprune.methods.weight_view import BlockView, LinearView, ModelView, UnitView

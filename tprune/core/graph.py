@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tprune.core import cosine
-from tprune.core.select import smallest_mask
+from tprune.core.mask import smallest_mask
 
 
 def neighbours_on_grid(rows: int, columns: int, device: torch.device | str = "cpu") -> Tensor:

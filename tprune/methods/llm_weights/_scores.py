@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tprune.core.select import cumulative_mask, weight_mask
+from tprune.core.mask import cumulative_mask, weight_mask
 from tprune.core.weights import WeightEdit
 from tprune.methods.weights import WeightBudget
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tprune.core.admm import admm_support, refit, unit_diagonal
-from tprune.core.select import layer_mask, nm_mask
+from tprune.core.mask import layer_mask, nm_mask
 from tprune.core.weights import WeightEdit
 from tprune.methods.base import Paper, param
 from tprune.methods.weight_view import LinearView

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tprune.core.select import weight_mask
+from tprune.core.mask import weight_mask
 from tprune.core.weights import WeightEdit
 from tprune.methods.base import Paper, param
 from tprune.methods.weight_view import LinearView

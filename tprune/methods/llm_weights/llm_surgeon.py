@@ -14,7 +14,8 @@ from torch import Tensor
 
 from tprune.core.allocate import smallest_of_all
 from tprune.core.kronecker import live_inverse, removal_costs, remove_together
-from tprune.core.select import floor_count, layer_mask, nm_mask
+from tprune.core.mask import layer_mask, nm_mask
+from tprune.core.select import floor_count
 from tprune.core.weights import WeightEdit
 from tprune.methods.base import Paper, param
 from tprune.methods.weight_view import LinearView

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tprune.core.select import floor_count, inclusive_mask, weight_mask
+from tprune.core.mask import inclusive_mask, weight_mask
+from tprune.core.select import floor_count
 from tprune.core.weights import WeightEdit
 from tprune.methods.base import Paper, param
 from tprune.methods.weight_view import LinearView

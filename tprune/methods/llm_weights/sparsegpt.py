@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tprune.core.select import floor_count, inclusive_mask, layer_mask, nm_mask
+from tprune.core.mask import inclusive_mask, layer_mask, nm_mask
+from tprune.core.select import floor_count
 from tprune.core.solve import dead_inputs, inverse_factor, obs_prune
 from tprune.core.weights import WeightEdit
 from tprune.errors import UserError
