@@ -153,17 +153,8 @@ def test_points_equal_what_the_family_command_measures(vit_folder, swept):
 
 
 def test_the_dense_model_is_as_it_was_after_weights_were_pruned(folder, text, tmp_path):
-    words = (
-        "--method",
-        "magnitude,sparsegpt,gblm,flap,shortgpt",
-        "--sparsity",
-        "0.5",
-        "--pattern",
-        "2:4",
-        "--data",
-        text,
-    )
-    small = ("--limit", 2, "--length", 24, "--calibration", 4, "--batch-size", 2)
+    words = ("--method", "magnitude,sparsegpt,gblm,flap,shortgpt", "--sparsity", "0.5", "--pattern", "2:4")
+    small = ("--data", text, "--limit", 2, "--length", 24, "--calibration", 4, "--batch-size", 2)
     result = sweep(folder, tmp_path / "out", *words, *small, family="llm-weights")
     assert result.exit_code == 0, result.output
     found = stored(tmp_path / "out").values()
