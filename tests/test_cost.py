@@ -1,0 +1,26 @@
+import torch
+from safetensors.torch import load_file, save_file
+
+from tprune.evaluate.cost import peak_tensors
+
+MEGABYTE = 2**18
+"""Float32 entries of one."""
+
+
+def test_the_peak_of_tensors_is_what_was_alive_together():
+    def run():
+        first = torch.empty(2 * MEGABYTE)
+        del first
+        return torch.empty(MEGABYTE), torch.empty(2 * MEGABYTE)
+
+    assert abs(peak_tensors(run, "cpu") - 3) < 0.01
+
+
+def test_tensors_mapped_from_files_of_the_journal_are_no_memory(tmp_path):
+    save_file({"mask": torch.zeros(3 * MEGABYTE)}, tmp_path / "block.safetensors")
+
+    def run():
+        return load_file(tmp_path / "block.safetensors"), torch.empty(MEGABYTE)
+
+    assert abs(peak_tensors(run, "cpu") - 4) < 0.01
+    assert abs(peak_tensors(run, "cpu", tmp_path) - 1) < 0.01
