@@ -86,6 +86,7 @@ ANSWERS = {
     "adatoken-3d": ("vlm", "--method fastv"),
     "gap": ("vlm", "--positions gap"),
     "uniprunebench": ("vlm", "--grid recipes/vlm/uniprunebench.grid"),
+    "p2-law": ("llm-weights", "tprune predict-recovery"),
     "sentinel-tokens": ("llm-context", "llm-context/streaming-llm"),
 }
 

@@ -17,6 +17,7 @@ COMMANDS = {
     "sweep": "Compare methods over budgets: a table, plots, a page.",
     "search": "Find the best method and budget under a constraint.",
     "search-metric": "Evolve a metric to prune a language model's weights by.",
+    "predict-recovery": "Foretell how training recovers a pruned model.",
     "compare": "Say how two results differ, protocol first.",
     "methods": "List the methods, or say all about one.",
     "show": "Say what an output folder holds.",

@@ -158,10 +158,12 @@ def family_command(family: str, help: str) -> click.Command:
             click.option(
                 "--positions", help="'original' or 'compact' position ids, for vlm also 'gap' [paper's]."
             ),
-            click.option(
-                "--fit", metavar="DATA", help="Train a method that learns: 'built-in', a folder, or text."
-            ),
         )
+    extra += (
+        click.option(
+            "--fit", metavar="DATA", help="Train a method that learns: 'built-in', a folder, or text."
+        ),
+    )
     return functools.reduce(lambda made, option: option(made), reversed(extra), command)
 
 
@@ -228,17 +230,17 @@ def launch(
     show_report(report, as_json)
 
 
-def check_file(out: str | None, force: bool) -> None:
+def check_file(out: str | None, force: bool, option: str = "--out") -> None:
     """Refuse an output file that cannot be written, or exists and may not be replaced, before anything is measured."""
     if out is None:
         return
     if os.path.exists(out) and not force:
-        raise UserError(f"--out {out} exists; give another file, or --force to replace it")
+        raise UserError(f"{option} {out} exists; give another file, or --force to replace it")
     if os.path.isdir(out):
-        raise UserError(f"--out {out} is a folder; give a file")
+        raise UserError(f"{option} {out} is a folder; give a file")
     folder = os.path.dirname(os.path.abspath(out))
     if not os.access(folder, os.W_OK):
-        raise UserError(f"--out {out}: there is no folder {folder} to write in")
+        raise UserError(f"{option} {out}: there is no folder {folder} to write in")
 
 
 def with_absolute_paths(recipe: Recipe) -> Recipe:
