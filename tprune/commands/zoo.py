@@ -17,14 +17,15 @@ def command() -> None:
 @command.command("list")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def list_models(as_json: bool) -> None:
-    """The built-in models, where they are and how well they do on their evaluation scenes."""
+    """The built-in models, where they are and how well they do on their evaluation samples."""
     found = [{"name": name, "path": str(zoo.path(name)), **zoo.facts(name)} for name in zoo.NAMES]
     if as_json:
         click.echo(json.dumps({"models": found}))
         return
     for model in found:
         click.echo(f"{model['name']}: {zoo.DESCRIPTIONS[model['name']]}")
-        click.echo(f"  accuracy {model['accuracy']:.1%} on {model['scenes']} scenes")
+        unit = "scenes" if "scenes" in model else "passages"
+        click.echo(f"  accuracy {model['accuracy']:.1%} on {model[unit]} {unit}")
         for kind, accuracy in model.get("accuracy_by_kind", {}).items():
             click.echo(f"    {kind:<6} {accuracy:.1%}")
         click.echo(f"  {model['path']}")
@@ -37,12 +38,12 @@ def list_models(as_json: bool) -> None:
     "--steps", type=click.IntRange(1), help="Steps in all; the default is what the shipped weights had."
 )
 @click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of weights and scenes."
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of weights and samples."
 )
 @click.option(
     "--workers", type=click.IntRange(1), help="Processes that share each step; the default is one a core."
 )
-@click.option("--scenes", type=click.IntRange(1), default=2000, show_default=True, help="Evaluation scenes.")
+@click.option("--scenes", type=click.IntRange(1), default=2000, show_default=True, help="Evaluation samples.")
 @click.option("--force", is_flag=True, help="Replace an existing folder.")
 def train_model(
     name: str, out: Path, steps: int | None, seed: int, workers: int | None, scenes: int, force: bool

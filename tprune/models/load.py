@@ -14,9 +14,11 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from tprune.artifact import read_tensors
 from tprune.errors import UserError
 from tprune.models.source import PACKAGED, Source, cache_folder
 from tprune.models.subject import Subject
+from tprune.models.text_encoder import classifies, is_encoder
 
 T = TypeVar("T")
 
@@ -26,6 +28,8 @@ AUTO_CLASSES = {
     "llm-context": ("AutoModelForCausalLM",),
     "llm-weights": ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModel"),
 }
+TEXT_FAMILIES = ("llm-context", "llm-weights")
+"""Where text encoders come with the head they were saved with, or bare."""
 
 
 def load(source: Source, family: str, *, device: str, dtype: str, seed: int) -> Subject:
@@ -85,12 +89,15 @@ def _transformers(source: Source, family: str, dtype: torch.dtype, seed: int) ->
         if source.random_weights or source.weights:
             build = getattr(kind, "from_config", None) or kind._from_config
             model = build(config, dtype=dtype)
+        elif source.base is not None:
+            model = _guard(source, lambda: kind.from_pretrained(source.base, config=config, dtype=dtype))
+            model.load_state_dict(read_tensors(f"{folder}/model.safetensors"), strict=False)
         else:
             model = _guard(source, lambda: kind.from_pretrained(folder, dtype=dtype, **revision))
     model.__class__ = getattr(type(model), "stock", type(model))
     if source.weights:
         _replace_weights(model, source.weights)
-    return Subject(model, _processor(transformers, family, folder, revision), source)
+    return Subject(model, _processor(transformers, family, source.base or folder, revision), source)
 
 
 def load_paged(source: Source, family: str, *, device: str, dtype: str) -> Subject:
@@ -157,7 +164,10 @@ def _of_own_shapes(kind: Any) -> Any:
 
 
 def _auto_class(transformers: Any, family: str, config: Any, source: Source) -> Any:
-    for name in AUTO_CLASSES[family]:
+    names = AUTO_CLASSES[family]
+    if family in TEXT_FAMILIES and is_encoder(config):
+        names = ("AutoModelForSequenceClassification" if classifies(config) else "AutoModel",)
+    for name in names:
         kind = getattr(transformers, name)
         if type(config) in kind._model_mapping:
             return kind
@@ -173,8 +183,6 @@ def _processor(transformers: Any, family: str, folder: str, revision: dict[str, 
 
 
 def _replace_weights(model: torch.nn.Module, file: str) -> None:
-    from tprune.artifact import read_tensors
-
     try:
         model.load_state_dict(read_tensors(file))
     except RuntimeError as error:

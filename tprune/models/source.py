@@ -41,6 +41,7 @@ class Source:
         location: the folder, the timm name or the hub id.
         library: "timm" or "transformers".
         revision, weights, random_weights: as in the recipe.
+        base: where the weights are of which this folder holds the head alone, or None.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Source:
     revision: str | None = None
     weights: str | None = None
     random_weights: bool = False
+    base: str | None = None
 
 
 def resolve(asked: ModelSource, family: str) -> Source:
@@ -67,8 +69,9 @@ def resolve(asked: ModelSource, family: str) -> Source:
     if asked.weights and not Path(asked.weights).is_file():
         raise UserError(f"--weights {asked.weights}: no such file; give a .safetensors file")
     if name in zoo.NAMES:
-        folder = str(zoo.path(name))
-        return Source(name, "folder", folder, _library(folder), **extra)
+        folder, base = str(zoo.path(name)), zoo.BASES.get(name)
+        base = None if base is None else str(packaged(base))
+        return Source(name, "folder", folder, _library(folder), base=base, **extra)
     if name in PACKAGED:
         return Source(name, "folder", str(packaged(name)), "transformers", **extra)
     if name in ALIASES:

@@ -27,7 +27,8 @@ class Quality:
 
     Attributes:
         metrics: `accuracy`, `perplexity` … as they apply, and what they split into.
-        predictions: int64 [...], what agreement with the dense model is counted over.
+        predictions: int64 [...], what agreement with the dense model is counted over; or embeddings, float [S, D],
+            whose cosines with the dense model's are averaged.
         chance: accuracy of guessing, to warn about a dense model that does no better.
     """
 

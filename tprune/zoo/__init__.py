@@ -1,17 +1,21 @@
-"""The built-in models: small, trained here on real handwritten digits, and shipped with the package.
+"""The built-in models: small, trained here on real handwritten digits and real text, and shipped with the package.
 
 Importing this module imports neither torch nor the models. Each model's folder is what its library reads
-(`timm.create_model("local-dir:…")`, `from_pretrained`), with its measured facts beside it in `zoo.json`.
+(`timm.create_model("local-dir:…")`, `from_pretrained`), with its measured facts beside it in `zoo.json`; of the models
+in `BASES` it holds the head alone.
 """
 
 import json
 from pathlib import Path
 
 NAMES = ("digits-vit", "digits-llava")
+BASES = {"minilm-topics": "minilm"}
+"""Models that are a head on a model of another package, by the name of that."""
 
 DESCRIPTIONS = {
     "digits-vit": "timm VisionTransformer, 12 blocks, 144 patches: reads the large digit in a cluttered scene",
     "digits-llava": "LLaVA, 144 visual tokens, 12-layer Llama: answers questions about scenes of several digits",
+    "minilm-topics": "a head on minilm (BERT, 6 layers): says which topic of Python's manual a passage is from",
 }
 
 

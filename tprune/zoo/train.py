@@ -43,13 +43,14 @@ class Learner(nn.Module):
     """A model in training, with whatever heads its auxiliary losses need."""
 
     stages: ClassVar[tuple[Stage, ...]]
+    unit: ClassVar[str] = "scenes"
 
     def loss(self, stage: str, indices: Sequence[int], seed: int) -> Tensor:
-        """Mean loss over the training scenes with these indices, a scalar."""
+        """Mean loss over the training samples with these indices, a scalar."""
         raise NotImplementedError
 
     def accuracy(self, n: int) -> dict:
-        """Facts measured on the first `n` evaluation scenes; the key `accuracy` is the overall figure."""
+        """Facts measured on the first `n` evaluation samples; the key `accuracy` is the overall figure."""
         raise NotImplementedError
 
     def save(self, folder: Path) -> None:
@@ -63,6 +64,8 @@ def new_learner(name: str, seed: int) -> Learner:
         from tprune.zoo.digits_vit import DigitsVit as Kind
     elif name == "digits-llava":
         from tprune.zoo.digits_llava import DigitsLlava as Kind
+    elif name == "minilm-topics":
+        from tprune.zoo.minilm_topics import MinilmTopics as Kind
     else:
         raise ValueError(f"no trainer for {name!r}")
     with torch.random.fork_rng():
@@ -111,7 +114,7 @@ def train(name: str, out: Path, steps: int | None, seed: int, workers: int, eval
 
 def ship(name: str, learner: Learner, out: Path, seed: int, evaluate_on: int) -> dict:
     """Measure a trained learner and write the model with its `zoo.json`; `out` is replaced as a whole."""
-    facts = {"name": name, "seed": seed, "scenes": evaluate_on, **learner.eval().accuracy(evaluate_on)}
+    facts = {"name": name, "seed": seed, learner.unit: evaluate_on, **learner.eval().accuracy(evaluate_on)}
     beside = Path(tempfile.mkdtemp(prefix=out.name + ".", dir=out.parent))
     learner.save(beside)
     (beside / "zoo.json").write_text(json.dumps(facts, indent=2) + "\n")
