@@ -173,7 +173,7 @@ def measure(
 
 
 def agreement(quality: Quality, reference: Quality) -> float:
-    """The fraction of predictions that are the dense model's; of embeddings their mean cosine with the dense model's."""
+    """The fraction of predictions that are the dense model's; the mean cosine with them where they are embeddings."""
     if quality.predictions.is_floating_point():
         return torch.cosine_similarity(quality.predictions, reference.predictions, dim=-1).mean().item()
     return (quality.predictions == reference.predictions).double().mean().item()
