@@ -231,8 +231,6 @@ def check_budget(stage: Stage) -> None:
     policies = ("original", "compact", "gap") if stage.family == "vlm" else ("original", "compact")
     if stage.positions not in (None, *policies):
         raise UserError(f"--positions {stage.positions}: expected {' or '.join(policies)}")
-    if stage.fit is not None and stage.family == "llm-weights":
-        raise UserError(f"--fit {stage.fit}: methods for weights are not fitted; leave it out")
     if stage.loadable not in ("any", "plain"):
         raise UserError(f"--loadable {stage.loadable}: expected any or plain")
 

@@ -25,6 +25,13 @@ def warm_cosine(step: int, steps: int, warmup: int, floor: float) -> float:
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
 
 
+def warm_linear(step: int, steps: int, warmup: int, floor: float) -> float:
+    """As `warm_cosine`, but falling in a straight line."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 1 - (1 - floor) * (step - warmup) / max(1, steps - warmup)
+
+
 def moments(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The running moments of AdamW, or of SGD, by parameter name."""
     kept = {}

@@ -11,6 +11,15 @@ def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
     return soft + (hard - soft).detach()
 
 
+def masked_weight(weight: Tensor, score: Tensor, kept: Tensor) -> Tensor:
+    """`weight` where it is `kept`, else exactly 0, with a gradient for the `score` of every weight.
+
+    With g the gradient of what is returned, a kept weight gets g, a removed one 0, and every score g · weight, kept or
+    not: the mask counts as its score would (movement pruning, arXiv 2005.07683, equation 2). All of one shape.
+    """
+    return weight * (kept + (score - score.detach()))
+
+
 def gate(value: Tensor, threshold: Tensor, temperature: float) -> Tensor:
     """1 where `value` exceeds `threshold`, else 0, with the gradient of sigmoid((value - threshold) / temperature)."""
     soft = torch.sigmoid((value - threshold) / temperature)

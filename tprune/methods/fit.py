@@ -22,7 +22,7 @@ from tprune.methods.tokens import Shape
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and how fast: AdamW or SGD, linear warm-up, cosine decay.
+    """How long and how fast: AdamW or SGD, linear warm-up, cosine or linear decay.
 
     Attributes:
         epochs: passes over the training images; fractions are allowed.
@@ -33,6 +33,8 @@ class Plan:
         weight_decay: of all groups that have none of their own.
         momentum: of SGD; None for AdamW.
         at_once: samples of a process that go through the model together; None for all of its step.
+        linear: whether learning rates fall linearly to `floor`, not along a cosine.
+        clip: the largest norm of all gradients together; None for any.
     """
 
     epochs: float
@@ -43,6 +45,8 @@ class Plan:
     weight_decay: float = 0.0
     momentum: float | None = None
     at_once: int | None = None
+    linear: bool = False
+    clip: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +84,8 @@ class Fit(nn.Module):
     apart: ClassVar[bool] = False
     """Whether it learns from the pixels alone: the model does not run, and `memory["inputs"]` is all there is."""
     answers: ClassVar[bool] = True
-    """Whether its losses read what the model says; where not, a language model's head does not run."""
+    """Whether its losses read what the model says; where not, a language model's head does not run, and nothing of a
+    decoder where tokens leave before it."""
     explains: ClassVar[bool] = False
     """Whether the maps of layers it watches are there to be differentiated by, though nothing before them learns."""
     epsilon: ClassVar[float] = 1e-5
@@ -125,7 +130,7 @@ class Fit(nn.Module):
 
         Args:
             outputs: the model's logits [B, C], of a vision-language model those at every token of the answers; None
-                where it learns `apart`.
+                where it learns `apart`, or did not run to its end for lack of `answers`.
             labels: int64 [B], or the dense model's probabilities [B, C] where the data has none that fit; of a method
                 that learns from patches, float [B, N, names], how much of every patch each name covers.
             memory: of this forward; "left" holds the fraction of tokens left after each site, "inputs" the images, or

@@ -20,11 +20,12 @@ from tprune.methods.answer import NotAMethod
 from tprune.methods.base import Method, Paper
 from tprune.methods.cache import CacheMethod
 from tprune.methods.tokens import TokenMethod
+from tprune.methods.trained import TrainedMethod
 from tprune.methods.weights import WeightMethod
 
 FAMILIES = ("vit", "vlm", "llm-context", "llm-weights")
 ENTRY_POINTS = "tprune.methods"
-KINDS = {kind.__name__: kind for kind in (TokenMethod, CacheMethod, WeightMethod)}
+KINDS = {kind.__name__: kind for kind in (TokenMethod, CacheMethod, WeightMethod, TrainedMethod)}
 
 
 @dataclass(frozen=True)
@@ -152,9 +153,9 @@ def build(
     return method.build({**method.built_in, **settings} if fit == "built-in" else settings)
 
 
-def running_on(kind: str) -> list[str]:
-    """The ids of the vit methods that work in this kind of vision model (`tokens.Shape.kind`)."""
-    return [entry.id for entry in facts("vit") if kind in load(entry.id, "vit").runs_on]
+def running_on(kind: str, family: str = "vit") -> list[str]:
+    """The ids of the family's methods that work in this kind of model (`Method.runs_on`)."""
+    return [entry.id for entry in facts(family) if kind in load(entry.id, family).runs_on]
 
 
 @cache

@@ -20,12 +20,29 @@ class WeightBudget:
     """How much of a set of weights goes.
 
     Attributes:
-        sparsity: fraction of the prunable weights removed, 0 to 1.
+        sparsity: fraction of the prunable weights removed, 0 to 1; None where a method that `varies` decides.
         pattern: (n, m), n kept of every m consecutive inputs; None for unstructured and structured pruning.
     """
 
-    sparsity: float
+    sparsity: float | None
     pattern: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Regularised:
+    """Next-token training on the calibration sequences, with the norms of the units that will go added to the loss.
+
+    Attributes:
+        penalty: of the sum of their norms.
+        epochs: passes over the sequences; 0 for none.
+        batch: sequences per step.
+        lr: peak learning rate.
+    """
+
+    penalty: float
+    epochs: float
+    batch: int
+    lr: float
 
 
 @dataclass(frozen=True)
@@ -34,16 +51,19 @@ class WeightMethod(Method):
 
     A method of scope "block" is asked once per linear layer while the model streams by, and its decisions need
     nothing but that layer (`prune`). One of scope "model" is asked once, when the statistics of all
-    blocks are known (`plan`); one of scope "whole" in rounds, with all matrices before it (`WholeMethod`).
+    blocks are known (`plan`); one of scope "whole" in rounds, with all matrices before it (`WholeMethod`);
+    one of scope "trained" while the model is trained (`TrainedMethod`).
     """
 
     scope: ClassVar[str] = "block"
     stats: ClassVar[tuple[str, ...]] = ()
-    """What is gathered at the input of every linear layer: "norm", "gram", "moments"; in scope "whole" "output_gram" at
-    its outputs; per block "similarity", "angle"; or for every weight of the dense model, before anything is pruned,
-    "gradient" (its norm over sequences), "gradient_mean" or "gradient_square" (the mean of its square)."""
+    """What is gathered at the input of every linear layer: "norm", "absolute", "gram", "moments"; in scope "whole"
+    "output_gram" at its outputs; per block "similarity", "angle", "routing" (what the router of its experts does); or
+    for every weight of the dense model, before anything is pruned, "gradient" (its norm over sequences),
+    "gradient_mean" or "gradient_square" (the mean of its square); or "sensitivity", of the loss to what units put
+    out."""
     units: ClassVar[tuple[str, ...]] = ()
-    """The kinds of unit that a method of scope "model" looks at: "heads", "channels", "halves" of blocks."""
+    """The kinds of unit that a method of scope "model" looks at: "heads", "channels", "experts", "halves" of blocks."""
     measures: ClassVar[bool] = False
     """Whether a method of scope "model" asks for losses of the edited model (`ModelView.losses_with`)."""
     uniform: ClassVar[bool] = True
@@ -55,6 +75,8 @@ class WeightMethod(Method):
     propagate: ClassVar[str] = "pruned"
     """What feeds the next block's statistics: the "pruned" blocks before it, or the "dense" ones. A method of scope
     "model" that lets pruned ones do so is asked for one block at a time."""
+    regularised: ClassVar[Regularised | None] = None
+    """How a method of scope "model" trains between the choice of what goes and its removal."""
     wraps: ClassVar[bool] = False
     """Whether a method of scope "block" puts matrices around those it prunes (`WeightEdit.around`)."""
     patterns: ClassVar[bool] = True

@@ -194,13 +194,16 @@ class Loop:
         pairs = zip(left, batches.read(left), strict=True)
         for step, (inputs, labels) in self.progress.track(pairs, "fitting", len(left)):
             warmup = round(self.plan.warmup * self.steps)
-            share = training.warm_cosine(step, self.steps, warmup, self.plan.floor)
+            falling = training.warm_linear if self.plan.linear else training.warm_cosine
+            share = falling(step, self.steps, warmup, self.plan.floor)
             for group, peak in zip(optimizer.param_groups, self.peaks, strict=True):
                 group["lr"] = peak * share
             draw = (seed * 1_000_003 + step) * accelerator.num_processes + accelerator.process_index
             self.learner.fit.generator = torch.Generator(device).manual_seed(draw)
             optimizer.zero_grad()
             found = self._backward(learner, accelerator, inputs, labels)
+            if self.plan.clip is not None:
+                accelerator.clip_grad_norm_(self.named.values(), self.plan.clip)
             optimizer.step()
             done = step + 1
             self.learner.fit.settle(done / self.steps)

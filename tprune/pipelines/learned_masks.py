@@ -1,0 +1,147 @@
+"""Pruning by scores that are trained with the weights (`methods.trained`), on text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tprune.core.mask import count_true
+from tprune.core.weights import WeightEdit
+from tprune.data import text
+from tprune.errors import BudgetError, UserError
+from tprune.methods.fit import Plan
+from tprune.methods.trained import TrainedMethod
+from tprune.models import masks
+from tprune.models.blocks import Decoder, Matrix
+from tprune.models.calibrate import rows_at_once
+from tprune.models.gradients import asking_for
+from tprune.models.scored import Scores, scored
+from tprune.models.subject import Subject
+from tprune.pipelines.fit import processes
+from tprune.pipelines.fit_loop import Batches, Loop
+from tprune.pipelines.recover import TRAINED, NextToken
+
+if TYPE_CHECKING:
+    from tprune.pipelines.llm_weights import LlmWeights
+
+
+class Masking:
+    """What the loop asks of a method that masks.
+
+    Attributes:
+        method: decides what is masked.
+        scores: of the model that is trained.
+        sparsity: at the end, or None.
+        done: how much of the training is over.
+        generator: set by the loop; nothing is drawn.
+    """
+
+    generator: torch.Generator
+
+    def __init__(self, method: TrainedMethod, scores: Scores, sparsity: float | None):
+        self.method, self.scores, self.sparsity = method, scores, sparsity
+        self.settle(0.0)
+
+    def groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Scores with their own learning rate, weights, and what no weight decay touches."""
+        scores = [part.score for part in self.scores.parts.values()]
+        own = set(scores)
+        rest = [one for one in model.parameters() if one.requires_grad and one not in own]
+        return [
+            {"params": scores, "lr": self.method.score_lr, "weight_decay": 0.0},
+            {"params": [one for one in rest if one.dim() > 1]},
+            {"params": [one for one in rest if one.dim() < 2], "weight_decay": 0.0},
+        ]
+
+    def settle(self, done: float) -> None:
+        """Before the first step and after every one: mask what the scores now say."""
+        self.done = done
+        with torch.no_grad():
+            self.scores.mask(self.method.removed(self.scores.values(), done, self.sparsity))
+
+    def penalty(self) -> dict[str, Tensor]:
+        """What the scores add to the loss, by name."""
+        found = self.method.penalty(self.scores.values(), self.done)
+        return {} if found is None else {"penalty": found}
+
+
+class Penalized(NextToken):
+    """A language model's loss, and what its scores add to it."""
+
+    def forward(self, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """The losses of sequences [b, L] by name."""
+        return super().forward(inputs, labels) | self.fit.penalty()
+
+
+def check(driver: LlmWeights) -> None:
+    """Refuse a precision in which small steps are lost.
+
+    Raises:
+        UserError: with the mend.
+    """
+    if driver.recipe.dtype != "float32":
+        raise UserError(
+            f"--dtype {driver.recipe.dtype}: {driver.method.id} trains the weights, and small steps are lost; give "
+            "--dtype float32"
+        )
+
+
+def learn(
+    driver: LlmWeights, subject: Subject, decoder: Decoder, sparsity: float | None, work: Path | None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Train and mask a decoder in place on what `--fit` names.
+
+    Args:
+        driver: its stage's method is a `TrainedMethod`.
+        subject, decoder: the model.
+        sparsity: of all matrices, or None.
+        work: a folder for the checkpoint, or None.
+
+    Returns:
+        The record of all edits with every parameter that was trained, and the facts for the report.
+
+    Raises:
+        BudgetError: `sparsity` rounds to no weight.
+    """
+    method, recipe, model = driver.method, driver.recipe, subject.model
+    data = text.training(driver.stage.fit, driver.tokenizer(subject), driver.length)
+    matrices = [matrix for index in range(len(decoder.blocks)) for matrix in decoder.matrices(index)]
+    embedded = {part.weight for part in model.modules() if isinstance(part, nn.Embedding)}
+    trained = {name: one for name, one in model.named_parameters() if one not in embedded}
+    plan = Plan(
+        method.epochs,
+        method.batch,
+        method.lr,
+        warmup=method.warmup,
+        weight_decay=method.weight_decay,
+        linear=True,
+        clip=method.clip,
+        at_once=rows_at_once(recipe.batch_size, driver.length, subject.device),
+    )
+    file = None if work is None else work / f"stage-{recipe.stages.index(driver.stage)}-scores.safetensors"
+    accelerator = processes(model, plan.batch)
+    share = accelerator.process_index, accelerator.num_processes
+    with torch.enable_grad(), asking_for(model, trained.values()), scored(model, matrices) as scores:
+        learner = Penalized(model, Masking(method, scores, sparsity))
+        loop = Loop(learner, plan, len(data), file, driver.progress, "sequences")
+        loop.run(Batches(data, None, plan.batch, recipe.seed, share), accelerator, recipe.seed)
+        gone = scores.masks()
+    if sparsity and not any(count_true(mask) for mask in gone):
+        raise BudgetError(f"--sparsity {sparsity:g} rounds to no weight at all in this model; ask for more")
+    edits = masks.record(_edited(matrices, gone))
+    kept = {matrix.parameter_name for matrix in matrices}
+    edits |= {TRAINED + name: one.data.cpu() for name, one in trained.items() if name not in kept}
+    facts = {"data": data.protocol, **loop.figures(), "seconds": round(loop.seconds, 1)}
+    return edits, facts
+
+
+def _edited(matrices: list[Matrix], gone: list[Tensor]) -> Iterator[tuple[Matrix, WeightEdit]]:
+    """Every matrix without what is masked in it, and the edit that says so."""
+    for matrix, mask in zip(matrices, gone, strict=True):
+        edit = WeightEdit(mask, matrix.read().masked_fill_(mask, 0.0))
+        masks.apply(matrix, edit)
+        yield matrix, edit
