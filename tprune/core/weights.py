@@ -27,7 +27,7 @@ class WeightEdit:
 
 HALVES = ("attention", "mlp")
 """What a decoder block is made of, each half with its norms."""
-HALF_OF = {"channels": "mlp", "heads": "attention"}
+HALF_OF = {"channels": "mlp", "heads": "attention", "experts": "mlp"}
 """Which half the units of a kind are in."""
 
 
@@ -39,8 +39,10 @@ class StructureEdit:
         block: index of the block.
         removed: the whole block goes.
         halves: which of its `HALVES` go.
-        keep: per kind of unit ("heads", "channels"), the ascending indices of the units that stay.
+        keep: per kind of unit ("heads", "channels", "experts"), the ascending indices of the units that stay.
         bias: per kind, float32 [out], what the output projection adds from now on.
+        weight: per kind, float32, new weights of what stays: of the output projection [out, in], of experts their
+            neurons [E, m, 3 D] (rows of gate and up, column of down).
     """
 
     block: int
@@ -48,6 +50,7 @@ class StructureEdit:
     halves: tuple[str, ...] = ()
     keep: dict[str, Tensor] = field(default_factory=dict)
     bias: dict[str, Tensor] = field(default_factory=dict)
+    weight: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def gone(self) -> tuple[str, ...]:

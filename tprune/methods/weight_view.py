@@ -80,8 +80,12 @@ class UnitView:
         heads: query heads per unit (r); 1 for channels.
         cost: parameters of one unit.
         norm: float32 [in], L2 norms of the projection's inputs over all calibration tokens, if asked for.
+        absolute: float32 [in], the mean magnitude of the projection's inputs, if asked for.
+        gram: float32 [in, in], (2 / sequences) · Σ x xᵀ of the projection's inputs, if asked for.
         mean, variance, fluctuation: float32 [in], of the projection's inputs over the calibration set, if asked
             for; the fluctuation is the recurrence of FLAP's code (`core.statistics.Moments`).
+        sensitivity: float32 [in], the square of the mean over tokens of the dense model's loss's gradient at the
+            projection's inputs, summed over calibration sequences, if asked for.
         members: the matrices that lose entries with a unit, read one by one: those that feed the units in the order of
             the block's modules (q, k, v; gate, up), at last the output projection.
     """
@@ -92,15 +96,38 @@ class UnitView:
     heads: int
     cost: int
     norm: Tensor | None = None
+    absolute: Tensor | None = None
+    gram: Tensor | None = None
     mean: Tensor | None = None
     variance: Tensor | None = None
     fluctuation: Tensor | None = None
+    sensitivity: Tensor | None = None
     members: Callable[[], Iterator[MemberView]] = lambda: iter(())
 
     @property
     def count(self) -> int:
         """U, how many units."""
         return self.weight.shape[1] // self.width
+
+
+@dataclass(eq=False)
+class ExpertView:
+    """The experts of one block, and what the router made of the calibration tokens.
+
+    Attributes:
+        count: E, how many.
+        cost: prunable weights of one.
+        uses: float64 [E], how many tokens went to each.
+        worth: float64 [E], the sum of their routing weights.
+        neurons: of some experts, read when they are asked for: float32 [experts, M, 3 D], a neuron's row of gate, its
+            row of up and its column of down.
+    """
+
+    count: int
+    cost: int
+    uses: Tensor
+    worth: Tensor
+    neurons: Callable[[Sequence[int]], Tensor]
 
 
 @dataclass(eq=False)
@@ -111,9 +138,11 @@ class BlockView:
         index: which block.
         parameters: its prunable parameters.
         units: by kind.
+        experts: where the method looks at them and the block has some.
         halves: prunable parameters of its "attention" and its "mlp", for methods with the unit "halves".
         similarity, angle: mean over tokens of the cosine, and of the angle as a part of π, between the residual stream
             before and after the block, if asked for.
+        sensitivity: float32 [D], of the residual stream behind the block, as `UnitView.sensitivity`.
         entering, leaving: float32 [N, D], the residual stream at the last token of each calibration sequence before
             and after the block, if statistics of dense blocks were asked for.
     """
@@ -121,11 +150,17 @@ class BlockView:
     index: int
     parameters: int
     units: dict[str, UnitView] = field(default_factory=dict)
+    experts: ExpertView | None = None
     halves: dict[str, int] = field(default_factory=dict)
     similarity: float | None = None
     angle: float | None = None
+    sensitivity: Tensor | None = None
     entering: Tensor | None = None
     leaving: Tensor | None = None
+
+    def removable(self) -> dict[str, UnitView | ExpertView]:
+        """What a method may remove of the block, by kind."""
+        return self.units if self.experts is None else {**self.units, "experts": self.experts}
 
 
 @dataclass(eq=False)
@@ -137,8 +172,13 @@ class ModelView:
         uniform: whether all blocks must keep the same number of units of a kind (`--loadable plain`).
         losses_with: (made, candidates) -> float64 [C], the model's mean loss per calibration token with the edits
             `made` and those of each candidate in turn; for methods with `measures`. Edits of one block add up.
+        seen_with: edits -> all blocks with the statistics that they have under these edits; for methods with
+            `measures` that read statistics. Units and weights are those of the whole model.
+        seed: of all that a method draws.
     """
 
     blocks: list[BlockView]
     uniform: bool = False
     losses_with: Callable[[Sequence[StructureEdit], Sequence[Sequence[StructureEdit]]], Tensor] | None = None
+    seen_with: Callable[[Sequence[StructureEdit]], list[BlockView]] | None = None
+    seed: int = 0

@@ -28,6 +28,8 @@ CHANNELS = (
     ("mlp", ("c_fc",), "c_proj"),
     ("mlp", ("dense_h_to_4h",), "dense_4h_to_h"),
     ("", ("fc1",), "fc2"),
+    ("", ("intermediate.dense",), "output.dense"),
+    ("ffn", ("lin1",), "lin2"),
 )
 """MLPs: the submodule of a block, the projections that feed the channels, the one that reads them."""
 READERS = {feed: reader for _, feeds, reader in CHANNELS for feed in feeds}
@@ -189,9 +191,18 @@ def _reader(matrix: Matrix, inputs: set[str]) -> str | None:
     if matrix.expert is not None:
         stack, end = matrix.input[: -len(".in")], matrix.input[-len(".in") :]
         return f"{stack}.out" if end == ".in" else None
-    parent, _, last = matrix.input.rpartition(".")
-    reader = f"{parent}.{READERS.get(last)}"
-    return reader if reader in inputs else None
+    for feed, reader in READERS.items():
+        if matrix.input.endswith(f".{feed}"):
+            found = matrix.input.removesuffix(feed) + reader
+            return found if found in inputs else None
+    return None
+
+
+def part_of(module: nn.Module, name: str) -> nn.Module | None:
+    """A module's part of this name, such as "output.dense"; itself without a name, None where it has no such part."""
+    for step in name.split(".") if name else ():
+        module = getattr(module, step, None)
+    return module
 
 
 def is_linear(module: nn.Module) -> bool:

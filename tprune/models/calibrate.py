@@ -74,6 +74,10 @@ class Stream:
                     )
                 self._keep(place, part)
 
+    def again(self) -> Stream:
+        """The same sequences before the first block, in a stream of their own."""
+        return Stream(self.decoder, self.tokens, self.rows)
+
     def arguments(self, index: int, size: int) -> tuple[tuple, dict[str, Any]]:
         """What block `index` is called with beside the hidden states of `size` sequences."""
         if (index, size) not in self._arguments:

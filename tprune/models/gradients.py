@@ -1,9 +1,9 @@
-"""Gradients of the language-modelling loss with respect to the prunable weights of the dense model."""
+"""Gradients of the dense model's loss with respect to its prunable weights, or to what its units put out."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,10 @@ from tprune.models.blocks import Decoder
 
 POWERS = {"gradient": 2, "gradient_mean": 1, "gradient_square": 2}
 """To which power gradients are summed."""
+SENSITIVITY = "sensitivity"
+"""What `sensitivities` measures."""
+MEASURED = (*POWERS, SENSITIVITY)
+"""Statistics that need backward passes of the dense model."""
 
 
 def gradient_norms(decoder: Decoder, sequences: Iterable[Tensor]) -> dict[str, Tensor]:
@@ -19,8 +23,67 @@ def gradient_norms(decoder: Decoder, sequences: Iterable[Tensor]) -> dict[str, T
     return gradient_statistics(decoder, sequences, ("gradient",))["gradient"]
 
 
+def losses(model: nn.Module, sequences: Iterable[Tensor], classes: Tensor | None = None) -> Iterator[Tensor]:
+    """The loss of each sequence int64 [L], with its graph: of its tokens, or of its class in `classes` int64 [N]."""
+    device = model.get_input_embeddings().weight.device
+    for place, sequence in enumerate(sequences):
+        ids = sequence.to(device).unsqueeze(0)
+        labels = ids if classes is None else classes[place : place + 1].to(device)
+        with torch.enable_grad():
+            yield model(input_ids=ids, labels=labels, use_cache=False).loss
+
+
+def sensitivities(
+    decoder: Decoder, sequences: Iterable[Tensor], classes: Tensor | None, readers: dict[str, nn.Module]
+) -> dict[str, Tensor]:
+    """How much the loss depends on every input of some modules, and on the outputs of every block: float32 [C] each.
+
+    Σ over sequences of the square of the mean over tokens of the loss's gradient there. What asks for gradients is as
+    before afterwards.
+
+    Args:
+        decoder: dense.
+        sequences, classes: as `losses` takes them.
+        readers: the modules by name; blocks are known by theirs.
+    """
+    found: dict[str, Tensor] = {}
+
+    def watch(name: str, value: Tensor) -> None:
+        def add(gradient: Tensor) -> None:
+            square = gradient.detach().float().flatten(0, -2).mean(0).square().cpu()
+            found[name] = found.get(name, 0) + square
+
+        value.register_hook(add)
+
+    embeddings = decoder.model.get_input_embeddings()
+    with asking_for(decoder.model, ()), ExitStack() as stack:
+        hooks = [
+            embeddings.register_forward_hook(lambda module, arguments, out: out.detach().requires_grad_())
+        ]
+        for name, module in readers.items():
+            hooks.append(
+                module.register_forward_pre_hook(
+                    lambda module, arguments, name=name: watch(name, arguments[0])
+                )
+            )
+        for index, block in enumerate(decoder.blocks):
+            name = decoder.block_name(index)
+            hooks.append(
+                block.register_forward_hook(
+                    lambda module, arguments, out, name=name: watch(
+                        name, out[0] if isinstance(out, tuple) else out
+                    )
+                )
+            )
+        for hook in hooks:
+            stack.callback(hook.remove)
+        for loss in losses(decoder.model, sequences, classes):
+            loss.backward()
+    return found
+
+
 def gradient_statistics(
-    decoder: Decoder, sequences: Iterable[Tensor], kinds: Sequence[str]
+    decoder: Decoder, sequences: Iterable[Tensor], kinds: Sequence[str], classes: Tensor | None = None
 ) -> dict[str, dict[str, Tensor]]:
     """What is asked for of every weight's gradients g_n over N sequences, float32, by kind and parameter name.
 
@@ -30,7 +93,7 @@ def gradient_statistics(
 
     Args:
         decoder: dense; its gradients and what asks for them are as before afterwards.
-        sequences: int64 [L] each.
+        sequences, classes: as `losses` takes them.
         kinds: "gradient", sqrt(Σ_n g_n²); "gradient_mean", Σ_n g_n / N; "gradient_square", Σ_n g_n² / N.
     """
     parameters = {
@@ -38,15 +101,11 @@ def gradient_statistics(
         for index in range(len(decoder.blocks))
         for matrix in decoder.matrices(index)
     }
-    model = decoder.model
-    device = model.get_input_embeddings().weight.device
     powers = [POWERS[kind] for kind in kinds]
     count = 0
-    with summing_powers(model, parameters, "cpu", powers) as sums:
-        for sequence in sequences:
-            ids = sequence.to(device).unsqueeze(0)
-            with torch.enable_grad():
-                model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    with summing_powers(decoder.model, parameters, "cpu", powers) as sums:
+        for loss in losses(decoder.model, sequences, classes):
+            loss.backward()
             count += 1
     found = dict(zip(kinds, sums, strict=True))
     for kind, totals in found.items():

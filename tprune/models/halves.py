@@ -12,11 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import Cache
 
+from tprune.core.units import columns_of
 from tprune.core.weights import HALVES, StructureEdit
 from tprune.errors import UserError
-from tprune.models.blocks import Decoder
+from tprune.models import experts
+from tprune.models.blocks import Decoder, part_of
 from tprune.models.units import Site, site
 
 LAYOUTS = (
@@ -37,9 +40,14 @@ LAYOUTS = (
         "attention": (("self_attn",), ("self_attn_layer_norm",)),
         "mlp": (("fc1", "fc2"), ("final_layer_norm",)),
     },
+    {
+        "attention": (("attention.self", "attention.output.dense"), ()),
+        "mlp": (("intermediate", "output.dense"), ()),
+    },
+    {"attention": (("attention",), ()), "mlp": (("ffn",), ())},
 )
-"""Per layout of a block, what each half is made of: modules that compute it, and norms that belong to it alone. The
-first layout whose names are all there is the block's."""
+"""Per layout of a block, what each half is made of: modules that compute it, and norms that belong to it alone (none in
+encoders, whose norms are the residual stream's). The first layout whose names are all there is the block's."""
 
 
 class NoAttention(nn.Module):
@@ -82,10 +90,9 @@ def stand_ins(block: nn.Module, half: str) -> dict[str, nn.Module]:
         UserError: a block of an unknown layout.
     """
     modules, norms = _layout(block)[half]
+    found: dict[str, nn.Module] = {name: Nothing() for name in modules}
     if half == "attention":
-        found = {name: NoAttention(getattr(getattr(block, name), "layer_idx", None)) for name in modules}
-    else:
-        found = {name: Nothing() for name in modules}
+        found[modules[0]] = NoAttention(getattr(part_of(block, modules[0]), "layer_idx", None))
     # OPT-350m normalises the residual stream itself, behind each half.
     if getattr(block, "do_layer_norm_before", True):
         found |= {name: nn.Identity() for name in norms}
@@ -93,13 +100,19 @@ def stand_ins(block: nn.Module, half: str) -> dict[str, nn.Module]:
 
 
 def _layout(block: nn.Module) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
-    layout = next((one for one in LAYOUTS if all(hasattr(block, name) for name in _names(one))), None)
+    layout = next((one for one in LAYOUTS if all(part_of(block, name) for name in _names(one))), None)
     if layout is None:
         raise UserError(
             f"{type(block).__name__}: attention and MLP cannot be taken out apart, its modules are not known here; "
             "choose a method that removes whole blocks, such as sleb"
         )
     return layout
+
+
+def keeps_norms(block: nn.Module) -> bool:
+    """Whether a block normalises the residual stream itself, so that it does something even without its halves."""
+    own = any(norms for _, norms in _layout(block).values())
+    return not own or not getattr(block, "do_layer_norm_before", True)
 
 
 def half_sizes(decoder: Decoder, index: int) -> dict[str, int]:
@@ -111,8 +124,12 @@ def half_sizes(decoder: Decoder, index: int) -> dict[str, int]:
     layout, prefix = _layout(decoder.blocks[index]), decoder.block_name(index) + "."
     sizes = dict.fromkeys(HALVES, 0)
     for matrix in decoder.matrices(index):
-        module = matrix.parameter_name.removeprefix(prefix).partition(".")[0]
-        half = next(half for half, (modules, _) in layout.items() if module in modules)
+        name = matrix.parameter_name.removeprefix(prefix)
+        half = next(
+            half
+            for half, (parts, _) in layout.items()
+            if name.startswith(tuple(f"{part}." for part in parts))
+        )
         sizes[half] += matrix.shape[0] * matrix.shape[1]
     return sizes
 
@@ -124,22 +141,22 @@ def _names(layout: dict[str, tuple[tuple[str, ...], tuple[str, ...]]]) -> list[s
 def remove_half(block: nn.Module, half: str) -> None:
     """Take a half out; nothing happens where it is gone already."""
     for name, module in stand_ins(block, half).items():
-        setattr(block, name, module)
+        block.set_submodule(name, module)
 
 
 def halves_gone(block: nn.Module) -> list[str]:
     """Which halves have been taken out, or are left out just now."""
     kinds = {"attention": NoAttention, "mlp": Nothing}
-    children = list(block.children())
-    return [half for half in HALVES if any(isinstance(child, kinds[half]) for child in children)]
+    parts = list(block.modules())
+    return [half for half in HALVES if any(isinstance(part, kinds[half]) for part in parts)]
 
 
 @contextmanager
 def masked(decoder: Decoder, edits: Iterable[StructureEdit]) -> Iterator[None]:
-    """The decoder computes as it would with the edits carried out (but for their biases); no weight is touched.
+    """The decoder computes as it would with the edits carried out; no weight is touched.
 
-    What an edit keeps counts units of the decoder as it stands. Edits of one block add up, also those of a `masked`
-    around this one.
+    Biases that edits bring are left out, and new weights of experts. What an edit keeps counts units of the decoder as
+    it stands. Edits of one block add up, also those of a `masked` around this one; of new weights the innermost count.
     """
     with ExitStack() as stack:
         for edit in edits:
@@ -149,8 +166,13 @@ def masked(decoder: Decoder, edits: Iterable[StructureEdit]) -> Iterator[None]:
             for half in edit.halves:
                 stack.enter_context(_left_out(block, half))
             for kind, keep in edit.keep.items():
+                if kind == experts.KIND:
+                    stack.enter_context(experts.without_others(decoder, edit.block, keep))
+                    continue
                 place = site(decoder, edit.block, kind)
-                if place is not None:
+                if kind in edit.weight:
+                    stack.enter_context(_rewritten(place, keep, edit.weight[kind]))
+                elif place is not None:
                     stack.callback(_zeroing(place, keep).remove)
         yield
 
@@ -169,13 +191,13 @@ def _skipped(block: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _left_out(block: nn.Module, half: str) -> Iterator[None]:
-    own = {name: getattr(block, name) for name in stand_ins(block, half)}
+    own = {name: block.get_submodule(name) for name in stand_ins(block, half)}
     remove_half(block, half)
     try:
         yield
     finally:
         for name, module in own.items():
-            setattr(block, name, module)
+            block.set_submodule(name, module)
 
 
 def _zeroing(place: Site, keep: Tensor) -> torch.utils.hooks.RemovableHandle:
@@ -184,3 +206,19 @@ def _zeroing(place: Site, keep: Tensor) -> torch.utils.hooks.RemovableHandle:
     weight = place.reader.weight
     mask = stays.repeat_interleave(place.width).to(weight.device, weight.dtype)
     return place.reader.register_forward_pre_hook(lambda module, arguments: (arguments[0] * mask,))
+
+
+@contextmanager
+def _rewritten(place: Site, keep: Tensor, weight: Tensor) -> Iterator[None]:
+    """The reader reads only the units `keep`, with `weight` [out, kept inputs]."""
+    reader = place.reader
+    own = vars(reader).get("forward")
+    columns = columns_of(keep, place.width).to(reader.weight.device)
+    weight = weight.to(reader.weight.device, reader.weight.dtype)
+    reader.forward = lambda x: functional.linear(x.index_select(-1, columns), weight, reader.bias)
+    try:
+        yield
+    finally:
+        del reader.forward
+        if own is not None:
+            reader.forward = own

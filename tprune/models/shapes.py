@@ -7,31 +7,47 @@ model the same shapes before its weights are loaded.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from tprune.core.weights import HALVES, StructureEdit
 from tprune.models.blocks import Decoder, width
-from tprune.models.halves import halves_gone, remove_half
-from tprune.models.units import WIRING, add_bias, put, remove_blocks, shrink, site
+from tprune.models.experts import KIND, keep_experts
+from tprune.models.halves import halves_gone, keeps_norms, remove_half
+from tprune.models.units import WIRING, add_bias, put, remove_blocks, set_weight, shrink, site
 
 
 def apply(decoder: Decoder, edits: list[StructureEdit]) -> None:
     """Carry out the edits in the model and in its configuration."""
     before = shapes(decoder)
+    edits = settled(decoder, edits)
+    keep_experts(decoder, edits)
     for edit in edits:
-        for kind, keep in edit.keep.items():
+        for kind in edit.keep.keys() - {KIND}:
             place = site(decoder, edit.block, kind)
-            shrink(decoder, edit.block, place, keep)
+            shrink(decoder, edit.block, place, edit.keep[kind])
+        for kind in edit.weight.keys() - {KIND}:
+            set_weight(site(decoder, edit.block, kind).reader, edit.weight[kind])
         for kind, bias in edit.bias.items():
             add_bias(site(decoder, edit.block, kind).reader, bias)
         for half in edit.halves:
             remove_half(decoder.blocks[edit.block], half)
-    gone = sorted(edit.block for edit in edits if len(edit.gone) == len(HALVES))
+    gone = sorted(edit.block for edit in edits if edit.removed)
     if gone:
         remove_blocks(decoder, gone)
     write_config(decoder, [row for index, row in enumerate(before) if index not in gone])
+
+
+def settled(decoder: Decoder, edits: list[StructureEdit]) -> list[StructureEdit]:
+    """The edits, where a block without both halves is removed, unless norms are left of it."""
+    return [
+        replace(edit, removed=True)
+        if set(edit.halves) == set(HALVES) and not keeps_norms(decoder.blocks[edit.block])
+        else edit
+        for edit in edits
+    ]
 
 
 def shapes(decoder: Decoder) -> list[dict[str, Any]]:
@@ -70,7 +86,7 @@ EXPLICIT_HEADS = (
     "qwen2_moe",
 )
 """Model types that take the width of a head from the configuration, so that heads can be fewer."""
-CHANNELS = {"gpt2": "n_inner", "opt": "ffn_dim"}
+CHANNELS = {"gpt2": "n_inner", "opt": "ffn_dim", "distilbert": "hidden_dim"}
 """What the number of channels is called where it is not intermediate_size."""
 
 

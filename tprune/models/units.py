@@ -1,4 +1,4 @@
-"""Removable structure of a decoder: attention heads as whole key-value groups, MLP channels, whole blocks.
+"""Removable structure of a language model: attention heads as whole key-value groups, MLP channels, whole blocks.
 
 Removing a unit takes its rows out of the projections that feed it and its columns out of the one that reads it,
 which equals zeroing them. What the configuration then says is the business of `tprune.models.shapes`.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tprune.models.blocks import CHANNELS, Decoder, Matrix, is_linear, key_value_heads, width
+from tprune.models.blocks import CHANNELS, Decoder, Matrix, is_linear, key_value_heads, part_of, width
 
 WIRING = {
     "heads": (
@@ -23,6 +23,8 @@ WIRING = {
         ("self_attn", ("qkv_proj",), "o_proj"),
         ("attention", ("query_key_value",), "dense"),
         ("attn", ("c_attn",), "c_proj"),
+        ("attention", ("self.query", "self.key", "self.value"), "output.dense"),
+        ("attention", ("q_lin", "k_lin", "v_lin"), "out_lin"),
     ),
     "channels": CHANNELS,
 }
@@ -37,7 +39,7 @@ class Site:
 
     Attributes:
         kind: "heads" or "channels".
-        parent: the submodule of the block.
+        parent: the submodule of the block; of an attention the one that knows how many heads it has.
         feeds: the feeding projections, by their full name.
         reader: the projection that reads the units, and `reader_name` its full name.
         count: how many units there are.
@@ -68,15 +70,15 @@ def site(decoder: Decoder, index: int, kind: str) -> Site | None:
     """The units of `kind` in block `index`; None where they cannot be removed there (experts, shared norms)."""
     block, name = decoder.blocks[index], decoder.block_name(index)
     for parent_name, feeds, reader in WIRING[kind]:
-        parent = getattr(block, parent_name, None) if parent_name else block
-        if parent is None or not all(is_linear(getattr(parent, part, None)) for part in (*feeds, reader)):
+        parent = part_of(block, parent_name)
+        if parent is None or not all(is_linear(part_of(parent, part)) for part in (*feeds, reader)):
             continue
         prefix = f"{name}.{parent_name}." if parent_name else f"{name}."
-        reads = getattr(parent, reader)
+        reads = part_of(parent, reader)
         found = Site(
             kind,
-            parent,
-            {prefix + part: getattr(parent, part) for part in feeds},
+            getattr(parent, "self", parent),
+            {prefix + part: part_of(parent, part) for part in feeds},
             reads,
             prefix + reader,
             0,
@@ -85,7 +87,7 @@ def site(decoder: Decoder, index: int, kind: str) -> Site | None:
         if kind == "channels":
             found.count = width(reads)[1]
             return found
-        size = getattr(parent, "head_dim", None) or parent.head_size
+        size = head_size(found.parent)
         norms = (getattr(parent, norm, None) for norm in ("q_norm", "k_norm"))
         if any(norm is not None and norm.weight.numel() != size for norm in norms):
             return None
@@ -134,15 +136,22 @@ def _rows(place: Site, parts: list[Matrix], keep: Tensor) -> Tensor:
     return torch.cat(rows).sort().values
 
 
+def head_size(attention: nn.Module) -> int:
+    """How many values a head has."""
+    names = ("head_dim", "head_size", "attention_head_size")
+    return next(getattr(attention, name) for name in names if getattr(attention, name, None))
+
+
 def set_heads(place: Site, groups: int, config: Any) -> None:
     """Tell an attention module how many key-value groups it has, where it remembers."""
     attention, heads = place.parent, groups * place.heads
-    size = getattr(attention, "head_dim", None) or attention.head_size
     for name, value in (
         ("num_heads", heads),
         ("num_attention_heads", heads),
+        ("n_heads", heads),
         ("num_key_value_heads", groups),
-        ("split_size", heads * size),
+        ("split_size", heads * head_size(attention)),
+        ("all_head_size", heads * head_size(attention)),
     ):
         if hasattr(attention, name):
             setattr(attention, name, value)
@@ -178,6 +187,12 @@ def _set_width(module: nn.Module) -> None:
         module.nf, module.nx = outputs, inputs
     else:
         module.out_features, module.in_features = outputs, inputs
+
+
+def set_weight(module: nn.Module, weight: Tensor) -> None:
+    """Make `weight` [out, in] a linear layer's own, in its dtype."""
+    stored = weight.t() if is_transposed(module) else weight
+    put(module, "weight", stored.to(module.weight.device, module.weight.dtype))
 
 
 def add_bias(module: nn.Module, bias: Tensor) -> None:

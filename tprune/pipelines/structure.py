@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -11,18 +13,18 @@ from torch import Tensor
 
 from tprune.core.weights import HALVES, StructureEdit
 from tprune.errors import UserError
-from tprune.methods.weight_view import BlockView, MemberView, ModelView, UnitView
+from tprune.methods.weight_view import BlockView, ExpertView, MemberView, ModelView, UnitView
 from tprune.methods.weights import WeightBudget, WeightMethod
-from tprune.models import shapes, units
+from tprune.models import experts, shapes, units
 from tprune.models.blocks import Decoder
 from tprune.models.calibrate import Stream
-from tprune.models.gradients import POWERS
+from tprune.models.gradients import MEASURED, POWERS, SENSITIVITY
 from tprune.models.halves import half_sizes, masked
 from tprune.pipelines.journal import Journal
 from tprune.pipelines.removal import Removal
 from tprune.progress import Progress
 
-KEEP, BIAS, REMOVED = "keep/", "bias/", "removed"
+KEEP, BIAS, WEIGHT, REMOVED = "keep/", "bias/", "weight/", "removed"
 WITHOUT = {half: f"without.{half}" for half in HALVES}
 
 
@@ -36,6 +38,8 @@ class StructurePruner:
         plain: choose shapes that stock transformers can load.
         gradients: by kind and parameter, for methods that read them.
         max_minutes: how long a search may take; None for no limit.
+        seed: of all that the method draws.
+        before: what is done to the dense model when it is known what goes, if anything.
     """
 
     def __init__(
@@ -48,15 +52,18 @@ class StructurePruner:
         progress: Progress,
         gradients: dict[str, dict[str, Tensor]] | None = None,
         max_minutes: float | None = None,
+        seed: int = 0,
+        before: Callable[[list[StructureEdit]], None] | None = None,
     ):
         self.decoder, self.method, self.budget = decoder, method, budget
         self.stream, self.plain, self.progress = stream, plain, progress
-        self.gradients, self.max_minutes = gradients or {}, max_minutes
+        self.gradients, self.max_minutes, self.seed = gradients or {}, max_minutes, seed
+        self.before = before
 
     @property
     def gathers(self) -> bool:
         """Whether the method reads what flows through the blocks."""
-        return not set(self.method.stats) <= POWERS.keys()
+        return not set(self.method.stats) <= set(MEASURED)
 
     @property
     def by_block(self) -> bool:
@@ -65,21 +72,41 @@ class StructurePruner:
 
     def run(self, journal: Journal) -> tuple[list[StructureEdit], ModelView]:
         """Plan and carry out. Returns the edits and what they were decided by."""
-        kinds = shapes.plain_kinds(self.decoder) if self.plain else list(units.WIRING)
-        kinds = [kind for kind in kinds if kind in self.method.units]
-        view = ModelView([], self.plain, self._losses(journal) if self.method.measures else None)
+        kinds = self._kinds()
+        view = ModelView([], self.plain, seed=self.seed)
+        if self.method.measures:
+            view.losses_with = self._losses(journal)
+            view.seen_with = self._seen_with if self.gathers else None
         edits: list[StructureEdit] = []
         for index in self.progress.track(range(len(self.decoder.blocks)), "gathering"):
-            block = self._view(index, kinds, journal)
+            block = self._gathered(index, kinds, journal)
             view.blocks.append(block)
             if self.by_block:
                 edits += self._advance_pruned(replace(view, blocks=[block]))
         if not self.by_block:
             edits = self.method.plan(view, self.budget)
+        edits = shapes.settled(self.decoder, edits)
         if self.plain:
             edits = [self._without_bias(edit) for edit in edits]
+        if self.before is not None:
+            self.before(edits)
         shapes.apply(self.decoder, edits)
         return edits, view
+
+    def _kinds(self) -> list[str]:
+        """The kinds of unit that the method looks at and that may be removed."""
+        kinds = shapes.plain_kinds(self.decoder) if self.plain else units.WIRING
+        return [kind for kind in kinds if kind in self.method.units]
+
+    def _seen_with(self, edits: Sequence[StructureEdit]) -> list[BlockView]:
+        """All blocks as they would be seen if the edits were carried out, without a journal."""
+        twin = copy.copy(self)
+        twin.stream = self.stream.again()
+        with masked(self.decoder, edits):
+            return [
+                twin._gathered(index, self._kinds(), Journal(None, "again"))
+                for index in range(len(self.decoder.blocks))
+            ]
 
     def _advance_pruned(self, view: ModelView) -> list[StructureEdit]:
         """Plan one block by itself, and send the calibration sequences through it as it will be."""
@@ -89,10 +116,20 @@ class StructurePruner:
         return edits
 
     def _losses(self, journal: Journal) -> Removal:
-        return Removal(self.stream, journal.part("losses"), self.progress, self.max_minutes)
+        start = self.stream.again() if self.gathers else self.stream
+        return Removal(start, journal.part("losses"), self.progress, self.max_minutes)
 
-    def _view(self, index: int, kinds: list[str], journal: Journal) -> BlockView:
+    def _gathered(self, index: int, kinds: list[str], journal: Journal) -> BlockView:
         """One block with its statistics, from the journal or from the stream, which then stands behind it."""
+        places = self._places(index, kinds)
+        return self._view(index, places, self._known(index, places, journal) if self.gathers else {})
+
+    def _places(self, index: int, kinds: list[str]) -> dict[str, units.Site]:
+        """Where the units of one block are.
+
+        Raises:
+            UserError: some kind cannot be removed there.
+        """
         places = {kind: units.site(self.decoder, index, kind) for kind in kinds}
         for kind, place in places.items():
             if place is None:
@@ -100,22 +137,30 @@ class StructurePruner:
                     f"{self.method.id} does not fit this model: the {kind} of {type(self.decoder.model).__name__} "
                     "cannot be removed (experts, norms over all heads, or an unknown layout)"
                 )
+        return places
+
+    def _view(self, index: int, places: dict[str, units.Site], known: dict[str, Tensor]) -> BlockView:
+        """One block with what is `known` of it."""
         parameters = sum(matrix.shape[0] * matrix.shape[1] for matrix in self.decoder.matrices(index))
-        known = self._known(index, places, journal) if self.gathers else {}
         view = BlockView(index, parameters)
         if "halves" in self.method.units:
             view.halves = half_sizes(self.decoder, index)
+        if experts.KIND in self.method.units:
+            view.experts = self._experts(index, known)
         view.similarity, view.angle = (
             known[name].item() if name in known else None for name in ("similarity", "angle")
         )
         view.entering, view.leaving = known.get("entering"), known.get("leaving")
+        sensitivity = self.gradients.get(SENSITIVITY, {})
+        view.sensitivity = sensitivity.get(self.decoder.block_name(index))
         for kind, place in places.items():
             weight = _weight(place)
             own = {
                 name: known[f"{kind}.{name}"].to(weight.device)
-                for name in ("norm", "mean", "variance", "fluctuation")
+                for name in ("norm", "absolute", "gram", "mean", "variance", "fluctuation")
                 if f"{kind}.{name}" in known
             }
+            own["sensitivity"] = sensitivity.get(place.reader_name)
             members = partial(self._members, index, place)
             view.units[kind] = UnitView(
                 kind, weight, place.width, place.heads, place.cost, **own, members=members
@@ -133,7 +178,10 @@ class StructurePruner:
         known = {}
         if dense:
             known["entering"] = self.stream.hidden[:, -1].float().cpu().clone()
-            inputs, turned = self.stream.gather_and_advance(index, self.method.stats, readers)
+            watch = experts.watching_routes if "routing" in self.method.stats else _nothing
+            with watch(self.decoder, index) as routes:
+                inputs, turned = self.stream.gather_and_advance(index, self.method.stats, readers)
+            known |= routes
             known["leaving"] = self.stream.hidden[:, -1].float().cpu().clone()
             known |= {kind: torch.tensor(mean, dtype=torch.float64) for kind, mean in turned.items()}
         else:
@@ -145,6 +193,17 @@ class StructurePruner:
         journal.write(index, known)
         return known
 
+    def _experts(self, index: int, known: dict[str, Tensor]) -> ExpertView | None:
+        """The experts of one block, with what its router did."""
+        found = experts.mixture(self.decoder, index)
+        if found is None:
+            return None
+
+        def neurons(chosen: Sequence[int]) -> Tensor:
+            return torch.stack([found.neurons(expert) for expert in chosen])
+
+        return ExpertView(found.count, found.cost, known["experts.uses"], known["experts.worth"], neurons)
+
     def _members(self, index: int, place: units.Site) -> Iterator[MemberView]:
         """The matrices of a dependency group as methods see them, read one by one."""
         for matrix, axis in units.members(self.decoder, index, place):
@@ -154,6 +213,7 @@ class StructurePruner:
                     matrix.cut(held[matrix.parameter_name]).to(weight.device), axis, place.count
                 )
                 for kind, held in self.gradients.items()
+                if kind in POWERS
             }
             yield MemberView(
                 units.by_unit(weight, axis, place.count),
@@ -172,6 +232,11 @@ class StructurePruner:
         return replace(edit, bias=stay)
 
 
+def _nothing(decoder: Decoder, index: int) -> nullcontext[dict[str, Tensor]]:
+    """In the place of what watches a block's router."""
+    return nullcontext({})
+
+
 def _weight(place: units.Site) -> Tensor:
     """float32 [out, in] of the projection that reads the units."""
     weight = place.reader.weight.data
@@ -182,15 +247,19 @@ def record(edits: list[StructureEdit]) -> dict[str, Tensor]:
     """The edits as tensors."""
     tensors: dict[str, Tensor] = {}
     for edit in edits:
-        for kind, keep in edit.keep.items():
-            tensors[f"{KEEP}{edit.block}.{kind}"] = keep.cpu()
-        for kind, bias in edit.bias.items():
-            tensors[f"{BIAS}{edit.block}.{kind}"] = bias.cpu()
+        for prefix, parts in _parts(edit).items():
+            for kind, value in parts.items():
+                tensors[f"{prefix}{edit.block}.{kind}"] = value.cpu()
     tensors[REMOVED] = _listed(edit.block for edit in edits if edit.removed)
     for half, name in WITHOUT.items():
         if any(half in edit.halves for edit in edits):
             tensors[name] = _listed(edit.block for edit in edits if half in edit.halves)
     return tensors
+
+
+def _parts(edit: StructureEdit) -> dict[str, dict[str, Tensor]]:
+    """The tensors of an edit by kind, by the prefix of their names in the record."""
+    return {KEEP: edit.keep, BIAS: edit.bias, WEIGHT: edit.weight}
 
 
 def _listed(blocks: Iterable[int]) -> Tensor:
@@ -205,9 +274,9 @@ def edits_of(tensors: dict[str, Tensor]) -> list[StructureEdit]:
             edit = found.get(block, StructureEdit(block))
             found[block] = replace(edit, halves=(*edit.halves, half))
     for name, tensor in tensors.items():
-        if not name.startswith((KEEP, BIAS)):
-            continue
-        block, _, kind = name.removeprefix(KEEP).removeprefix(BIAS).partition(".")
-        edit = found.setdefault(int(block), StructureEdit(int(block)))
-        (edit.keep if name.startswith(KEEP) else edit.bias)[kind] = tensor
+        prefix, slash, place = name.partition("/")
+        if slash:
+            block, _, kind = place.partition(".")
+            edit = found.setdefault(int(block), StructureEdit(int(block)))
+            _parts(edit)[prefix + slash][kind] = tensor
     return [found[block] for block in sorted(found)]

@@ -103,15 +103,14 @@ def structure_rows(edits: list[StructureEdit], view: ModelView, after: list[int]
     rows = []
     for block in view.blocks:
         edit = by_block.get(block.index, StructureEdit(block.index))
-        removed = len(edit.gone) == len(HALVES)
         row: dict[str, Any] = {"block": block.index}
-        if block.similarity is not None and not block.units:
+        if block.similarity is not None and not block.removable():
             row["influence"] = 1 - block.similarity
-        for kind, unit in block.units.items():
+        for kind, unit in block.removable().items():
             kept = len(edit.keep[kind]) if kind in edit.keep else unit.count
             row[kind] = f"{0 if HALF_OF[kind] in edit.gone else kept} of {unit.count}"
         if apart:
             row |= {half: "gone" if half in edit.gone else "stays" for half in HALVES}
-        left = 0 if removed else next(sizes)
+        left = 0 if edit.removed else next(sizes)
         rows.append(row | {"weights": block.parameters, "sparsity": 1 - left / block.parameters})
     return rows

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
-from tprune.core.select import floor_count, top
+from tprune.core.select import floor_count, keep_by_cost, top
 from tprune.core.weights import StructureEdit
 from tprune.errors import BudgetError
 from tprune.methods.weight_view import BlockView, UnitView
@@ -60,6 +61,38 @@ def same_share(
                 for counts, unit in zip(kept, units[kind], strict=True)
             )
     return [keep_best(block, scores, counts) for block, counts in zip(blocks, kept, strict=True)]
+
+
+def one_budget(
+    blocks: Sequence[BlockView],
+    scores: dict[tuple[int, str], Tensor],
+    sparsity: float,
+    total: int,
+    strict: bool = False,
+) -> list[StructureEdit]:
+    """Keep the best units of all blocks and kinds until the kept weights come nearest to the budget.
+
+    Of every kind the best unit of each block stays.
+
+    Args:
+        blocks, scores, sparsity, total: as `same_share` takes them.
+        strict: drop the unit at the threshold, too.
+
+    Raises:
+        BudgetError: so much cannot go.
+    """
+    units = {(block.index, kind): unit for block in blocks for kind, unit in block.units.items()}
+    costs = [torch.full((unit.count,), unit.cost) for unit in units.values()]
+    spent = sum(int(cost.sum()) for cost in costs)
+    check_reach(sparsity, sum(int(cost[1:].sum()) for cost in costs) / total)
+    pooled = torch.cat([scores[place] for place in units])
+    keep = keep_by_cost(pooled.cpu(), torch.cat(costs), spent - sparsity * total, strict)
+    edits = {block.index: StructureEdit(block.index) for block in blocks}
+    parts = keep.to(pooled.device).split([unit.count for unit in units.values()])
+    for (index, kind), part in zip(units, parts, strict=True):
+        best = scores[index, kind].argmax().unsqueeze(0)
+        edits[index].keep[kind] = part.nonzero().flatten() if bool(part.any()) else best
+    return list(edits.values())
 
 
 def keep_best(

@@ -6,17 +6,15 @@ it; fluctuation times weight, standardised per layer, lets all layers compete fo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tprune.core.select import keep_by_cost
 from tprune.core.weights import StructureEdit
 from tprune.methods.base import Paper, param
-from tprune.methods.llm_weights._width import check_reach, same_share, score_units
-from tprune.methods.weight_view import BlockView, ModelView, UnitView
+from tprune.methods.llm_weights._width import one_budget, same_share, score_units
+from tprune.methods.weight_view import ModelView, UnitView
 from tprune.methods.weights import WeightBudget, WeightMethod
 
 
@@ -70,8 +68,11 @@ class Flap(WeightMethod):
         scores = score_units(model.blocks, self.score)
         total = sum(block.parameters for block in model.blocks)
         same = model.uniform or self.structure == "ul-um"
-        choose = same_share if same else self.one_budget
-        edits = choose(model.blocks, scores, budget.sparsity, total)
+        if same:
+            edits = same_share(model.blocks, scores, budget.sparsity, total)
+        else:
+            strict = self.rule == "strict" and budget.sparsity > 0
+            edits = one_budget(model.blocks, scores, budget.sparsity, total, strict)
         if self.compensate:
             for edit in edits:
                 self.add_bias(edit, model.blocks[edit.block].units)
@@ -102,21 +103,3 @@ class Flap(WeightMethod):
         columns = self.columns(unit)
         standard = (columns - columns.mean()) / columns.std().clamp_min(1e-12)
         return standard.view(-1, unit.heads, unit.width // unit.heads).mean(2).sum(1)
-
-    def one_budget(
-        self, blocks: Sequence[BlockView], scores: dict[tuple[int, str], Tensor], sparsity: float, total: int
-    ) -> list[StructureEdit]:
-        """Keep the best units of all layers and kinds until the kept weights come nearest to the budget."""
-        units = {(block.index, kind): unit for block in blocks for kind, unit in block.units.items()}
-        costs = [torch.full((unit.count,), unit.cost) for unit in units.values()]
-        spent = sum(int(cost.sum()) for cost in costs)
-        check_reach(sparsity, sum(int(cost[1:].sum()) for cost in costs) / total)
-        strict = self.rule == "strict" and sparsity > 0
-        pooled = torch.cat([scores[place] for place in units])
-        keep = keep_by_cost(pooled.cpu(), torch.cat(costs), spent - sparsity * total, strict)
-        edits = {block.index: StructureEdit(block.index) for block in blocks}
-        parts = keep.to(pooled.device).split([unit.count for unit in units.values()])
-        for (index, kind), part in zip(units, parts, strict=True):
-            best = scores[index, kind].argmax().unsqueeze(0)
-            edits[index].keep[kind] = part.nonzero().flatten() if bool(part.any()) else best
-        return list(edits.values())
