@@ -13,7 +13,11 @@ from tprune.evaluate.context import layer_bytes
 from tprune.methods import registry
 from tprune.methods.cache import CacheMethod
 
-METHODS = [fact.id for fact in registry.facts("llm-context") if fact.learns != "required"]
+METHODS = [
+    name
+    for name in registry.running_on("plain", "llm-context")
+    if registry.load(name, "llm-context").learns != "required"
+]
 CACHE_METHODS = [name for name in METHODS if issubclass(registry.load(name, "llm-context"), CacheMethod)]
 REVIVING = [
     name for name in METHODS if name not in CACHE_METHODS and registry.build(name, "llm-context").revives()

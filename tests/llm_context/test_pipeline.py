@@ -21,7 +21,11 @@ from tprune.pipelines.run import execute, pipeline
 from tprune.progress import Progress
 from tprune.recipe import ModelSource, Recipe, Stage
 
-METHODS = [fact.id for fact in registry.facts("llm-context") if fact.learns != "required"]
+METHODS = [
+    name
+    for name in registry.running_on("plain", "llm-context")
+    if registry.load(name, "llm-context").learns != "required"
+]
 # think-clearly reads text, and has tests of its own.
 every_method = pytest.mark.parametrize("method", [name for name in METHODS if name != "think-clearly"])
 

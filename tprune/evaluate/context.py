@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from tprune.evaluate.perplexity import LOGITS_AT_ONCE, token_losses
+from tprune.models.recurrent import logits_behind
 
 
 def context_length(window: int) -> int:
@@ -22,7 +23,7 @@ def context_length(window: int) -> int:
 
 
 def cache_bytes(cache: DynamicCache) -> int:
-    """Bytes of all keys and values, in whatever form."""
+    """Bytes of all keys and values, in whatever form, and of states."""
     return layer_bytes(cache.layers)
 
 
@@ -32,11 +33,10 @@ def layer_bytes(layers: Iterable[Any]) -> int:
         part.nbytes
         for layer in layers
         for part in (
-            layer.keys,
-            layer.values,
-            getattr(layer, "stored", None),
+            *(getattr(layer, name, None) for name in ("keys", "values", "stored")),
             *(getattr(layer, "codes", None) or ()),
             *(x for x in getattr(layer, "state", {}).values() if isinstance(x, Tensor) and x.dim() == 4),
+            *(x for name in ("conv_states", "recurrent_states") for x in getattr(layer, name, {}).values()),
         )
         if part is not None
     )
@@ -70,9 +70,9 @@ def score_continuations(
     for chunk in track(list(windows.split(rows))):
         chunk = chunk.to(device)
         cache = DynamicCache(config=model.config)
-        first = model(input_ids=chunk[:, :context], past_key_values=cache, logits_to_keep=1).logits
+        first = logits_behind(model, cache, chunk[:, :context], logits_to_keep=1)
         held += cache_bytes(cache)
-        rest = model(input_ids=chunk[:, context:-1], past_key_values=cache).logits
+        rest = logits_behind(model, cache, chunk[:, context:-1])
         logits = torch.cat([first[:, -1:], rest], dim=1)
         losses.append(token_losses(logits, chunk[:, context:]).cpu())
         predictions.append(logits.argmax(-1).cpu())

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from tprune.data.passkey import DEPTHS, Hidden
+from tprune.models.recurrent import logits_behind
 
 
 @torch.no_grad()
@@ -32,10 +33,9 @@ def retrieve(
     for prompt in track(prompts):
         cache = DynamicCache(config=model.config)
         context, rest = prompt.context[None].to(device), torch.cat([prompt.question, prompt.answer[:-1]])
-        logits = model(input_ids=context, past_key_values=cache, logits_to_keep=1).logits
+        logits = logits_behind(model, cache, context, logits_to_keep=1)
         if len(rest):
-            behind = model(input_ids=rest[None].to(device), past_key_values=cache).logits
-            logits = torch.cat([logits, behind], dim=1)
+            logits = torch.cat([logits, logits_behind(model, cache, rest[None].to(device))], dim=1)
         said = logits[0, -len(prompt.answer) :].argmax(-1).cpu()
         found.append(bool((said == prompt.answer).all()))
     return found

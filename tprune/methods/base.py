@@ -81,6 +81,9 @@ class Method:
     labels: ClassVar[str] = "classes"
     """What a fit learns from: the "classes" of images, what their "patches" show, or questions with "boxes" in which
     answers are read, or of all the "foreground"."""
+    runs_on: ClassVar[tuple[str, ...]] = ("plain",)
+    """The kinds of model it works in: of vision models those of `tokens.Shape.kind`, of language models "plain" (a
+    decoder with attention) and "state-space"."""
     built_in: ClassVar[dict[str, Any]] = {}
     """Training hyperparameters for `--fit built-in`, where the paper's need more images than there are."""
 

@@ -93,8 +93,9 @@ class TokenMethod(Method):
     """Whether `state` comes from a look at `images` calibration images, before anything is pruned or fitted."""
     restores: ClassVar[bool] = False
     """Whether all that left is back after the last block, with the values it left with; `finish` is called before."""
-    runs_on: ClassVar[tuple[str, ...]] = ("plain",)
-    """The kinds of vision model it works in (`Shape.kind`)."""
+    routes: ClassVar[bool] = False
+    """Whether whole layers of a decoder are passed by. Stages that skip both its sublayers say how many; `reduce` has
+    that in `memory["passed"]`, int64 [B], and leaves in `memory["passes"]`, bool [B, depth], which."""
     sees: ClassVar[bool] = False
     """Whether its reductions may say what the next attention sees (`core.reduction.Sight`)."""
 

@@ -26,6 +26,7 @@ from tprune.models.compress import Compression
 from tprune.models.decoder import DecoderDriver
 from tprune.models.heads import CascadingDriver
 from tprune.models.probe import Probing
+from tprune.models.recurrent import RecurrentDriver, admit, is_recurrent, logits_behind
 from tprune.models.revive import RevivingDriver, can_revive
 from tprune.models.run import Inputs
 from tprune.models.subject import Subject, twin
@@ -120,13 +121,14 @@ class ContextPipeline(Pipeline):
             cache = DynamicCache(config=subject.model.config)
             ids = tokens
             for _ in range(STEPS + 1):
-                logits = subject.model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits
+                logits = logits_behind(subject.model, cache, ids, logits_to_keep=1)
                 ids = logits[:, -1:].argmax(-1)
 
         return Workload(run, context + STEPS, "tokens")
 
     def apply(self, subject: Subject, work: Path | None, state: dict[str, Tensor] | None = None) -> Handle:
         """Put the method in place."""
+        admit(self.method, subject.model)
         positions = self.stage.positions or self.method.positions
         if isinstance(self.method, CacheMethod):
             if self.stage.keep is None:
@@ -147,11 +149,16 @@ class ContextPipeline(Pipeline):
         def stages(tokens: int) -> tuple:
             return solve(self.method, Shape(depth, tokens), keep)
 
-        revives = self.method.revives() and can_revive(subject.model)
-        kind = RevivingDriver if revives else CascadingDriver if self.method.cascades else DecoderDriver
-        return PrefillHandle(
-            kind(subject.model, self.method, prompt_tokens, stages, positions=positions), keep
-        )
+        given = subject.model, self.method, prompt_tokens, stages
+        return PrefillHandle(self.driver(subject.model)(*given, positions=positions), keep)
+
+    def driver(self, model: nn.Module) -> type[DecoderDriver]:
+        """What runs a token method in this kind of model."""
+        if is_recurrent(model):
+            return RecurrentDriver
+        if self.method.revives() and can_revive(model):
+            return RevivingDriver
+        return CascadingDriver if self.method.cascades else DecoderDriver
 
     def learn(self, subject: Subject, work: Path | None, state: dict[str, Tensor] | None) -> None:
         """Bind what the method learned before, or let it learn, where a fit is asked for."""
@@ -190,8 +197,8 @@ class ContextPipeline(Pipeline):
         )
         cache = DynamicCache(config=subject.model.config)
         with torch.no_grad():
-            subject.model(input_ids=ids[:, :context], past_key_values=cache, logits_to_keep=1)
-            logits = subject.model(input_ids=ids[:, context:], past_key_values=cache).logits
+            logits_behind(subject.model, cache, ids[:, :context], logits_to_keep=1)
+            logits = logits_behind(subject.model, cache, ids[:, context:])
         return {"input": ids.cpu(), "output": logits.float().cpu()}
 
     def describe_data(self) -> dict[str, Any]:
@@ -217,10 +224,10 @@ class ContextPipeline(Pipeline):
 
         def prefill(name: str) -> None:
             caches[name] = DynamicCache(config=subject.model.config)
-            models[name](input_ids=ids[:, :length], past_key_values=caches[name], logits_to_keep=1)
+            logits_behind(models[name], caches[name], ids[:, :length], logits_to_keep=1)
 
         def decode(name: str) -> None:
-            models[name](input_ids=ids[:, length:], past_key_values=caches[name])
+            logits_behind(models[name], caches[name], ids[:, length:])
 
         times = interleaved(
             {f"prefill_{name}": lambda name=name: prefill(name) for name in models}, subject.device, rounds
