@@ -6,14 +6,15 @@ import pytest
 import torch
 
 from tests.decoders import decoder, tokens
-from tests.llm_weights.tiny import logits, prune
+from tests.llm_weights.tiny import fitting, logits, prune
 from tprune.errors import UserError
 from tprune.methods import registry
 from tprune.models.blocks import find_decoder
 from tprune.pipelines import prune_weights
 from tprune.pipelines.stream import grouped_axis
 
-METHODS = [fact.id for fact in registry.facts("llm-weights")]
+METHODS = [fact.id for fact in registry.facts("llm-weights") if fact.learns == "no"]
+"""But those that are trained, of which test_movement.py tells: they change all that they may, at any sparsity."""
 MASKING = [name for name in METHODS if registry.load(name, "llm-weights").scope == "block"]
 STRUCTURED = [name for name in METHODS if registry.load(name, "llm-weights").scope == "model"]
 WHOLE = [name for name in METHODS if registry.load(name, "llm-weights").scope == "whole"]
@@ -30,7 +31,7 @@ def same(one, other):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_sparsity_zero_leaves_the_outputs_bitwise_equal(method, text):
-    model, ids = decoder(), tokens(2, 20)
+    model, ids = fitting(method), tokens(2, 20)
     before = logits(model, ids)
     handle = prune(model, method, text, sparsity=0.0)
     assert torch.equal(logits(model, ids), before)
@@ -77,7 +78,7 @@ def test_a_pattern_holds_in_every_group(method, pattern, text):
 
 @pytest.mark.parametrize("method", STRUCTURED)
 def test_structure_removed_is_near_what_was_asked_and_is_really_gone(method, text):
-    model = decoder()
+    model = fitting(method)
     before = sum(parameter.numel() for parameter in model.parameters())
     handle = prune(model, method, text, sparsity=0.34)
     # Half of an MLP, or of a key-value group.
@@ -89,14 +90,14 @@ def test_structure_removed_is_near_what_was_asked_and_is_really_gone(method, tex
 @pytest.mark.parametrize("method", STRUCTURED)
 def test_structured_methods_refuse_patterns_by_name(method, text):
     with pytest.raises(UserError, match="--pattern 2:4"):
-        prune(decoder(), method, text, pattern="2:4")
+        prune(fitting(method), method, text, pattern="2:4")
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_same_seed_gives_the_same_weights_and_the_global_generator_is_untouched(method, text):
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    models = decoder(), decoder()
+    models = fitting(method), fitting(method)
     torch.set_rng_state(before)
     for model in models:
         prune(model, method, text, sparsity=0.4)
@@ -106,7 +107,7 @@ def test_the_same_seed_gives_the_same_weights_and_the_global_generator_is_untouc
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_batch_size_of_calibration_changes_no_choice(method, text):
-    models = decoder(), decoder()
+    models = fitting(method), fitting(method)
     for model, batch in zip(models, (1, 4), strict=True):
         prune(model, method, text, sparsity=0.4, batch_size=batch)
     one, other = state(models[0]), state(models[1])
@@ -118,7 +119,7 @@ def test_the_batch_size_of_calibration_changes_no_choice(method, text):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_embeddings_head_and_norms_are_not_touched_and_tied_weights_stay_tied(method, text):
-    model = decoder(tie_word_embeddings=True)
+    model = fitting(method, tie_word_embeddings=True)
     before = state(model)
     prune(model, method, text, sparsity=0.4)
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -128,7 +129,7 @@ def test_embeddings_head_and_norms_are_not_touched_and_tied_weights_stay_tied(me
 
 @pytest.mark.parametrize("method", METHODS)
 def test_what_is_stored_makes_the_same_edit_on_the_dense_model_and_none_on_the_pruned_one(method, text):
-    model, ids = decoder(), tokens(2, 20)
+    model, ids = fitting(method), tokens(2, 20)
     dense = copy.deepcopy(model)
     handle = prune(model, method, text, sparsity=0.4)
     driver = _driver(method)
@@ -160,18 +161,18 @@ def test_a_model_in_training_is_calibrated_without_dropout_and_stays_in_training
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_without_a_budget_says_what_to_give(method, text):
     with pytest.raises(UserError, match="--sparsity"):
-        prune(decoder(), method, text)
+        prune(fitting(method), method, text)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_budget_that_rounds_to_nothing_is_refused(method, text):
     with pytest.raises(UserError, match="--sparsity"):
-        prune(decoder(), method, text, sparsity=1e-5)
+        prune(fitting(method), method, text, sparsity=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_low_precision_weights_stay_in_their_dtype(method, text):
-    model = decoder().bfloat16()
+    model = fitting(method).bfloat16()
     prune(model, method, text, sparsity=0.4)
     assert all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
     assert logits(model, tokens(1, 9)).isfinite().all()

@@ -6,10 +6,20 @@ import torch
 
 import tprune
 from tests.decoders import CONFIGS, VOCABULARY, decoder
+from tprune.methods import registry
 
 NAMES = sorted(CONFIGS)
 EXPERTS = ("mixtral", "qwen-moe", "qwen3-moe")
-QUICK = {"cfsp": {"multiple": 1}, "armor": {"iterations": 3}, "llm-surgeon": {"shots": 2}}
+SEARCH = {"generations": 2, "offspring": 3, "survivors": (2, 1), "tokens": (24, 48)}
+QUICK = {
+    "armor": {"iterations": 3},
+    "bonsai": {"fraction": 0.2, "masks": 12},
+    "cfsp": {"multiple": 1},
+    "darwinlm": SEARCH | {"training": (0, 24)},
+    "flexigpt": {"rank": 1},
+    "llm-surgeon": {"shots": 2},
+    "tyr": SEARCH | {"rounds": 2, "least": 4},
+}
 """Hyperparameters of methods that would take long, or whose steps are wider than the models."""
 TEXT = "\n\n".join(
     f"{word} {place}: " + " ".join(f"{word[:letter]}{(place * letter) % 7}" for letter in range(40))
@@ -17,6 +27,20 @@ TEXT = "\n\n".join(
         ("weights", "channels", "blocks and heads", "calibration", "perplexity", "masks") * 3
     )
 )
+
+
+MANY = {"num_local_experts": 16, "intermediate_size": 16}
+"""Changes to Mixtral after which one expert is a small part of it."""
+
+
+def fitting(method, **changes):
+    """A tiny decoder that the method works in: one with experts, if these are what it removes."""
+    return decoder("mixtral", **MANY, **changes) if needs_experts(method) else decoder(**changes)
+
+
+def needs_experts(method):
+    """Whether experts are what the method removes."""
+    return "experts" in registry.load(method, "llm-weights").units
 
 
 def tokenizer():

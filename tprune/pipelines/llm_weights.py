@@ -18,9 +18,11 @@ from tprune.models import factored, save
 from tprune.models.blocks import Decoder, find_decoder
 from tprune.models.calibrate import Stream
 from tprune.models.subject import Subject
-from tprune.pipelines import memory, prune_weights, recover, stream
+from tprune.models.text_encoder import is_encoder
+from tprune.pipelines import encoder_weights, learned_masks, memory, prune_weights, recover, stream
 from tprune.pipelines.base import Handle, Pipeline, Quality, Sample, Workload
 from tprune.pipelines.journal import Journal
+from tprune.pipelines.text_task import TextTask, probe
 
 LENGTH = 512
 """Tokens per sequence, of calibration and evaluation."""
@@ -36,6 +38,10 @@ class LlmWeights(Pipeline):
 
     family = "llm-weights"
     default_limit = 16
+    text: TextTask | None = None
+    """What an encoder is measured by, once `prepare` has seen one."""
+    classes: Tensor | None = None
+    """int64 [N], of the calibration sequences of an encoder that tells texts apart."""
 
     @property
     def length(self) -> int:
@@ -58,8 +64,11 @@ class LlmWeights(Pipeline):
                 f"--loadable plain: {self.stage.method} {does}, which stock transformers cannot load; leave it out, "
                 "and load the result with tprune.load"
             )
+        self.method.check_fit(self.stage.fit)
         self.budget()
         self.allocation()
+        if self.method.scope == "trained":
+            learned_masks.check(self)
         if self.stage.recover is not None:
             recover.check(self)
         if self.recipe.max_memory is not None:
@@ -72,6 +81,10 @@ class LlmWeights(Pipeline):
     def prepare(self, subject: Subject) -> None:
         """Cut the evaluation windows; refuse a model or a budget that does not fit before anything is measured."""
         decoder = self.decoder(subject.model)
+        if is_encoder(decoder.config):
+            encoder_weights.check(self.stage, self.method, self.recipe)
+            self.text = TextTask(self.recipe, subject, self.progress)
+            return
         if subject.model.get_output_embeddings() is None:
             raise UserError(f"{self.recipe.model.name} has no language-modelling head: perplexity needs one")
         self.check_length(decoder)
@@ -110,17 +123,16 @@ class LlmWeights(Pipeline):
         """What was asked.
 
         Raises:
-            UserError: nothing, or a pattern from a method that removes structure.
+            UserError: nothing, or a pattern of a method without.
         """
         stage = self.stage
         if stage.pattern is not None:
             if not self.method.patterns:
-                raise UserError(
-                    f"--pattern {stage.pattern}: {stage.method} removes structure; give --sparsity S"
-                )
+                why = "removes structure" if self.method.scope == "model" else "knows no patterns"
+                raise UserError(f"--pattern {stage.pattern}: {stage.method} {why}; give --sparsity S")
             keep, group = recipes.pattern(stage.pattern)
             return WeightBudget(1 - keep / group, (keep, group))
-        if stage.sparsity is None:
+        if stage.sparsity is None and not self.method.varies():
             both = "--sparsity S (such as 0.5) or --pattern N:M" if self.method.patterns else "--sparsity S"
             raise UserError(f"{stage.method} needs a budget: give {both}")
         return WeightBudget(stage.sparsity)
@@ -147,7 +159,9 @@ class LlmWeights(Pipeline):
         return found
 
     def evaluate(self, subject: Subject) -> Quality:
-        """Perplexity on the windows, and what is predicted for every token."""
+        """Perplexity on the windows, and what is predicted for every token; of an encoder as `TextTask` has it."""
+        if self.text is not None:
+            return self.text.evaluate(subject)
         if self.recipe.max_memory is not None:
             windows = self.calibration(self.decoder(subject.model), self.windows)
             losses, predictions = memory.score_paged(windows, self.progress)
@@ -161,7 +175,9 @@ class LlmWeights(Pipeline):
         return Quality({"perplexity": perplexity(losses)}, predictions)
 
     def workload(self, subject: Subject) -> Workload:
-        """One window through the whole model."""
+        """One window, or batch of passages, through the whole model."""
+        if self.text is not None:
+            return self.text.workload(subject)
         window = self.windows[:1].to(subject.device)
         return Workload(lambda: subject.model(input_ids=window, use_cache=False), window.numel(), "tokens")
 
@@ -171,6 +187,10 @@ class LlmWeights(Pipeline):
         shared = allocation is not None and allocation.needs(self.method)
         if not self.method.stats and not self.method.measures and not shared:
             return None
+        if is_encoder(decoder.config):
+            encoder_weights.check(self.stage, self.method, self.recipe)
+            tokens, self.classes = encoder_weights.calibration(self.recipe, subject, self.method)
+            return tokens
         self.check_length(decoder)
         source = text.read(self.recipe.data, "calibration")
         count = self.recipe.calibration or CALIBRATION
@@ -197,16 +217,28 @@ class LlmWeights(Pipeline):
         stream.check_pattern(decoder, budget.pattern, self.method.groups_outputs)
         if self.method.scope != "model" and budget.pattern is None:
             self.progress.say("unstructured masks: no speed-up is to be expected from dense kernels")
+        if self.method.scope == "trained":
+            return self._learned(subject, decoder, budget, work)
         journal = Journal(work, f"stage-{self.recipe.stages.index(self.stage)}")
         tokens = self.calibration_tokens(subject, decoder)
         return prune_weights.prune(self, decoder, budget, tokens, journal)
+
+    def _learned(self, subject: Subject, decoder: Decoder, budget: WeightBudget, work: Path | None) -> Handle:
+        """Train the model with the scores that say what stays."""
+        record, facts = learned_masks.learn(self, subject, decoder, budget.sparsity, work)
+        edits, trained = recover.split(record)
+        handle = prune_weights.reload(self, decoder, edits)
+        handle.edits, handle.fitted = edits | trained, facts
+        return handle
 
     def recover(self, subject: Subject, handle: Handle, work: Path | None) -> dict[str, Any]:
         """Train it on text as `--recover` says."""
         return recover.recover(self, subject, handle, work)
 
     def probe(self, subject: Subject) -> dict[str, Tensor]:
-        """Random tokens, and the logits after the last two of each row."""
+        """Random tokens, and the logits after the last two of each row; of an encoder its answers."""
+        if is_encoder(subject.model.config):
+            return probe(subject, self.recipe.seed)
         vocabulary = subject.model.get_input_embeddings().weight.shape[0]
         seeded = torch.Generator().manual_seed(self.recipe.seed)
         tokens = torch.randint(vocabulary, PROBE, generator=seeded)
@@ -224,10 +256,18 @@ class LlmWeights(Pipeline):
         """Seconds of pruning beside those of one plain pass of the calibration tokens, taken in turn."""
         from tprune.pipelines.bench_weights import bench
 
+        if self.method.scope == "trained":
+            raise UserError(f"{self.stage.method} is trained, not calibrated: its passes are --set epochs=N")
+
         return bench(self, subject, rounds)
 
     def describe_data(self) -> dict[str, Any]:
         """The evaluation text, its windows, and what methods that calibrate are given beside it."""
+        if self.text is not None:
+            return self.text.passages.protocol | {
+                "length": self.recipe.length,
+                "calibration_sequences": self.recipe.calibration or encoder_weights.CALIBRATION,
+            }
         return self.evaluation.protocol | {
             "windows": len(self.windows),
             "length": self.length,
