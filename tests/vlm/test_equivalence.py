@@ -96,15 +96,16 @@ def in_one_forward(model, layers, inputs, told, track):
             index = index.gather(1, kept.index)
         for row in range(len(told)):
             seen[row, index[row][real[row]]] = True
-        mask = torch.ones(length, length, dtype=torch.bool).tril() & (seen[:, None] | own)
 
-        def hide(module, args, kwargs, mask=mask[:, None]):
-            return args, kwargs | {"attention_mask": mask}
+        def hide(module, args, kwargs, shown=(seen[:, None] | own)[:, None]):
+            mask = kwargs["attention_mask"]
+            mask = torch.ones(length, length, dtype=torch.bool).tril() if mask is None else mask
+            return args, kwargs | {"attention_mask": mask & shown}
 
         handles.append(layer.register_forward_pre_hook(hide, with_kwargs=True))
     whole = dict(inputs)
     whole["input_ids"] = torch.cat([inputs["input_ids"], told], 1)
-    for name, fill in (("attention_mask", 1), ("mm_token_type_ids", 0)):
+    for name, fill in (("attention_mask", 1), ("mm_token_type_ids", 0), ("token_type_ids", 0)):
         if name in whole:
             whole[name] = torch.nn.functional.pad(whole[name], (0, told.shape[1]), value=fill)
     logits = model(**whole, use_cache=False).logits[:, -told.shape[1] - 1 :]

@@ -1,12 +1,15 @@
 """A token of a method's own behind the prompt, and what GlimpsePrune makes of it."""
 
+import copy
+
 import pytest
 import torch
+import transformers
 from torch.nn import functional
 
 import tprune
 from tests.golden_values import golden, under
-from tests.vlm.tiny import SMALL, one_row, start, tiny
+from tests.vlm.tiny import SMALL, TEXT, one_row, start, tiny
 from tprune.core import grid
 from tprune.errors import UserError
 from tprune.methods import registry
@@ -172,10 +175,25 @@ def padded(model):
     return inputs
 
 
-@pytest.fixture(params=["llava", "qwen2.5-vl"])
+def sliding():
+    """A LLaVA whose decoder sees all of a prompt in the layer that is looked from alone."""
+    config = copy.deepcopy(tiny("llava").config)
+    kinds = ["full_attention" if place == LOOKED else "sliding_attention" for place in range(4)]
+    window = {"use_sliding_window": True, "sliding_window": 12, "layer_types": kinds}
+    config.text_config = transformers.Qwen2Config(**TEXT, **window)
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng():
+        model = transformers.LlavaForConditionalGeneration(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(std=0.25, generator=generator)
+    return model
+
+
+@pytest.fixture(params=["llava", "qwen2.5-vl", "sliding"])
 def asked(request):
     """A model, two prompts, and what is added to a token behind them before every layer [4, 32]."""
-    model = tiny(request.param)
+    model = sliding() if request.param == "sliding" else tiny(request.param)
     return model, padded(model), torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
 
 
@@ -207,6 +225,13 @@ def test_answers_behind_it_are_told_as_if_it_stood_before_them(asked):
     # The token's own key stands behind those of the prompt and its answers there.
     expected = torch.cat([rows[..., :first], rows[..., first + 1 :], rows[..., first : first + 1]], 3)
     assert torch.allclose(attention.rows()[..., : length + 1], expected, atol=1e-5)
+
+
+def test_a_token_that_would_look_from_a_sliding_layer_is_told_which_see_the_prompt():
+    model = sliding()
+    asked = start("glimpseprune", model) | {"keep": 0.6, "layer": 0}
+    with tprune.prune(model, "vlm/glimpseprune", **asked), pytest.raises(UserError, match="full attention"):
+        model(**noise_prompts(model, 1, 0))
 
 
 def completed(given, inputs):

@@ -6,6 +6,7 @@ from torch.nn import functional
 
 import tprune
 from tests.golden_values import golden, under
+from tests.vlm.test_fit import course
 from tests.vlm.tiny import start, tiny
 from tprune.core import grid
 from tprune.core.budget import PROJECTOR
@@ -119,6 +120,22 @@ def test_what_is_next_to_something_stays_and_one_token_at_least(monkeypatch):
     assert rows[0] == [1, 2, 3, 6, 7, 8, 11, 12, 13]
     assert len(rows[1]) == 1
     assert rows[1][0] in (2, 3, 4, 7, 8, 9)
+
+
+def test_a_fit_runs_no_layer_of_the_decoder():
+    found, (inputs, _) = course("index-preserving")
+    method = registry.build("index-preserving", "vlm", {"features": 4})
+    fit = method.fit(found.shape, None, 0)
+    training = found.driver(method, fit, 0)
+    ran = []
+    hook = training.driver.layers[0].register_forward_hook(lambda *call: ran.append(call))
+    assert found.outputs(inputs) is None
+    assert not ran
+    assert training.memory["seen"]
+    with training.away():
+        assert found.outputs(inputs) is not None
+    hook.remove()
+    training.remove()
 
 
 def test_foreground_and_background_weigh_the_same():

@@ -7,8 +7,8 @@ import torch
 
 import tprune
 from tests.vlm import test_contract as contract
+from tests.vlm import test_equivalence as equivalence
 from tests.vlm.tiny import MORE, tiny
-from tprune.errors import UserError
 from tprune.models.prompts import noise_prompts
 
 METHODS = ["hiprune", "mmtok", "visionzip", "vflowopt", "fastv", "flowcut"]
@@ -59,14 +59,27 @@ def test_qwen3_vl_adds_the_towers_features_to_the_tokens_that_are_left():
     assert not torch.allclose(found[left], dense[left], atol=1e-2)
 
 
-def test_a_prompt_beyond_the_sliding_window_of_a_decoder_is_told_to_prune_inside_it():
+@pytest.fixture(scope="module")
+def windowed():
+    """Gemma-3 whose sliding layers see 12 tokens: fewer than a prompt has, and fewer than are left of it."""
     model = copy.deepcopy(tiny("gemma3"))
     for config in (model.config.text_config, model.model.language_model.config):
         config.sliding_window = 12
-    inputs = noise_prompts(model, 2, 0)
-    ask = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
-    dense = model.generate(**inputs, **ask)
-    with tprune.prune(model, "vlm/fastv", keep=1.0):
-        assert torch.equal(model.generate(**inputs, **ask), dense)
-    with tprune.prune(model, "vlm/mmtok", keep=0.5), pytest.raises(UserError, match="inside the decoder"):
-        model.generate(**inputs, **ask)
+    return model
+
+
+@pytest.mark.parametrize("method", ["fastv", "index-preserving", "mmtok", "todre", "visionzip"])
+def test_beyond_a_sliding_window_what_leaves_is_as_if_hidden_and_a_window_counts_it(method, windowed):
+    inputs, told = noise_prompts(windowed, 2, 0), torch.arange(5, 11).view(2, 3)
+    handle = equivalence.put_to_work(windowed, method, positions="original")
+    with handle:
+        handle.driver.trace = trace = []
+        found, cache = equivalence.cached_decode(windowed, inputs, told)
+        chunk = windowed(**inputs, use_cache=True).past_key_values
+        chunk = windowed(input_ids=told, past_key_values=chunk, use_cache=True).logits
+        layers, width = handle.driver.layers, inputs["input_ids"].shape[1]
+    assert width > 12
+    assert torch.allclose(found[:, 1:], chunk, atol=2e-4)
+    if equivalence.only_drops(trace, torch.arange(width)):
+        expected = equivalence.in_one_forward(windowed, layers, inputs, told, cache.tprune_track)
+        assert torch.allclose(found, expected, atol=2e-4)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tprune.errors import UserError
 from tprune.methods.attention import Attention
 from tprune.methods.tokens import TokenMethod
-from tprune.models.layer_inputs import CACHES, LayerInputs
+from tprune.models.layer_inputs import CACHES, LayerInputs, window_of
 from tprune.models.run import Inputs, Run
 from tprune.models.taps import AttentionCall, Tap
 from tprune.models.track import gather_last
@@ -77,6 +77,7 @@ class Beside:
         current: Callable[[], Run | None],
     ):
         self.layers, self.attentions, self.inputs = layers, attentions, inputs
+        self.windows = [window_of(core, place) for place in range(len(layers))]
         self.head, self.current = head, current
         self.names = {module: list(signature(module.forward).parameters) for module in (core, layers[0])}
         self.cache_name = next(name for name in CACHES if name in self.names[layers[0]])
@@ -131,8 +132,8 @@ class Behind:
     def __init__(self, beside: Beside, heard: Heard, real: Tensor):
         self.beside, self.heard, self.real = beside, heard, real
         place = torch.arange(real.shape[1], device=real.device)
-        last = (place * real).argmax(1, keepdim=True)
-        self.ids = gather_last(heard.ids, last) + 1
+        self.last = (place * real).argmax(1, keepdim=True)
+        self.ids = gather_last(heard.ids, self.last) + 1
 
     def look(self, added: Tensor) -> Attention:
         """The attention of one token, after `added` [K, D] has been added to it before each of the first K layers.
@@ -172,10 +173,19 @@ class Behind:
 
         Returns:
             the residual stream [B, T, D], and the attention of layer `watched`.
+
+        Raises:
+            UserError: that layer does not see all of the prompt.
         """
         beside, given = self.beside, self.heard.given
+        window = beside.windows[watched]
+        if window is not None and window <= self.real.shape[1]:
+            raise UserError(
+                f"the token behind the prompt looks from layer {watched}, which sees {window} of its "
+                f"{self.real.shape[1]} tokens; choose a layer with full attention (--set layer=…, of 32)"
+            )
         hidden = torch.cat([hidden.new_zeros(len(hidden), 1, hidden.shape[2]), hidden], dim=1)
-        mask = self._mask(real)
+        masks = {window: self._mask(real, window) for window in {*beside.windows}}
         seen: list[AttentionCall] = []
         beside.running = True
         try:
@@ -185,7 +195,7 @@ class Behind:
                     hidden = torch.cat([own + more.to(own.dtype), *others], dim=1)
                     made = {
                         "hidden_states": hidden,
-                        "attention_mask": mask,
+                        "attention_mask": masks[beside.windows[place]],
                         "position_ids": ids,
                         "position_embeddings": beside.inputs.rotate(place, hidden, ids),
                         beside.cache_name: Joined(*self.heard.cached[place]),
@@ -197,11 +207,16 @@ class Behind:
             beside.running = False
         return hidden, seen[0]
 
-    def _mask(self, real: Tensor) -> Tensor:
-        """For [B, 1, T, N + T]: all see the prompt, and what of themselves came before."""
+    def _mask(self, real: Tensor, window: int | None) -> Tensor:
+        """For [B, 1, T, N + T]: all see the prompt, and what of themselves came before, within the window if any."""
         count = real.shape[1] + 1
         own = torch.cat([real.new_ones(len(real), 1), real], dim=1)[:, None]
         causal = torch.ones(count, count, dtype=torch.bool, device=real.device).tril()
+        prompt = self.real[:, None].expand(-1, count, -1)
+        if window is not None:
+            causal = causal.triu(1 - window)
+            place = torch.arange(self.real.shape[1], device=real.device)
+            behind = torch.arange(1, count + 1, device=real.device) + self.last  # [B, T]
+            prompt = prompt & (place > behind.unsqueeze(2) - window)
         own = (own & causal) | torch.eye(count, dtype=torch.bool, device=real.device)
-        shown = torch.cat([self.real[:, None].expand(-1, count, -1), own], dim=2)[:, None]
-        return self.beside.inputs.as_mask(shown)
+        return self.beside.inputs.as_mask(torch.cat([prompt, own], dim=2)[:, None])

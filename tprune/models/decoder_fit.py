@@ -23,6 +23,10 @@ from tprune.models.signals import attention_of
 from tprune.models.taps import AttentionCall, Output, Tap
 
 
+class EnoughError(Exception):
+    """Raised before a decoder's first layer where nothing of it is learned from."""
+
+
 class Learning:
     """A method whose choices are those of its `Fit`; all else is the method's own."""
 
@@ -98,6 +102,12 @@ class DecoderFitDriver(DecoderDriver):
         super()._begin(module, args, kwargs)
         self.memory = self.run.memory
         self.memory |= {"left": [], "attention": {}, "dense": {}}
+
+    def _enter(self, module: nn.Module, args: tuple, kwargs: Inputs) -> tuple[tuple, Inputs] | None:
+        found = super()._enter(module, args, kwargs)
+        if self.run is not None and not self.fit.answers and self.fit.sites == (PROJECTOR,):
+            raise EnoughError
+        return found
 
     def _real(self, inputs: Inputs, prunable: Tensor) -> Tensor:
         """The prompt without its answer."""

@@ -11,8 +11,9 @@ from torch.nn import functional
 
 from tprune.core.select import mark
 from tprune.errors import UserError
+from tprune.models.layer_inputs import SLIDING, as_is, latest, window_in
 from tprune.models.run import Inputs, Run
-from tprune.models.track import Kept, gather_any_mask, gather_last, restore
+from tprune.models.track import Kept, gather_any_mask, gather_last, restore, visible
 
 Entrance = Callable[[Run, Tensor], tuple[Tensor, Tensor, Tensor | None]]
 """What happens at `PROJECTOR`: (run, embeddings [B, N, D]) -> embeddings [B, K, D], slots [B, K], valid [B, K]."""
@@ -66,7 +67,7 @@ def closing(ids: Tensor, image: Tensor, stays: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def place_behind(run: Run, given: Inputs, kept: Kept, positions: str) -> None:
-    """Tokens behind a prompt of which the first layer has only `kept`: their mask, and their positions."""
+    """Tokens behind a prompt of which the first layer has only `kept`: their masks, and their positions."""
     ids = given.get("position_ids")
     batch, device = kept.index.shape[0], kept.index.device
     rows = torch.arange(run.length, device=device).expand(batch, -1)
@@ -81,13 +82,21 @@ def place_behind(run: Run, given: Inputs, kept: Kept, positions: str) -> None:
     if kept.closed is not None:
         given["position_ids"] = ids - kept.closed
     mask = given.get("attention_mask")
-    parts = mask.values() if isinstance(mask, dict) else [mask]
-    if any(part is not None and part.shape[-1] < kept.index.shape[1] for part in parts):
-        raise UserError(
-            "what is left of this prompt is longer than the decoder's sliding window, where tokens that left before "
-            "the decoder cannot be told any more; use a method that prunes inside the decoder, such as fastv"
-        )
-    given["attention_mask"] = gather_any_mask(mask, rows, kept, run.track.length)
+    window, held = window_in(given.get("past_key_values"))
+    if window is None or not isinstance(mask, dict):
+        given["attention_mask"] = gather_any_mask(mask, rows, kept, run.track.length)
+        return
+    slides = mask[SLIDING]
+    if slides is None or slides.dim() != 4:
+        raise UserError("behind a pruned prompt this decoder's sliding windows take attn_implementation=sdpa")
+    # A window counts what left, as it does in the prompt; its cache ends with the latest of what is left.
+    seen, real = latest(kept, held + run.length), run.inputs.get("attention_mask")
+    shown = visible(rows + run.start, seen, window)
+    if isinstance(real, Tensor) and real.dim() == 2:
+        shown = shown & real.bool().gather(1, seen.columns)[:, None, None]
+    others = {name: part for name, part in mask.items() if name != SLIDING}
+    given["attention_mask"] = gather_any_mask(others, rows, kept, run.track.length)
+    given["attention_mask"][SLIDING] = as_is(shown, slides.dtype)
 
 
 def fill_up(output: Any, kept: Kept, length: int) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from inspect import signature
 from typing import Any
 
@@ -20,6 +21,8 @@ from tprune.models.track import (
     visible,
 )
 
+SLIDING = "sliding_attention"
+"""A kind of layer, and its mask among those of a decoder."""
 CACHES = ("past_key_values", "layer_past", "past_key_value")
 
 
@@ -77,7 +80,7 @@ class LayerInputs:
         keys = kept.index.shape[1] if window is None else rows.shape[1] + held
         given["attention_mask"] = run.once(
             ("mask", id(kept), id(mask), keys, window),
-            lambda: self._mask(run, mask, _latest(kept, keys), rows, slots, window),
+            lambda: self._mask(run, mask, latest(kept, keys), rows, slots, window),
         )
 
     def _mask(
@@ -90,10 +93,16 @@ class LayerInputs:
             return gather_mask(mask, rows, seen, run.track.entered)
         if seen.valid is None and mask is None and (run.is_prompt or window is None):
             return None
-        padding = None if run.padding is None else run.padding.bool().gather(1, seen.columns)
+        padding = _padding(run)
+        padding = None if padding is None else padding.bool().gather(1, seen.columns)
         implementation = self.core.config._attn_implementation or "eager"
         if "flash" in implementation:
             return padding if seen.valid is None else seen.valid if padding is None else seen.valid & padding
+        entry = run.track.entry
+        if window is not None and entry is not None:
+            # A window counts what left before the decoder too.
+            seen = replace(seen, index=entry.index.gather(1, seen.columns))
+            slots = entry.index.gather(1, slots)
         # The model sized its own mask by a layer that may have lost tokens itself.
         shown = visible(slots, seen, window)
         if padding is not None:
@@ -102,12 +111,8 @@ class LayerInputs:
 
     def as_mask(self, shown: Tensor) -> Tensor:
         """What is `shown`, bool [B, 1, q, T], in the form the model's attention takes."""
-        if (self.core.config._attn_implementation or "eager") != "eager":
-            return shown
-        dtype = next(self.core.parameters()).dtype
-        return torch.zeros(shown.shape, dtype=dtype, device=shown.device).masked_fill(
-            ~shown, hidden_value(dtype)
-        )
+        eager = (self.core.config._attn_implementation or "eager") == "eager"
+        return as_is(shown, next(self.core.parameters()).dtype if eager else torch.bool)
 
     def rotate(self, place: int, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Rotary embeddings at other positions."""
@@ -116,10 +121,39 @@ class LayerInputs:
         return self.rotary(hidden, ids)
 
 
-def _latest(kept: Kept, keys: int) -> Kept:
+def as_is(shown: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask `shown`, bool, in a dtype that masks come in: bool, or what is added to logits."""
+    if dtype == torch.bool:
+        return shown
+    return torch.zeros(shown.shape, dtype=dtype, device=shown.device).masked_fill(~shown, hidden_value(dtype))
+
+
+def latest(kept: Kept, keys: int) -> Kept:
     """The last `keys` of the tokens that are left."""
     valid = None if kept.valid is None else kept.valid[:, -keys:]
     return Kept(kept.columns[:, -keys:], valid, kept.gone)
+
+
+def _padding(run: Run) -> Tensor | None:
+    """The padding mask [B, T] (nonzero: real) of what entered the decoder; where its masks were made outside of it, the
+    caller's.
+    """
+    mask, entry = run.inputs.get("attention_mask"), run.track.entry
+    if run.padding is not None or not isinstance(mask, Tensor) or mask.dim() != 2:
+        return run.padding
+    return mask if entry is None else gather_padding(mask, entry)
+
+
+def window_of(core: nn.Module, place: int) -> int | None:
+    """How many tokens layer `place` of a decoder sees, itself included; None for all."""
+    kinds = getattr(core.config, "layer_types", None)
+    return getattr(core.config, "sliding_window", None) if not kinds or kinds[place] == SLIDING else None
+
+
+def window_in(cache: Any) -> tuple[int | None, int]:
+    """The window of a cache's sliding layers, None where there are none; and how many entries each of them holds."""
+    layers = range(0 if cache is None else len(cache.layers))
+    return next((found for place in layers if (found := _sliding(cache, place))[0] is not None), (None, 0))
 
 
 def _sliding(cache: Any, place: int) -> tuple[int | None, int]:

@@ -17,7 +17,7 @@ from tprune.errors import UserError
 from tprune.methods.fit import Fit
 from tprune.methods.tokens import TokenMethod
 from tprune.models import vlm as adapter
-from tprune.models.decoder_fit import DecoderFitDriver, Learning
+from tprune.models.decoder_fit import DecoderFitDriver, EnoughError, Learning
 from tprune.models.projector import Projector
 from tprune.models.subject import Subject
 from tprune.pipelines.course import Course
@@ -124,14 +124,17 @@ class VlmCourse(Course):
             inputs[BOXES] = padded.to(self.device)
         return inputs, ids[real]
 
-    def outputs(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Logits of every answer's tokens, [n, V], row by row."""
+    def outputs(self, inputs: dict[str, Tensor]) -> Tensor | None:
+        """Logits of every answer's tokens, [n, V], row by row; None where a fit had seen enough before the decoder."""
         given = {name: value for name, value in inputs.items() if name not in (ANSWERS, BOXES)}
         answers = inputs[ANSWERS]
         longest = int(answers.sum(1).max())
         if self.running is not None:
             self.running.answers = answers
-        logits = self.model(**given, use_cache=False, logits_to_keep=longest + 1).logits
+        try:
+            logits = self.model(**given, use_cache=False, logits_to_keep=longest + 1).logits
+        except EnoughError:
+            return None
         return logits[:, :-1][answers[:, -longest:]].float()
 
     def driver(self, method: TokenMethod, fit: Fit, seed: int) -> Training:

@@ -102,6 +102,7 @@ def classified(pixels, state):
 class Foreground(Fit):
     """Which tokens the boxes touch, foreground and background at equal weight; nothing leaves."""
 
+    answers = False
     sites = (PROJECTOR,)
 
     def __init__(self, method, shape, seed):
