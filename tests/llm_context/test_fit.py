@@ -20,7 +20,9 @@ from tprune.progress import Progress
 from tprune.recipe import ModelSource, Recipe, Stage
 
 LEARNERS = [
-    fact.id for fact in registry.facts("llm-context") if registry.load(fact.id, "llm-context").learns != "no"
+    name
+    for name in registry.running_on("plain", "llm-context")
+    if registry.load(name, "llm-context").learns != "no"
 ]
 every_learner = pytest.mark.parametrize("method", LEARNERS)
 STEPS = {"sequence": 32, "batch": 2, "lr": 1e-2}

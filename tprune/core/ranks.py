@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,17 @@ def rank(score: Tensor) -> Tensor:
     order = score.argsort(dim=-1, descending=True, stable=True)
     place = torch.arange(score.shape[-1], device=score.device).expand_as(order)
     return torch.empty_like(order).scatter(-1, order, place)
+
+
+def ranking_loss(score: Tensor, relevance: Tensor) -> Tensor:
+    """How far an order by `score` is from that by `relevance`, both [B, N]: float [B], 0 where all gaps are wide.
+
+    Σ (r_i - r_j) · log2(1 + exp(s_j - s_i)) over the pairs with r_i > r_j (the second ARP loss of LambdaLoss,
+    Wang et al., CIKM 2018).
+    """
+    gap = (relevance.unsqueeze(2) - relevance.unsqueeze(1)).clamp_min(0)
+    lead = score.unsqueeze(2) - score.unsqueeze(1)
+    return (gap * torch.nn.functional.softplus(-lead)).sum((1, 2)) / math.log(2)
 
 
 def apportion(weight: Tensor, total: Tensor) -> Tensor:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+LOWEST, HIGHEST = -0.1, 1.1
+"""What a hard-concrete gate is stretched to before it is clipped."""
 
 
 def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
@@ -35,6 +40,30 @@ def gumbel(logits: Tensor, temperature: float, generator: torch.Generator) -> Te
     soft = ((logits.float() - (-uniform.log()).log()) / temperature).softmax(-1)
     hard = torch.zeros_like(soft).scatter(-1, soft.argmax(-1, keepdim=True), 1)
     return straight_through(hard, soft)
+
+
+def concrete(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+    """Relaxed Bernoulli draws in (0, 1) with a gradient, sigmoid((log u - log(1 - u) + logit) / temperature).
+
+    Above 1/2 as often as sigmoid(logit) says (arXiv 1611.00712); u is kept off 0 and 1. The shape of `logits`.
+    """
+    uniform = torch.rand(logits.shape, generator=generator, device=logits.device).clamp(1e-6, 1 - 1e-6)
+    return torch.sigmoid((uniform.logit() + logits) / temperature)
+
+
+def hard_concrete(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+    """Gates in [0, 1], many of them exactly 0 or 1, drawn with a gradient (arXiv 1712.01312); the shape of `logits`.
+
+    sigmoid((log u - log(1 - u) + logit) / temperature), stretched to (-0.1, 1.1) and clipped.
+    """
+    soft = concrete(logits, temperature, generator)
+    return (soft * (HIGHEST - LOWEST) + LOWEST).clamp(0, 1)
+
+
+def open_probability(logits: Tensor, temperature: float) -> Tensor:
+    """How likely each gate of `hard_concrete` is not 0; kept off 0 and 1 by 1e-6."""
+    closed = torch.sigmoid(temperature * math.log(-LOWEST / HIGHEST) - logits)
+    return 1 - closed.clamp(1e-6, 1 - 1e-6)
 
 
 def mask_attention(rows: Tensor, present: Tensor, epsilon: float, keep_self: bool = False) -> Tensor:

@@ -143,9 +143,10 @@ def attention_column_sums(
             logits[..., seen - rows :].masked_fill_(future[:rows, :rows], -torch.inf)
         received = logits.softmax(dim=-1)
         if bias is not None:
-            received.nan_to_num_()
+            received = received.nan_to_num() if received.requires_grad else received.nan_to_num_()
         if counted is not None:
-            received *= counted[:, None, first:last, None]
+            asks = counted[:, None, first:last, None]
+            received = received * asks if received.requires_grad else received.mul_(asks)
         sums[..., :seen] += received.sum(2) if decay == 1 else weight[first:last] @ received
     return sums
 

@@ -18,7 +18,7 @@ from tprune.errors import UserError
 TOPICS = ("compound", "debugger", "formatstrings", "specialnames", "string-methods", "types", "typesseq")
 """The longest topics of the built-in text of which none contains another: what `minilm-topics` tells apart."""
 SPLITS = ("train", "test")
-SHORTEST, LONGEST = 16, 48
+SHORTEST, LONGEST = 32, 96
 """Words of a passage."""
 TABLES = (".csv", ".json", ".jsonl")
 
@@ -114,7 +114,7 @@ def built_in(split: str) -> list[tuple[str, int]]:
 
 
 def cut(document: str, seed: int) -> list[str]:
-    """A document in passages of 16 to 48 words, one after another; their lengths are drawn from `seed`."""
+    """A document in passages of 32 to 96 words, one after another; their lengths are drawn from `seed`."""
     words, lengths, passages, start = document.split(), random.Random(seed), [], 0
     while len(words) - start >= SHORTEST or not passages:
         length = lengths.randint(SHORTEST, LONGEST)

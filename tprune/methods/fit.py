@@ -88,6 +88,9 @@ class Fit(nn.Module):
     decoder where tokens leave before it."""
     explains: ClassVar[bool] = False
     """Whether the maps of layers it watches are there to be differentiated by, though nothing before them learns."""
+    teaches: ClassVar[bool] = False
+    """Whether a text encoder as it was teaches it: `memory["teacher"]` is a function, inputs to the logits of that and
+    the attention of its last block."""
     epsilon: ClassVar[float] = 1e-5
     keep_self: ClassVar[bool] = False
     """How attention weighs present tokens (`core.relax.mask_attention`)."""

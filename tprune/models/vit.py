@@ -94,7 +94,7 @@ class TokenDriver:
             self._hook(block.register_forward_pre_hook(self._before(layer), with_kwargs=True))
             self._hook(block.register_forward_hook(self._after, prepend=True))
             if Site(layer, between=True) in self.counts:
-                block.forward = self._stopping_between(layer, *halves(block))
+                block.forward = self._stopping_between(layer, *self._halves(block))
                 self.undo.callback(block.__dict__.pop, "forward", None)
             elif self._blend(layer) is not None:
                 block.forward = self._blending(layer, *halves(block))
@@ -209,6 +209,10 @@ class TokenDriver:
 
     def _look(self, view: TokenView) -> None:
         self.method.finish(view, self.memory)
+
+    def _halves(self, block: nn.Module) -> tuple[Callable, Callable]:
+        """What `_stopping_between` runs of a block: its attention half and its MLP half."""
+        return halves(block)
 
     def _stopping_between(self, layer: int, attend: Callable, feed: Callable) -> Callable:
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -32,7 +32,9 @@ def pipeline(recipe: Recipe, stage: Stage, progress: Progress) -> Pipeline:
     clash = [name for name in stage.set if name.replace("-", "_") in getattr(method, "native", ())]
     if clash and stage.keep is not None:
         raise UserError(f"--keep and --set {clash[0]} are both budgets of {stage.method}; give one of them")
-    module = importlib.import_module(f"tprune.pipelines.{registry.folder(stage.family)}")
+    inside = stage.family == "llm-context" and "encoder" in method.runs_on
+    name = "encoders" if inside else registry.folder(stage.family)
+    module = importlib.import_module(f"tprune.pipelines.{name}")
     return module.PIPELINE(recipe, stage, method, progress)
 
 

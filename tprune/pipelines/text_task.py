@@ -68,10 +68,6 @@ class TextTask:
         inputs = self.batch(subject, texts)
         return Workload(lambda: text_encoder.answers(subject.model, inputs), len(texts), "texts")
 
-    def probe(self, subject: Subject) -> dict[str, Tensor]:
-        """As the function `probe`, from the recipe's seed."""
-        return probe(subject, self.recipe.seed)
-
 
 def probe(subject: Subject, seed: int) -> dict[str, Tensor]:
     """Three rows of random tokens, one of them shorter, and the model's answers."""

@@ -1,4 +1,4 @@
-"""`minilm-topics`: a head on `minilm` that says which topic of Python's manual a passage of 16 to 48 words is from.
+"""`minilm-topics`: a head on `minilm` that says which topic of Python's manual a passage of 32 to 96 words is from.
 
 minilm itself is not trained. Its class token is computed once for every passage; what learns, and is all that is
 stored, is the pooler behind it, from minilm's own, and a linear classifier.
@@ -25,7 +25,7 @@ BASE = "minilm"
 class MinilmTopics(Learner):
     """The pooler and the classifier."""
 
-    stages = (Stage("head", 400, 64, 1e-3, warmup=20),)
+    stages = (Stage("head", 300, 64, 3e-4, warmup=20),)
     unit = "passages"
 
     def __init__(self):
