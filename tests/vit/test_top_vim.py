@@ -10,7 +10,7 @@ import tprune
 from tests.golden_values import golden, under
 from tests.test_cli import call
 from tprune import artifact
-from tprune.core.scan import linear_scan, selective_scan
+from tprune.core.scan import selective_scan
 from tprune.errors import UserError
 from tprune.methods import registry
 from tprune.models import save
@@ -61,18 +61,25 @@ def test_the_backward_scan_is_seen_in_the_order_of_the_tokens(model, images):
     assert torch.allclose(seen[0].flip(-1), TENSORS["scan"], atol=1e-5)
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 8, 13])
-def test_a_scan_in_pairs_is_the_recurrence(length):
+@pytest.mark.parametrize("length", [1, 2, 3, 9, 13])
+def test_a_scan_of_runs_side_by_side_is_the_recurrence_and_so_is_its_gradient(length):
     generator = torch.Generator().manual_seed(length)
-    decay, value = (
-        torch.rand(2, 3, length, 4, generator=generator),
-        torch.randn(2, 3, length, 4, generator=generator),
-    )
-    state, states = torch.zeros(2, 3, 4), []
-    for place in range(length):
-        state = decay[:, :, place] * state + value[:, :, place]
-        states.append(state)
-    assert torch.allclose(linear_scan(decay, value), torch.stack(states, 2), atol=1e-6)
+    x, time = (torch.randn(2, 3, length, generator=generator) for _ in range(2))
+    into, out = (torch.randn(2, 4, length, generator=generator) for _ in range(2))
+    parts = [x, time.exp(), -torch.rand(3, 4, generator=generator), into, out]
+    for part in parts:
+        part.requires_grad_()
+    x, step, rate, into, out = parts
+    state, y = torch.zeros(2, 3, 4), []
+    for t in range(length):
+        decay = (step[:, :, t, None] * rate).exp()
+        state = decay * state + (step * x)[:, :, t, None] * into[:, None, :, t]
+        y.append((state * out[:, None, :, t]).sum(-1))
+    expected, found = torch.stack(y, -1), selective_scan(*parts)
+    assert torch.allclose(found, expected, atol=1e-5)
+    weight = torch.randn(expected.shape, generator=generator)
+    slopes = [torch.autograd.grad((weight * one).sum(), parts) for one in (found, expected)]
+    assert all(torch.allclose(*pair, atol=1e-4) for pair in zip(*slopes, strict=True))
 
 
 def test_states_decay_over_what_has_left_as_over_tokens_without_content():
