@@ -70,7 +70,7 @@ def test_a_bad_file_is_refused_in_one_line(tmp_path, file, content, said):
 
 
 def test_plain_text_is_cut_into_passages_without_labels(tmp_path):
-    (tmp_path / "a.txt").write_text("word " * 400)
+    (tmp_path / "a.txt").write_text("word " * 900)
     found = passages.read(str(tmp_path / "a.txt"), None, NAMES)
     assert found.labels is None
     assert len(found) > 3

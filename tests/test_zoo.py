@@ -13,6 +13,11 @@ from safetensors.torch import load_file
 from tprune import zoo
 from tprune.commands.zoo import command
 from tprune.data import scenes
+from tprune.models.load import load
+from tprune.models.source import resolve
+from tprune.pipelines.text_task import TextTask
+from tprune.progress import Progress
+from tprune.recipe import ModelSource, Recipe
 from tprune.zoo import digits_llava
 from tprune.zoo.train import new_learner
 
@@ -111,6 +116,15 @@ def test_packed_questions_are_answered_as_if_each_stood_alone(llava):
             expected = model(input_ids=alone, pixel_values=inputs).logits[0, -4:]
             found = model.lm_head(packed[slot * digits_llava.SLOT :][:4])
             torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
+
+
+def test_the_head_on_minilm_tells_topics_apart_at_its_recorded_accuracy():
+    source = resolve(ModelSource("minilm-topics"), "llm-context")
+    subject = load(source, "llm-context", device="cpu", dtype="float32", seed=0)
+    recipe = Recipe(ModelSource("minilm-topics"), (), limit=56)
+    found = TextTask(recipe, subject, Progress(quiet=True)).evaluate(subject).metrics["accuracy"]
+    assert within_noise(found, zoo.facts("minilm-topics")["accuracy"], 56)
+    assert type(subject.model).__name__ == "BertForSequenceClassification"
 
 
 def test_list_names_every_model_with_its_accuracy():

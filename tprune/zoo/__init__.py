@@ -8,7 +8,7 @@ in `BASES` it holds the head alone.
 import json
 from pathlib import Path
 
-NAMES = ("digits-vit", "digits-llava")
+NAMES = ("digits-vit", "digits-llava", "minilm-topics")
 BASES = {"minilm-topics": "minilm"}
 """Models that are a head on a model of another package, by the name of that."""
 
