@@ -1,10 +1,11 @@
-"""ToDRE and ZOO-Prune against their papers' definitions, in plain loops; and what ToDRE does late in the decoder."""
+"""ToDRE and ZOO-Prune against plain loops and ZOO-Prune's authors, and what ToDRE does late in the decoder."""
 
 import pytest
 import torch
 from torch import nn
 
 import tprune
+from tests.golden_values import golden
 from tests.vlm.test_golden_before import image, tower
 from tests.vlm.tiny import IMAGE, tiny
 from tprune.core.budget import PROJECTOR
@@ -93,11 +94,25 @@ def test_zoo_prunes_sensitivity_is_the_mean_norm_of_jacobian_vector_products(gen
         parameter.copy_(torch.randn(parameter.shape, generator=generator))
     features = torch.randn(2, 6, 5, generator=generator)
     found = sensitivity(projected(features, project))
-    noise = torch.randn(20000, 5, generator=generator)
+    noise = nn.functional.normalize(torch.randn(20000, 5, generator=generator), dim=1)
     for row in range(2):
         for place in range(6):
             jacobian = torch.func.jacrev(project)(features[row, place])
             assert found[row, place] == pytest.approx(float((noise @ jacobian.T).norm(dim=1).mean()), rel=0.1)
+
+
+@pytest.mark.parametrize("case", golden("vlm", "zoo-prune")[1]["settings"]["cases"])
+def test_zoo_prunes_sensitivity_and_picks_are_the_authors(case):
+    tensors, told = golden("vlm", "zoo-prune")
+    setting = told["settings"]["cases"][case]
+    one, two = ((tensors[f"weight.{layer}"], tensors[f"bias.{layer}"]) for layer in range(2))
+    linear, gelu = nn.functional.linear, nn.functional.gelu
+    view = projected(tensors["features"], lambda x: linear(gelu(linear(x, *one)), *two))
+    view.seeds += setting["seed"]
+    built = registry.build("zoo-prune", "vlm", {name: setting[name] for name in ("directions", "step")})
+    assert torch.allclose(built.sensitivity(view)[0], tensors[f"{case}.scores"], rtol=1e-3)
+    index = built.reduce(PROJECTOR, view, setting["count"], {}).index[0]
+    assert index.tolist() == sorted(tensors[f"{case}.order"].tolist())
 
 
 def test_zoo_prune_multiplies_sensitivity_and_distance(generator):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional
 
 from tprune.core import greedy, score, select
 from tprune.core.budget import PROJECTOR, Stage
@@ -27,10 +28,10 @@ class ZOOPrune(TokenMethod):
         year=2026,
         arxiv="2509.24837",
         code="AIM-SKKU/ZOO-Prune",
-        checked="paper",
-        notes="The authors' repository holds no code yet. Directions are drawn per image; their number and the step "
-        "are ours, from the ranges in which the paper finds no difference. Where all tokens are equally sensitive "
-        "(a linear projector) diversity alone decides.",
+        checked="code",
+        notes="Directions have unit length as in the authors' code, which the paper's formula does not say, and are "
+        "drawn per image. Where all tokens are equally sensitive up to rounding (a linear projector) diversity alone "
+        "decides; with the authors they must be equal to the last bit.",
     )
     reads = ("projector", "seeds")
     positions = "compact"
@@ -59,9 +60,10 @@ class ZOOPrune(TokenMethod):
         return Reduction.keep(index, view.hidden.shape[1], valid)
 
     def sensitivity(self, view):
-        """S_i: mean over directions of ‖M(x_i + h u) - M(x_i - h u)‖ / 2h, float32 [B, N]."""
+        """S_i: mean over directions u of length 1 of ‖M(x_i + h u) - M(x_i - h u)‖ / 2h, float32 [B, N]."""
         features, project = view.signal("features").float(), view.signal("projector")
         directions = score.gaussian((self.directions, features.shape[2]), view.seeds).to(features.device)
+        directions = functional.normalize(directions, dim=2)
         total = torch.zeros(features.shape[:2], device=features.device)
         for place in range(self.directions):
             away = self.step * directions[:, place, None]
