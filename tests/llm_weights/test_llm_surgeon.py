@@ -7,18 +7,21 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tests.decoders import decoder
 from tests.golden_values import golden
 from tests.llm_weights.tiny import logits, prune
-from tprune.core.kronecker import live_inverse, removal_costs, remove_together
+from tprune.core.allocate import cheapest_lines
+from tprune.core.kronecker import live_inverse, removal_costs, remove_lines, remove_together
 from tprune.errors import UserError
 from tprune.methods import registry
 from tprune.methods.weights import WeightBudget
 from tprune.models.blocks import find_decoder
 from tprune.models.curvature import moments
+from tprune.pipelines import whole as pipeline
 from tprune.pipelines.journal import Journal
 from tprune.pipelines.whole import WholePruner
 from tprune.progress import Progress
 
 TENSORS, TOLD = golden("llm-weights", "llm-surgeon")
 CASES = TOLD["settings"]["cases"]
+LINES, LINES_TOLD = golden("llm-weights", "llm-surgeon-sp")
 
 
 def dense():
@@ -28,8 +31,8 @@ def dense():
     return model
 
 
-def pruned(model, budget, folder=None, **settings):
-    method = registry.build("llm-surgeon", "llm-weights", settings)
+def pruned(model, budget, folder=None, method="llm-surgeon", **settings):
+    method = registry.build(method, "llm-weights", settings)
     WholePruner(find_decoder(model), method, budget, TENSORS["ids"], Progress()).run(Journal(folder, "all"))
     return model
 
@@ -42,7 +45,7 @@ def budget(case):
 
 def test_the_curvature_is_the_authors_up_to_one_factor():
     decoded = find_decoder(dense())
-    gathered = moments(decoded, TENSORS["ids"])
+    gathered = moments(decoded, TENSORS["ids"], range(2))
     ratios = []
     for name in (key[2:] for key in TENSORS if key.startswith("G/")):
         inputs, outputs = gathered[int(name.split(".")[2])]
@@ -62,6 +65,60 @@ def test_the_weights_are_the_authors(name):
             found = model.get_parameter(key[len(name) + 1 :])
             assert torch.equal(found == 0, expected == 0)
             assert torch.allclose(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", LINES_TOLD["settings"]["cases"])
+def test_rows_and_columns_are_the_authors(name):
+    case = LINES_TOLD["settings"]["cases"][name]
+    assert all(torch.equal(LINES[key], TENSORS[key]) for key in LINES if key.startswith(("model/", "ids")))
+    model = pruned(dense(), WeightBudget(case["sparsity"]), method="llm-surgeon-sp", shots=case["shots"])
+    for key in (key for key in LINES if key.startswith(f"{name}/")):
+        found = model.get_parameter(key[len(name) + 1 :])
+        assert torch.equal(found == 0, LINES[key] == 0)
+        assert torch.allclose(found, LINES[key], rtol=1e-3, atol=1e-4)
+
+
+def test_as_many_rows_and_columns_go_as_fit_and_shared_weights_count_once():
+    generator = torch.Generator().manual_seed(5)
+    shapes = [(6, 8), (5, 4), (7, 7)]
+    costs = [tuple(torch.rand(size, generator=generator) for size in shape) for shape in shapes]
+    for count in (0, 7, 40, 80, 117):
+        gone = cheapest_lines(costs, count)
+        removed = sum(int((rows.unsqueeze(1) | columns).sum()) for rows, columns in gone)
+        assert count - 8 < removed <= count
+        cost, lines = (torch.cat([part for pair in pairs for part in pair]) for pairs in (costs, gone))
+        assert lines.all() or not lines.any() or cost[lines].max() < cost[~lines].min()
+
+
+def test_of_equal_costs_the_earlier_matrix_and_its_rows_go_first():
+    costs = [(torch.zeros(3), torch.zeros(4)), (torch.zeros(2), torch.zeros(2))]
+    (rows, columns), other = cheapest_lines(costs, 9)
+    assert rows.tolist() == [True, True, False]
+    assert not columns.any()
+    assert not any(lines.any() for lines in other)
+
+
+def test_rows_that_go_make_no_other_change_cost_less():
+    weight, outer, inner = given()
+    rows, columns = torch.arange(6) % 3 == 0, torch.zeros(8, dtype=torch.bool)
+    inverses = [torch.linalg.inv(moment) for moment in (outer, inner)]
+    change = remove_lines(weight, rows, columns, *inverses) - weight
+    gradient = outer @ change @ inner
+    assert torch.equal(change[rows], -weight[rows])
+    assert gradient[~rows].abs().max() < 1e-4 * gradient.abs().max()
+    alone = remove_lines(weight, columns.new_zeros(6), columns | (torch.arange(8) < 3), *inverses) - weight
+    gradient = outer @ alone @ inner
+    assert gradient[:, 3:].abs().max() < 1e-4 * gradient.abs().max()
+
+
+def test_moments_that_wait_in_files_change_nothing(tmp_path, monkeypatch):
+    whole = pruned(dense(), WeightBudget(0.5), shots=2)
+    seen = []
+    monkeypatch.setattr(pipeline, "SHARE", 0.0)
+    monkeypatch.setattr(pipeline, "moments", lambda *given: (seen.append(list(given[2])), moments(*given))[1])
+    paged = pruned(dense(), WeightBudget(0.5), tmp_path, shots=2)
+    assert seen == [[0], [1]] * 2
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), paged.parameters(), strict=True))
 
 
 def test_a_run_goes_on_behind_its_last_round_and_gradients_are_asked_for_as_before(tmp_path, monkeypatch):
@@ -93,7 +150,7 @@ def test_removed_together_no_other_change_costs_less():
     weight, outer, inner = given()
     every = [torch.ones(len(moment), dtype=torch.bool) for moment in (outer, inner)]
     inverses = [live_inverse(moment, live, 0.0) for moment, live in zip((outer, inner), every, strict=True)]
-    mask = removal_costs(weight, *inverses) < 0.2
+    mask = removal_costs(weight, *(inverse.diagonal() for inverse in inverses)) < 0.2
     assert 10 < mask.sum() < 40
     losses = []
     for most in (1000, 1):
@@ -109,7 +166,7 @@ def test_removed_together_no_other_change_costs_less():
 def test_with_an_identity_at_the_outputs_rows_do_not_touch_and_costs_are_optimal_brain_surgeon_s():
     weight, _, inner = given()
     inverse = torch.linalg.inv(inner)
-    costs = removal_costs(weight, torch.eye(6), inverse)
+    costs = removal_costs(weight, torch.ones(6), inverse.diagonal())
     assert torch.allclose(costs, weight.square() / (2 * inverse.diagonal()))
     mask = torch.zeros_like(weight, dtype=torch.bool)
     mask[2, :4] = True

@@ -129,6 +129,38 @@ def smallest_of_all(scores: Callable[[], Iterable[Tensor]], count: int) -> list[
     return found
 
 
+def cheapest_lines(costs: Sequence[tuple[Tensor, Tensor]], count: int) -> list[tuple[Tensor, Tensor]]:
+    """Which rows and columns of all matrices go, the cheapest first, as long as at most `count` weights go with them.
+
+    Rows and columns of a matrix share weights, and what went with one does not count again. Of equals those of the
+    earlier matrix go first, of one matrix its rows, and of these the lower indices.
+
+    Args:
+        costs: float32 [R] and [C] of every matrix.
+        count: of weights.
+
+    Returns:
+        bool [R] and [C] of every matrix.
+    """
+    orders = [torch.cat(pair).sort(stable=True) for pair in costs]
+    more = []
+    for (rows, columns), (_, index) in zip(costs, orders, strict=True):
+        is_row = index < len(rows)
+        gone = (is_row.cumsum(0), (~is_row).cumsum(0))
+        total = gone[0] * len(columns) + gone[1] * len(rows) - gone[0] * gone[1]
+        more.append(total.diff(prepend=total.new_zeros(1)))
+    sorted_all = torch.cat([values for values, _ in orders]).argsort(stable=True)
+    chosen = sorted_all[: int((torch.cat(more)[sorted_all].cumsum(0) <= count).sum())]
+    whose = torch.arange(len(orders)).repeat_interleave(torch.tensor([len(part) for part in more]))
+    counts = torch.bincount(whose.to(chosen.device)[chosen], minlength=len(orders)).tolist()
+    found = []
+    for (rows, _), (_, index), number in zip(costs, orders, counts, strict=True):
+        lines = torch.zeros(len(index), dtype=torch.bool, device=index.device)
+        lines[index[:number]] = True
+        found.append((lines[: len(rows)], lines[len(rows) :]))
+    return found
+
+
 def _keys(score: Tensor) -> Tensor:
     """Whole numbers from 0 to 2³² - 1 in the order of the scores: int64, flat."""
     bits = (score.flatten().float() + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0

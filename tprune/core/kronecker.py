@@ -39,10 +39,45 @@ def removal_costs(weight: Tensor, outer: Tensor, inner: Tensor) -> Tensor:
 
     Args:
         weight: [R, C].
-        outer, inner: G⁻¹ [R, R] and A⁻¹ [C, C].
+        outer, inner: the diagonals of G⁻¹ [R] and A⁻¹ [C].
     """
-    diagonal = torch.outer(outer.diagonal(), inner.diagonal())
+    diagonal = torch.outer(outer, inner)
     return torch.where(diagonal > 0, weight.square() / (2 * diagonal), 0.0)
+
+
+def row_costs(weight: Tensor, outer: Tensor, inner: Tensor) -> Tensor:
+    """What the loss rises by when a row goes alone, ½ w_r A w_rᵀ / [G⁻¹]_rr: [R]; 0 where the inverse is 0.
+
+    Of a column the same of Wᵀ, with the parts of G and A exchanged.
+
+    Args:
+        weight: [R, C].
+        outer: the diagonal of G⁻¹ [R].
+        inner: A [C, C].
+    """
+    return torch.where(outer > 0, ((weight @ inner) * weight).sum(1) / (2 * outer), 0.0)
+
+
+def remove_lines(weight: Tensor, rows: Tensor, columns: Tensor, outer: Tensor, inner: Tensor) -> Tensor:
+    """The weights [R, C] without whole `rows` and `columns`, the others updated for the ones and for the others.
+
+    Removed together, rows change the weights by -G⁻¹_:R (G⁻¹_RR)⁻¹ W_R, columns by -W_C (A⁻¹_CC)⁻¹ A⁻¹_C:; both are of
+    the weights as they were, and add up.
+
+    Args:
+        weight: float32 [R, C].
+        rows, columns: bool [R] and [C].
+        outer, inner: G⁻¹ [R, R] and A⁻¹ [C, C]; what they are zero at is removed without an update.
+    """
+    change = _lines_change(weight, rows, outer) + _lines_change(weight.t(), columns, inner).t()
+    return (weight + change).masked_fill_(rows.unsqueeze(1) | columns, 0.0)
+
+
+def _lines_change(weight: Tensor, rows: Tensor, outer: Tensor) -> Tensor:
+    """What all weights [R, C] change by when `rows` go."""
+    going = (rows & (outer.diagonal() > 0)).nonzero().squeeze(1)
+    force = torch.linalg.solve(outer[going][:, going], weight[going])
+    return -outer[:, going] @ force
 
 
 def remove_together(weight: Tensor, mask: Tensor, outer: Tensor, inner: Tensor, most: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -24,12 +24,13 @@ class WholeMethod(WeightMethod):
         return 1
 
     def prune_all(
-        self, linears: list[LinearView], budget: WeightBudget, share: float
+        self, linears: Sequence[LinearView], budget: WeightBudget, share: float
     ) -> Iterator[WeightEdit]:
         """The edits of one round, in the order of `linears`.
 
         Args:
-            linears: all matrices, with what is known of them now.
+            linears: all matrices, with what is known of them now; each is read anew whenever it is asked for, so that
+                not all need be in memory.
             budget: of all rounds.
             share: of the budget that shall be spent after this round, up to 1; zeros that are there count.
         """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -15,9 +15,9 @@ from tprune.models.calibrate import Watch
 
 
 def moments(
-    decoder: Decoder, sequences: Iterable[Tensor]
+    decoder: Decoder, sequences: Iterable[Tensor], blocks: Sequence[int]
 ) -> list[tuple[dict[str, Inputs], dict[str, Tensor]]]:
-    """Per block, the statistics "gram" of its layers' inputs, and those of the gradients at their outputs.
+    """Per block of `blocks`, the statistics "gram" of its layers' inputs, and those of the gradients at their outputs.
 
     The loss is the mean over a sequence's predicted tokens. Gradients flow to the embeddings alone: none of a
     parameter is computed, and what asks for gradients is as before afterwards.
@@ -25,6 +25,7 @@ def moments(
     Args:
         decoder: as it stands.
         sequences: int64 [L] each.
+        blocks: indices.
 
     Returns:
         `Inputs` by a matrix's `input`, and float32 [out, out], (2 / sequences) · Σ g gᵀ, by the same name.
@@ -34,7 +35,7 @@ def moments(
     """
     model, embeddings = decoder.model, decoder.model.get_input_embeddings()
     asked = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    watches = [Watch(decoder, index, ("gram",), None) for index in range(len(decoder.blocks))]
+    watches = [Watch(decoder, index, ("gram",), None) for index in blocks]
     seen: list[dict[str, Gram]] = [{} for _ in watches]
     with ExitStack() as stack:
         for watch, sums in zip(watches, seen, strict=True):

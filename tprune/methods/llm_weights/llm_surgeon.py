@@ -6,18 +6,19 @@ loss, in which layer they may be, and how the others make up for it; after each 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tprune.core.allocate import smallest_of_all
-from tprune.core.kronecker import live_inverse, removal_costs, remove_together
+from tprune.core.kronecker import removal_costs, remove_together
 from tprune.core.mask import layer_mask, nm_mask
 from tprune.core.select import floor_count
 from tprune.core.weights import WeightEdit
 from tprune.methods.base import Paper, param
+from tprune.methods.llm_weights._surgeon import inverses
 from tprune.methods.weight_view import LinearView
 from tprune.methods.weights import WeightBudget
 from tprune.methods.whole import WholeMethod
@@ -34,9 +35,9 @@ class LlmSurgeon(WholeMethod):
         arxiv="2312.17244",
         code="Qualcomm-AI-research/llm-surgeon",
         checked="code",
-        notes="Single weights and n:m, with one Kronecker product; not rows and columns, nor low-rank training between "
-        "rounds. Biases are neither removed nor updated. Counts are exact; rule=inclusive removes one weight or group "
-        "more, as the code does. n:m works without a bias too, where the code drops the last input.",
+        notes="Single weights and n:m, with one Kronecker product (rows and columns: llm-surgeon-sp); no low-rank "
+        "training between rounds. Biases are neither removed nor updated. Counts are exact; rule=inclusive removes one "
+        "weight or group more, as the code does. n:m works without a bias too, where the code drops the last input.",
     )
     kind = "calibrated"
     stats = ("gram", "output_gram")
@@ -56,34 +57,30 @@ class LlmSurgeon(WholeMethod):
         return self.shots
 
     def prune_all(
-        self, linears: list[LinearView], budget: WeightBudget, share: float
+        self, linears: Sequence[LinearView], budget: WeightBudget, share: float
     ) -> Iterator[WeightEdit]:
-        """Invert the curvature of every matrix, find the threshold over all of them, then remove and update."""
-        inverses = [self._inverses(linear) for linear in linears]
+        """Find the threshold over all matrices, then remove and update; an inverse is taken twice rather than held."""
+        diagonals = [self._diagonals(linear) for linear in linears]
 
         def costs() -> Iterator[Tensor]:
-            for linear, (outer, inner) in zip(linears, inverses, strict=True):
-                cost = removal_costs(linear.weight, outer, inner)
+            for linear, pair in zip(linears, diagonals, strict=True):
+                cost = removal_costs(linear.weight, *pair)
                 yield cost if budget.pattern is None else _group_costs(cost, *budget.pattern)
 
-        weights = sum(linear.weight.numel() for linear in linears)
+        weights = sum(len(outer) * len(inner) for outer, inner in diagonals)
         counts = smallest_of_all(costs, self._count(weights, budget, share))
-        for linear, (outer, inner), count in zip(linears, inverses, counts, strict=True):
+        for linear, pair, count in zip(linears, diagonals, counts, strict=True):
             if count == 0:
                 yield WeightEdit(torch.zeros_like(linear.weight, dtype=torch.bool))
                 continue
-            mask = _mask(removal_costs(linear.weight, outer, inner), count, budget.pattern)
+            mask = _mask(removal_costs(linear.weight, *pair), count, budget.pattern)
+            outer, inner = inverses(linear, self.damp_outputs, self.damp_inputs)
             yield WeightEdit(mask, remove_together(linear.weight, mask, outer, inner, self.together))
 
-    def _inverses(self, linear: LinearView) -> tuple[Tensor, Tensor]:
-        """G⁻¹ and A⁻¹, zero where all weights or the moments are."""
-        there = linear.weight != 0
-        rows = there.any(1) & (linear.output_gram.diagonal() > 0)
-        columns = there.any(0) & (linear.gram.diagonal() > 0)
-        return (
-            live_inverse(linear.output_gram, rows, self.damp_outputs),
-            live_inverse(linear.gram, columns, self.damp_inputs),
-        )
+    def _diagonals(self, linear: LinearView) -> tuple[Tensor, Tensor]:
+        """Those of G⁻¹ and A⁻¹."""
+        found = inverses(linear, self.damp_outputs, self.damp_inputs)
+        return tuple(inverse.diagonal().clone() for inverse in found)
 
     def _count(self, weights: int, budget: WeightBudget, share: float) -> int:
         """How many of so many weights, or of their groups of a pattern, go."""
