@@ -94,8 +94,13 @@ def test_what_is_learned_first_is_where_the_words_of_a_deeper_layer_look():
     assert torch.allclose(loss, expected, atol=1e-5)
     fit.settle(0.5)
     assert not fit.watches
+    fit.generator = torch.Generator().manual_seed(0)
     marked = fit.at(fit.sites[0], view, memory).present
-    assert torch.allclose(marked[:, 2:11], memory["score"][:, 2:11].sigmoid())
+    uniform = torch.rand(2, 14, generator=torch.Generator().manual_seed(0))
+    # Half of nine is four: the fourth stays half of the time.
+    last = memory["score"][:, 2:11].sort(1).values[:, [5]]
+    drawn = (uniform.log() - (1 - uniform).log() + memory["score"] - last).sigmoid()
+    assert torch.allclose(marked[:, 2:11], drawn[:, 2:11], atol=1e-5)
     assert marked[:, :2].eq(1).all()
 
 
