@@ -135,7 +135,6 @@ def test_fitted_heads_name_patches_that_unfitted_ones_do_not_and_exits_cost_litt
     fitted, whole, handle = quality(digits, stage)
     state = handle.driver.method.neutral_state(handle.driver.parts.shape, 0)
     unfitted, _, _ = quality(digits, Stage("vit", "dtop", keep=0.7), state)
-    print(fitted, whole, unfitted, handle.fitted, handle.achieved(), handle.driver.method.state["threshold"])
     assert abs(handle.achieved().value - 0.7) < 0.05
     assert fitted["mean_iou"] > unfitted["mean_iou"] + 0.2
     assert fitted["patch_agreement"] > 0.95
