@@ -22,7 +22,7 @@ from tprune.models.held import biased
 from tprune.models.prompt_cache import hold
 from tprune.models.room import Arrival, make_room
 from tprune.models.rope import Rotation
-from tprune.pipelines.llm_context import prompt_tokens
+from tprune.pipelines.context_prompts import prompt_tokens
 
 
 class Played:

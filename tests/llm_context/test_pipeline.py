@@ -9,14 +9,14 @@ from transformers import DynamicCache
 import tprune
 from tests.decoders import decoder, tokens
 from tprune.data import text
-from tprune.errors import UserError
+from tprune.errors import BudgetError, UserError
 from tprune.evaluate.context import score_continuations
 from tprune.evaluate.perplexity import perplexity
 from tprune.methods import registry
 from tprune.methods.cache import CacheMethod
 from tprune.models.load import load
 from tprune.models.source import resolve
-from tprune.pipelines.llm_context import twin
+from tprune.pipelines.llm_context import ContextPipeline, twin
 from tprune.pipelines.run import execute, pipeline
 from tprune.progress import Progress
 from tprune.recipe import ModelSource, Recipe, Stage
@@ -72,6 +72,22 @@ def test_an_artifact_by_reference_holds_no_weights(method, folder, tmp_path):
 def test_a_model_without_a_tokenizer_can_only_be_timed(folder):
     with pytest.raises(UserError, match="without a tokenizer"):
         execute(recipe(folder, "h2o"), Progress())
+
+
+@pytest.mark.parametrize(
+    ("method", "keep", "clue"),
+    [
+        ("infinitehip", 0.1, "no room for a chunk"),
+        ("h2o", 0.001, "no entry at all"),
+        ("lazyllm", 0.2, "reaches"),
+    ],
+)
+def test_a_budget_without_room_is_refused_before_the_dense_model_is_measured(
+    method, keep, clue, folder, monkeypatch
+):
+    monkeypatch.delattr(ContextPipeline, "workload")
+    with pytest.raises(BudgetError, match=clue):
+        execute(recipe(folder, method, keep), Progress(), evaluate=False)
 
 
 @pytest.mark.parametrize(("length", "clue"), [(1000, "256 positions"), (4, "at least 8")])

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from tprune.errors import UserError
+from tprune.errors import BudgetError, UserError
 from tprune.methods.base import Method, param
 
 if TYPE_CHECKING:
@@ -152,6 +152,35 @@ class CacheMethod(Method):
         if self.pyramid is None or keep == 1:
             return [round(keep * length)] * layers
         return falling_counts(keep * length, length - 1, layers, self.pyramid)
+
+    def planned(self, length: int, layers: int, keep: float) -> list[int]:
+        """`counts`, where there can be so many.
+
+        Raises:
+            BudgetError: the request rounds to nothing or to all, or is too small for the method.
+        """
+        counts = self.counts(length, layers, keep)
+        if keep == 1:
+            return counts
+        asked = f"--keep {keep:g} of a prompt of {length} tokens rounds to"
+        for count in counts:
+            if count < 1:
+                least = 1 / length
+                raise BudgetError(f"{asked} no entry at all; ask for --keep {least:.2g} or more", least, 1.0)
+            if count >= length:
+                raise BudgetError(f"{asked} keeping them all; ask for less, or 1")
+            if (error := self._lacks(length, count)) is not None:
+                enough = (more for more in range(count + 1, length) if self._lacks(length, more) is None)
+                raise BudgetError(str(error), next(enough, length) / length, 1.0)
+        return counts
+
+    def _lacks(self, length: int, count: int) -> UserError | None:
+        """Why the method cannot do with `count` entries of a prompt of `length` tokens; None where it can."""
+        try:
+            self.check_length(length, count)
+        except UserError as error:
+            return error
+        return None
 
     def fit(self, shape: CacheShape, keep: float, seed: int) -> Fit:
         """The method in training (`learns` is not "no"); `at` gets a `LayerView` of every layer that can be pruned.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from tprune.errors import BudgetError, UserError
+from tprune.errors import UserError
 from tprune.methods.attention import Attention
 from tprune.methods.cache import CacheMethod
 from tprune.models.cache import attention_modules, take_over
@@ -68,7 +68,7 @@ class Compression:
             for kind in set(self.kinds)
         }
         self.kept: dict[int, tuple[int, int]] = {}
-        self.count = lru_cache(maxsize=64)(self._count)
+        self.counts = lru_cache(maxsize=64)(lambda length: method.planned(length, len(self.places), keep))
         self.cache: Any = None
         self.waiting: list[Arrival] = []
         self.calls: dict[int, AttentionCall] = {}
@@ -234,40 +234,9 @@ class Compression:
         """One token came in each of some layers: let the method choose what leaves for it."""
         make_room(self.method, arrivals)
 
-    def _count(self, place: int, length: int) -> int:
-        """How many entries of a prompt of `length` tokens a layer keeps.
-
-        Raises:
-            BudgetError: the request rounds to nothing, or is too small for the method.
-        """
-        count = self.method.counts(length, len(self.places), self.keep)[self.places.index(place)]
-        if self.keep == 1:
-            return count
-        if count < 1:
-            raise BudgetError(
-                f"--keep {self.keep:g} of a prompt of {length} tokens rounds to no entry at all; "
-                f"ask for --keep {1 / length:.2g} or more",
-                1 / length,
-                1.0,
-            )
-        if count >= length:
-            raise BudgetError(
-                f"--keep {self.keep:g} of a prompt of {length} tokens rounds to keeping them all; ask for less, or 1"
-            )
-        try:
-            self.method.check_length(length, count)
-        except UserError as error:
-            enough = (more for more in range(count + 1, length) if self._enough(length, more))
-            raise BudgetError(str(error), next(enough, length) / length, 1.0) from None
-        return count
-
-    def _enough(self, length: int, count: int) -> bool:
-        """Whether the method can do with `count` entries of a prompt of `length` tokens."""
-        try:
-            self.method.check_length(length, count)
-        except UserError:
-            return False
-        return True
+    def count(self, place: int, length: int) -> int:
+        """How many entries of a prompt of `length` tokens a layer keeps; errors as `CacheMethod.planned`."""
+        return self.counts(length)[self.places.index(place)]
 
 
 def _padding(mask: Any, seen: int, coming: int) -> Tensor | None:

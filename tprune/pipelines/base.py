@@ -145,6 +145,9 @@ class Pipeline(ABC):
     def prepare(self, subject: Subject) -> None:
         """Read the evaluation and calibration data, once; refuse what does not fit the model."""
 
+    def plan(self, subject: Subject) -> None:  # noqa: B027  (most families plan when they prune)
+        """Refuse, before the dense model is measured, a budget that the prepared data has no room for."""
+
     @abstractmethod
     def evaluate(self, subject: Subject) -> Quality:
         """Quality on the evaluation data."""

@@ -16,7 +16,8 @@ from tprune.evaluate.text_view import Token, text_picture
 from tprune.models.subject import Subject
 from tprune.pipelines.base import Handle, Sample
 from tprune.pipelines.context_handle import CacheHandle, PrefillHandle
-from tprune.pipelines.llm_context import ContextPipeline, window_length
+from tprune.pipelines.context_prompts import window_length
+from tprune.pipelines.llm_context import ContextPipeline
 from tprune.pipelines.pictures import heading, undisturbed
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from tprune.core.budget import Stage
 from tprune.data import passkey, text
 from tprune.errors import UserError
 from tprune.evaluate.context import cache_bytes, context_length, score_continuations
@@ -20,6 +22,7 @@ from tprune.evaluate.stopwatch import Stopwatch
 from tprune.methods.cache import CacheMethod
 from tprune.methods.tokens import Shape
 from tprune.models import load as loaders
+from tprune.models.cache import prunable_layers
 from tprune.models.cache_fit import cache_shape
 from tprune.models.choosing import Choosing
 from tprune.models.compress import Compression
@@ -28,14 +31,13 @@ from tprune.models.heads import CascadingDriver
 from tprune.models.probe import Probing
 from tprune.models.recurrent import RecurrentDriver, admit, is_recurrent, logits_behind
 from tprune.models.revive import RevivingDriver, can_revive
-from tprune.models.run import Inputs
 from tprune.models.subject import Subject, twin
 from tprune.pipelines.base import Handle, Pipeline, Quality, Sample, Workload
 from tprune.pipelines.context_handle import CacheHandle, PrefillHandle
+from tprune.pipelines.context_prompts import noise, prompt_tokens, window_length
 from tprune.pipelines.learned import untuned
 from tprune.pipelines.tokens import for_timing, solve
 
-WINDOW = 2048
 STEPS = 16
 """Tokens generated in the timed call."""
 PROBED = 8
@@ -62,7 +64,8 @@ class ContextPipeline(Pipeline):
         )
 
     def prepare(self, subject: Subject) -> None:
-        """Read windows of evaluation text, or hide pass keys in it."""
+        """Read windows of evaluation text, or hide pass keys in it; refuse a method that does not work in the model."""
+        admit(self.method, subject.model)
         self.length = window_length(subject.model, self.recipe.length)
         self.windows, self.prompts, self.protocol = None, None, {}
         if self.stage.fit is not None and self.method.state is None:
@@ -143,14 +146,26 @@ class ContextPipeline(Pipeline):
             asks = self.method.probe() is not None
             compression = Probing(*given, subject.processor) if asks else Compression(*given)
             return CacheHandle(compression, self.fitted)
-        depth = subject.model.config.get_text_config(decoder=True).num_hidden_layers
-        keep = self.stage.keep
+        given = subject.model, self.method, prompt_tokens, partial(self.stages, subject.model)
+        return PrefillHandle(self.driver(subject.model)(*given, positions=positions), self.stage.keep)
 
-        def stages(tokens: int) -> tuple:
-            return solve(self.method, Shape(depth, tokens), keep)
+    def stages(self, model: nn.Module, tokens: int) -> tuple[Stage, ...]:
+        """Where tokens leave a prompt with so many that may."""
+        depth = model.config.get_text_config(decoder=True).num_hidden_layers
+        return solve(self.method, Shape(depth, tokens), self.stage.keep)
 
-        given = subject.model, self.method, prompt_tokens, stages
-        return PrefillHandle(self.driver(subject.model)(*given, positions=positions), keep)
+    def plan(self, subject: Subject) -> None:
+        """The prompts have room for the budget."""
+        admit(self.method, subject.model)
+        lengths = {context_length(self.length)}
+        if self.prompts is not None:
+            lengths = {len(prompt.context) for prompt in self.prompts}
+        for length in sorted(lengths):
+            if not isinstance(self.method, CacheMethod):
+                self.stages(subject.model, length - 1)
+            elif self.stage.keep is not None and not self.method.chooses:
+                layers = len(prunable_layers(subject.model.get_decoder().config))
+                self.method.planned(length, layers, self.stage.keep)
 
     def driver(self, model: nn.Module) -> type[DecoderDriver]:
         """What runs a token method in this kind of model."""
@@ -262,38 +277,6 @@ class ContextPipeline(Pipeline):
             "prefill_speedup_measured": measured,
             "prefill_speedup_ratio": measured / theory,
         }
-
-
-def prompt_tokens(inputs: Inputs) -> Tensor | None:
-    """The tokens of a prompt that may leave, bool [B, N]: all but padding and each row's last."""
-    tokens = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
-    batch, length = tokens.shape[:2]
-    mask = inputs.get("attention_mask")
-    real = tokens.new_ones(batch, length, dtype=torch.bool) if mask is None else mask.bool()
-    last = real.flip(1).cumsum(1).flip(1) == 1
-    return real & ~(last & real)
-
-
-def window_length(model: nn.Module, asked: int | None) -> int:
-    """Tokens per window: as asked, else 2,048 or what the model has positions for.
-
-    Raises:
-        UserError: more than the model has positions for, or too few to split.
-    """
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if asked is None:
-        return min(WINDOW, limit or WINDOW)
-    if limit and asked > limit:
-        raise UserError(f"--length {asked}: this model has {limit} positions; ask for no more")
-    if asked < 8:
-        raise UserError(f"--length {asked}: a window is three quarters context; expected at least 8 tokens")
-    return asked
-
-
-def noise(model: nn.Module, length: int, seed: int) -> Tensor:
-    """One row of token ids drawn from the seed, int64 [1, length]."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(model.get_input_embeddings().weight.shape[0], (1, length), generator=generator)
 
 
 PIPELINE = ContextPipeline

@@ -103,6 +103,7 @@ def execute(
             subject = last.load()
         for driver in drivers:
             driver.prepare(subject)
+            driver.plan(subject)
         record = protocol(recipe, subject, last.describe_data())
         dense, reference = measure(last, subject, None, evaluate, progress, "dense")
         handles = []
