@@ -121,9 +121,9 @@ def test_packed_questions_are_answered_as_if_each_stood_alone(llava):
 def test_the_head_on_minilm_tells_topics_apart_at_its_recorded_accuracy():
     source = resolve(ModelSource("minilm-topics"), "llm-context")
     subject = load(source, "llm-context", device="cpu", dtype="float32", seed=0)
-    recipe = Recipe(ModelSource("minilm-topics"), (), limit=56)
+    recipe = Recipe(ModelSource("minilm-topics"), (), limit=28)
     found = TextTask(recipe, subject, Progress(quiet=True)).evaluate(subject).metrics["accuracy"]
-    assert within_noise(found, zoo.facts("minilm-topics")["accuracy"], 56)
+    assert within_noise(found, zoo.facts("minilm-topics")["accuracy"], 28)
     assert type(subject.model).__name__ == "BertForSequenceClassification"
 
 

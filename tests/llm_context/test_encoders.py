@@ -2,12 +2,13 @@
 
 import json
 import math
+from functools import cache
 
 import pytest
 import torch
 
 import tprune
-from tests.decoders import count_hooks
+from tests.decoders import count_hooks, decoder
 from tests.encoders import NAMES, encoder, outputs, texts, tokenizer
 from tests.fits import interrupted, same
 from tests.golden_values import golden
@@ -201,9 +202,14 @@ def learned(method, file, keep=0.6, **more):
         return handle.tensors(True), handle, model
 
 
+@cache
+def learned_once(method, file):
+    return learned(method, file)
+
+
 @every_method
 def test_a_fit_changes_what_is_stored_and_the_same_seed_gives_the_same_bytes(method, lessons):
-    first, handle, model = learned(method, lessons)
+    first, handle, model = learned_once(method, lessons)
     again, _, _ = learned(method, lessons)
     assert same(first, again)
     pace = {"ltp": "threshold_lr", "top": "gate_lr"}[method]
@@ -216,7 +222,7 @@ def test_a_fit_changes_what_is_stored_and_the_same_seed_gives_the_same_bytes(met
 
 @every_method
 def test_an_interrupted_fit_goes_on_to_the_same_bytes(method, lessons, monkeypatch, tmp_path):
-    whole, _, _ = learned(method, lessons)
+    whole, _, _ = learned_once(method, lessons)
     stage = Stage("llm-context", method, keep=0.6, set=STEPS[method], fit=str(lessons))
     recipe = Recipe(ModelSource("a model in memory"), (stage,))
 
@@ -263,7 +269,16 @@ def test_what_does_not_fit_is_refused_in_one_line(lessons):
             pruned(encoder(), method, keep=1.0, fit=str(lessons))
     with pytest.raises(UserError, match="top must be trained"):
         pruned(encoder(), "top", keep=0.5)
+    with pytest.raises(UserError, match="BertForSequenceClassification is a text encoder, .* use ltp, top"):
+        pruned(encoder(), "snapkv", keep=0.5)
+    with pytest.raises(UserError, match="LlamaForCausalLM is no text encoder; use a classifier"):
+        pruned(decoder(), "ltp", keep=0.5)
     with pytest.raises(UserError, match="has no classifier to fit ltp to"):
         pruned(encoder(head=False), "ltp", keep=0.5, fit=str(lessons))
     with pytest.raises(UserError, match="tokens keep their positions"):
         pruned(encoder(), "ltp", final_threshold=0.1, positions="compact")
+
+
+def test_methods_of_encoders_alone_run_on_the_built_in_classifier_where_no_model_is_named():
+    given = "llm-context", "--method", "ltp", "--set", "final_threshold=0.01", "--dry-run"
+    assert "would prune minilm-topics" in call(*given).output

@@ -21,6 +21,8 @@ FAMILY_DEFAULTS = {
     "llm-weights": "smollm2-135m",
 }
 """The built-in model of every family."""
+ENCODER_DEFAULT = "minilm-topics"
+"""That of methods which work in text encoders alone."""
 STAGE_OPTIONS = (
     "keep",
     "sparsity",
@@ -104,7 +106,7 @@ def family_command(family: str, help: str) -> click.Command:
     @output_options
     def command(method: str, settings: tuple[str, ...], model: str | None, **options: Any) -> None:
         if model is None:
-            model = FAMILY_DEFAULTS[family]
+            model = default_model(family, method)
             if not options["quiet"] and not options["as_json"]:
                 click.echo(f"no model given: using the built-in {model}", err=True)
         budget = {name: options.pop(name) for name in STAGE_OPTIONS if name in options}
@@ -165,6 +167,14 @@ def family_command(family: str, help: str) -> click.Command:
         ),
     )
     return functools.reduce(lambda made, option: option(made), reversed(extra), command)
+
+
+def default_model(family: str, method: str) -> str:
+    """The built-in model that a method runs on where none is named."""
+    from tprune.methods import registry
+
+    inside = family == "llm-context" and registry.load(method, family).runs_on == ("encoder",)
+    return ENCODER_DEFAULT if inside else FAMILY_DEFAULTS[family]
 
 
 def parse_settings(settings: tuple[str, ...]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from PIL import Image, UnidentifiedImageError
 
+from tprune.data.labelled import Labelled
 from tprune.errors import UserError
 
 BUILT_IN = "built-in"
@@ -17,30 +18,12 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 @dataclass(frozen=True)
-class Images:
-    """Images in a fixed order.
-
-    Attributes:
-        items: paths or images; opened one by one.
-        labels: class indices, or None where there are none for this model.
-        protocol: source, number and sha256, for the report.
-    """
-
-    items: tuple[Any, ...]
-    labels: tuple[int, ...] | None
-    protocol: dict[str, Any]
-
-    def __len__(self) -> int:
-        """How many there are."""
-        return len(self.items)
-
-    def fits(self, classes: int) -> bool:
-        """Whether a model with so many classes can learn from the labels."""
-        return self.labels is not None and classes > max(self.labels)
+class Images(Labelled):
+    """Images in a fixed order; items are paths or images, opened one by one."""
 
     def sample(self, place: int) -> tuple[Image.Image, int]:
         """One image as RGB and its class, -1 where there is none."""
-        return self.open(place), -1 if self.labels is None else self.labels[place]
+        return self.open(place), self.label(place)
 
     def open(self, place: int) -> Image.Image:
         """One image as RGB.

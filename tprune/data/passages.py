@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tprune.data import text
+from tprune.data.labelled import Labelled
 from tprune.errors import UserError
 
 TOPICS = ("compound", "debugger", "formatstrings", "specialnames", "string-methods", "types", "typesseq")
@@ -24,30 +25,12 @@ TABLES = (".csv", ".json", ".jsonl")
 
 
 @dataclass(frozen=True)
-class Passages:
-    """Passages in a fixed order.
-
-    Attributes:
-        items: the texts.
-        labels: class indices, or None where there are none.
-        protocol: source, number and sha256, for the report.
-    """
-
-    items: tuple[str, ...]
-    labels: tuple[int, ...] | None
-    protocol: dict[str, Any]
-
-    def __len__(self) -> int:
-        """How many there are."""
-        return len(self.items)
-
-    def fits(self, classes: int) -> bool:
-        """Whether a model with so many classes can learn from the labels."""
-        return self.labels is not None and classes > max(self.labels)
+class Passages(Labelled):
+    """Passages in a fixed order."""
 
     def sample(self, place: int) -> tuple[str, int]:
         """One text and its class, -1 where there is none."""
-        return self.items[place], -1 if self.labels is None else self.labels[place]
+        return self.items[place], self.label(place)
 
 
 def read(

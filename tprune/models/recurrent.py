@@ -24,6 +24,7 @@ from tprune.methods.token_view import TokenView
 from tprune.methods.tokens import TokenMethod
 from tprune.models.decoder import DecoderDriver
 from tprune.models.run import Inputs, Run
+from tprune.models.text_encoder import is_encoder
 
 MIXER = "MambaMixer"
 
@@ -49,6 +50,11 @@ def admit(method: Method, model: nn.Module) -> None:
         UserError: naming what does.
     """
     recurrent, name = is_recurrent(model), type(model).__name__
+    if is_encoder(model.config):
+        able = ", ".join(registry.running_on("encoder", method.family))
+        raise UserError(
+            f"{name} is a text encoder, where {method.id} does not work; use {able}, or a decoder such as smollm2-135m"
+        )
     if ("state-space" if recurrent else "plain") in method.runs_on:
         return
     if recurrent:

@@ -13,12 +13,12 @@ from tprune.data import passages
 from tprune.errors import UserError
 from tprune.methods.fit import Fit
 from tprune.methods.tokens import Shape, TokenMethod
-from tprune.models import load as loaders
 from tprune.models import text_encoder
 from tprune.models.anatomy import Anatomy
+from tprune.models.load import load
 from tprune.models.subject import Subject
 from tprune.models.text_driver import TextDriver, TextFitDriver, anatomy
-from tprune.pipelines.base import Achieved, Pipeline, Quality, Workload
+from tprune.pipelines.base import Achieved, Handle, Pipeline, Quality, Sample, Workload
 from tprune.pipelines.course import Course
 from tprune.pipelines.fit_loop import Batches
 from tprune.pipelines.learned import untuned
@@ -59,15 +59,14 @@ class EncoderPipeline(Pipeline):
 
     def load(self) -> Subject:
         """A text encoder of transformers, with its classifier where it has one."""
-        recipe = self.recipe
-        return loaders.load(
-            self.source(), self.family, device=recipe.device, dtype=recipe.dtype, seed=recipe.seed
-        )
+        asked = self.recipe
+        return load(self.source(), self.family, device=asked.device, dtype=asked.dtype, seed=asked.seed)
 
     def prepare(self, subject: Subject) -> None:
         """Read the passages; refuse a model that is no text encoder before anything is measured."""
         shape = anatomy(subject.model).shape
         self.method.check(shape)
+        self.check_budget()
         self.task = TextTask(self.recipe, subject, self.progress)
         if self.stage.fit is not None and self.method.state is None:
             self.lessons = self.read_lessons(subject)
@@ -112,14 +111,19 @@ class EncoderPipeline(Pipeline):
             self.method, self.fitted = self.fit(subject, parts, work)
         elif self.stage.keep == 1:
             self.method = self.method.loosened(1.0, parts.shape)
-        elif self.method.state is None and self.stage.keep is not None:
-            raise UserError(
-                f"--keep {self.stage.keep:g}: {self.method.id} learns how many tokens stay: add --fit DATA (--fit "
-                f"built-in), or give --set {self.method.native[0]} instead"
-            )
+        self.check_budget()
         driver = TextDriver(parts, self.method, stages(self.method, parts.shape), self.recipe.seed)
         self.handle = EncoderHandle(driver, self.fitted)
         return self.handle
+
+    def check_budget(self) -> None:
+        """Refuse a budget that nothing meets: no fit, and nothing learned before."""
+        keep, learned = self.stage.keep, self.stage.fit is not None or self.method.state is not None
+        if keep not in (None, 1) and not learned:
+            raise UserError(
+                f"--keep {keep:g}: {self.method.id} learns how many tokens stay: add --fit DATA (--fit built-in), or "
+                f"give --set {self.method.native[0]} instead"
+            )
 
     def fit(self, subject: Subject, parts: Anatomy, work: Path | None) -> tuple[TokenMethod, dict[str, Any]]:
         """The method with what it learned from `--fit`, and the facts of the fit."""
@@ -136,6 +140,10 @@ class EncoderPipeline(Pipeline):
     def describe_data(self) -> dict[str, Any]:
         """Which passages."""
         return self.task.passages.protocol
+
+    def pictures(self, subject: Subject, handle: Handle, sample: Sample) -> list[Any]:
+        """Encoders are not drawn."""
+        raise UserError("there are no pictures of text encoders; of a decoder such as smollm2-135m there are")
 
     def bench(self, subject: Subject, rounds: int) -> dict[str, Any]:
         """Dense and pruned batches in turn."""
