@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import tprune
+from tests import encoders
 from tests.decoders import decoder, tokens
 from tests.golden_values import golden
 from tests.llm_weights.test_command import SMALL, run
@@ -18,8 +19,13 @@ from tprune.errors import UserError
 from tprune.methods import registry
 from tprune.models.blocks import Matrix, find_decoder
 from tprune.models.scored import scored
+from tprune.models.source import Source
+from tprune.models.subject import Subject
 from tprune.pipelines import fit_loop
 from tprune.pipelines.learned_masks import Masking
+from tprune.pipelines.run import pipeline
+from tprune.progress import Progress
+from tprune.recipe import ModelSource, Recipe, Stage
 
 TENSORS, TOLD = golden("llm-weights", "movement")
 STEPS, WARM = TOLD["settings"]["steps"], TOLD["settings"]["warmup_steps"]
@@ -188,3 +194,31 @@ def test_outputs_are_the_masked_model_s_once_the_scores_are_gone(text):
 def test_low_precision_is_refused_before_anything_is_loaded(folder, text, tmp_path):
     with pytest.raises(UserError, match="give --dtype float32"):
         run(*asked(folder, text, tmp_path / "out", "--dtype", "bfloat16"))
+
+
+def classifying(tmp_path, model):
+    """The driver and the subject of a run on an encoder, and a file of passages with their classes."""
+    data = tmp_path / "passages.json"
+    rows = [
+        {"text": "ab" * (place % 5 + 3) + "cdefg"[place % 5] * 9, "label": place % 5} for place in range(60)
+    ]
+    data.write_text(json.dumps(rows))
+    stage = Stage("llm-weights", "movement", sparsity=0.5, fit=str(data), set=FEW | {"epochs": 4.0})
+    recipe = Recipe(ModelSource("tiny"), (stage,), data=str(data))
+    subject = Subject(model, encoders.tokenizer(), Source("tiny", "folder", "", "transformers"))
+    return pipeline(recipe, stage, Progress(quiet=True)), subject
+
+
+def test_an_encoder_learns_from_classes_of_passages(tmp_path):
+    driver, subject = classifying(tmp_path, encoders.encoder())
+    driver.prepare(subject)
+    handle = driver.apply(subject, None)
+    first, last = handle.fitted["losses"]["classes"]
+    assert last < first
+    assert handle.achieved().value == 0.5
+
+
+def test_an_encoder_without_a_classifier_is_refused(tmp_path):
+    driver, subject = classifying(tmp_path, encoders.encoder(head=False))
+    with pytest.raises(UserError, match="learns from classes"):
+        driver.apply(subject, None)

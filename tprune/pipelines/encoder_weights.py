@@ -25,7 +25,7 @@ def check(stage: Stage, method: WeightMethod, recipe: Recipe) -> None:
     Raises:
         UserError: naming the option or the method.
     """
-    if method.measures or method.scope in ("trained", "whole"):
+    if method.measures or method.scope == "whole":
         raise UserError(
             f"{stage.method} measures how well a language model foretells text, and {recipe.model.name} is an "
             "encoder; choose kcm, or another method that does not search"

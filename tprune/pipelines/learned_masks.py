@@ -1,8 +1,10 @@
-"""Pruning by scores that are trained with the weights (`methods.trained`), on text."""
+"""Pruning by scores that are trained with the weights (`methods.trained`), on text or passages."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +13,11 @@ from torch import Tensor, nn
 
 from tprune.core.mask import count_true
 from tprune.core.weights import WeightEdit
-from tprune.data import text
+from tprune.data import passages, text
 from tprune.errors import BudgetError, UserError
 from tprune.methods.fit import Plan
 from tprune.methods.trained import TrainedMethod
-from tprune.models import masks
+from tprune.models import masks, text_encoder
 from tprune.models.blocks import Decoder, Matrix
 from tprune.models.calibrate import rows_at_once
 from tprune.models.gradients import asking_for
@@ -77,6 +79,77 @@ class Penalized(NextToken):
         return super().forward(inputs, labels) | self.fit.penalty()
 
 
+class Classified(nn.Module):
+    """The same of a text encoder that tells texts apart, as the loop trains it."""
+
+    def __init__(self, subject: Subject, fit: Masking, length: int | None):
+        super().__init__()
+        self.model, self.fit = subject.model, fit
+        self.encode = partial(text_encoder.encode, subject, length=length)
+
+    def forward(self, inputs: Sequence[str], labels: Tensor) -> dict[str, Tensor]:
+        """The losses of texts, and of their classes int64 [b], by name."""
+        logits = text_encoder.answers(self.model, self.encode(inputs))
+        found = nn.functional.cross_entropy(logits, labels.to(logits.device))
+        return {"classes": found} | self.fit.penalty()
+
+
+@dataclass(frozen=True, eq=False)
+class Lessons:
+    """What a model is trained on.
+
+    Attributes:
+        data: what a step draws from.
+        unit: what it consists of.
+        learner: the model with its loss, for what is fitted in it.
+        at_once: how many go through the model together; None for all of a step.
+        batches: the steps, as `Batches` with the number per step, the seed and the share.
+    """
+
+    data: Any
+    unit: str
+    learner: Callable[[Masking], nn.Module]
+    at_once: int | None
+    batches: Callable[[int, int, tuple[int, int]], Batches]
+
+
+def lessons(driver: LlmWeights, subject: Subject) -> Lessons:
+    """Text for a language model, passages with classes for an encoder, as `--fit` names them.
+
+    Raises:
+        UserError: an encoder without a classifier for the labels that there are.
+    """
+    source, recipe = driver.stage.fit, driver.recipe
+    if text_encoder.is_encoder(subject.model.config):
+        names = text_encoder.classes(subject.model)
+        told = passages.training(source, names)
+        if not told.fits(len(names)):
+            raise UserError(
+                f"--fit {source}: {driver.method.id} learns from classes; give a FILE with text and label, and a model "
+                "with a classifier of such labels, such as minilm-topics"
+            )
+        return Lessons(
+            told,
+            "passages",
+            lambda fit: Classified(subject, fit, recipe.length),
+            None,
+            lambda *given: Batches(told, None, *given, collate=_texts),
+        )
+    data = text.training(source, driver.tokenizer(subject), driver.length)
+    return Lessons(
+        data,
+        "sequences",
+        lambda fit: Penalized(subject.model, fit),
+        rows_at_once(recipe.batch_size, driver.length, subject.device),
+        lambda *given: Batches(data, None, *given),
+    )
+
+
+def _texts(samples: Sequence[tuple[str, int]]) -> tuple[list[str], Tensor]:
+    """The texts of a step, and their classes int64 [b]."""
+    return [text for text, _ in samples], torch.tensor([label for _, label in samples])
+
+
 def check(driver: LlmWeights) -> None:
     """Refuse a precision in which small steps are lost.
 
@@ -108,7 +181,7 @@ def learn(
         BudgetError: `sparsity` rounds to no weight.
     """
     method, recipe, model = driver.method, driver.recipe, subject.model
-    data = text.training(driver.stage.fit, driver.tokenizer(subject), driver.length)
+    course = lessons(driver, subject)
     matrices = [matrix for index in range(len(decoder.blocks)) for matrix in decoder.matrices(index)]
     embedded = {part.weight for part in model.modules() if isinstance(part, nn.Embedding)}
     trained = {name: one for name, one in model.named_parameters() if one not in embedded}
@@ -120,22 +193,22 @@ def learn(
         weight_decay=method.weight_decay,
         linear=True,
         clip=method.clip,
-        at_once=rows_at_once(recipe.batch_size, driver.length, subject.device),
+        at_once=course.at_once,
     )
     file = None if work is None else work / f"stage-{recipe.stages.index(driver.stage)}-scores.safetensors"
     accelerator = processes(model, plan.batch)
     share = accelerator.process_index, accelerator.num_processes
     with torch.enable_grad(), asking_for(model, trained.values()), scored(model, matrices) as scores:
-        learner = Penalized(model, Masking(method, scores, sparsity))
-        loop = Loop(learner, plan, len(data), file, driver.progress, "sequences")
-        loop.run(Batches(data, None, plan.batch, recipe.seed, share), accelerator, recipe.seed)
+        learner = course.learner(Masking(method, scores, sparsity))
+        loop = Loop(learner, plan, len(course.data), file, driver.progress, course.unit)
+        loop.run(course.batches(plan.batch, recipe.seed, share), accelerator, recipe.seed)
         gone = scores.masks()
     if sparsity and not any(count_true(mask) for mask in gone):
         raise BudgetError(f"--sparsity {sparsity:g} rounds to no weight at all in this model; ask for more")
     edits = masks.record(_edited(matrices, gone))
     kept = {matrix.parameter_name for matrix in matrices}
     edits |= {TRAINED + name: one.data.cpu() for name, one in trained.items() if name not in kept}
-    facts = {"data": data.protocol, **loop.figures(), "seconds": round(loop.seconds, 1)}
+    facts = {"data": course.data.protocol, **loop.figures(), "seconds": round(loop.seconds, 1)}
     return edits, facts
 
 
