@@ -111,6 +111,24 @@ def test_a_masked_decoder_inside_another_loses_what_both_leave_out():
         assert torch.equal(logits(model, ids), nested)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+def test_new_weights_of_what_stays_are_the_same_masked_and_sliced(name):
+    sliced, ids = decoder(name), tokens(2, 20)
+    dense, before = copy.deepcopy(sliced), logits(sliced, ids)
+    edits = []
+    for index, kind, keep in ((0, "channels", CHANNELS), (1, "heads", torch.tensor([1]))):
+        place = units.site(find_decoder(dense), index, kind)
+        weight = torch.randn(32, len(keep) * place.width, generator=torch.Generator().manual_seed(index))
+        edits.append(StructureEdit(index, keep={kind: keep}, weight={kind: weight}))
+    with masked(find_decoder(dense), edits):
+        found = logits(dense, ids)
+    assert torch.equal(logits(dense, ids), before)
+    shapes.apply(find_decoder(sliced), edits)
+    expected = logits(sliced, ids)
+    assert (expected - before).abs().max() > 1e-3
+    assert (found - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
 @pytest.mark.parametrize("name", ["gpt2", "gpt-neox", "opt", "mixtral"])
 def test_models_without_some_halves_are_saved_and_loaded_in_every_layout(name, text, tmp_path):
     source, ids = save(tmp_path / "model", name), tokens(2, 20)

@@ -59,6 +59,13 @@ class LowRankMap:
         return linear(codes, self.up)
 
 
+def gap(one: LowRankMap, other: LowRankMap, rank: int) -> Tensor:
+    """What no difference of `rank` can bridge between two maps of low rank: the squared Frobenius norm of the rest."""
+    up = torch.linalg.qr(torch.cat([one.up, -other.up], 1)).R
+    down = torch.linalg.qr(torch.cat([one.down, other.down]).t()).R
+    return torch.linalg.svdvals(up @ down.t())[rank:].square().sum()
+
+
 Finish = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """What a layer makes of projected keys [B, t, C] and values [B, t, E] at positions int64 [B, t] before it attends to
 them: [B, G, t, d] and [B, G, t, e]."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +17,14 @@ def _sequences(x: Tensor) -> Tensor:
     """`x` as float32 [N, L, C]."""
     x = x.float()
     return x.unsqueeze(0) if x.dim() == 2 else x
+
+
+def _squares(x: Tensor) -> Tensor:
+    """Σ_t x_t² of x float32 [T, C]: [C]; on a CPU by numpy, which squares and sums in one go."""
+    if x.device.type == "cpu":
+        rows = x.numpy()
+        return torch.from_numpy(np.einsum("tc,tc->c", rows, rows))
+    return x.new_ones(1, len(x)).mm(x.square()).squeeze(0)
 
 
 def token_cosine(before: Tensor, after: Tensor) -> Tensor:
@@ -53,10 +62,9 @@ class Norm:
     def add(self, x: Tensor) -> None:
         """Take in x [N, L, C]."""
         if self.total is None:
-            self.total = torch.zeros(1, x.shape[-1], device=x.device)
+            self.total = torch.zeros(x.shape[-1], device=x.device)
         for part in x.flatten(0, -2).split(self.strip):
-            # A product with ones sums over the tokens on all cores.
-            self.total.addmm_(part.new_ones(1, len(part), dtype=torch.float32), part.float().square())
+            self.total += _squares(part.float())
 
     def share(self) -> tuple[Tensor, ...]:
         """The sums so far, float64."""
@@ -68,7 +76,34 @@ class Norm:
 
     def result(self) -> dict[str, Tensor]:
         """{"norm": [C]}."""
-        return {"norm": self.total.squeeze(0).sqrt()}
+        return {"norm": self.total.sqrt()}
+
+
+class Absolute:
+    """`absolute` [C]: the mean magnitude of every input over all tokens."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        self.tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        """Take in x [N, L, C]."""
+        x = x.flatten(0, -2)
+        total = x.abs().sum(0, dtype=torch.float32)
+        self.total = total if self.total is None else self.total + total
+        self.tokens += len(x)
+
+    def share(self) -> tuple[Tensor, ...]:
+        """The sums so far, float64, and the number of tokens."""
+        return self.total.double(), torch.tensor(self.tokens, dtype=torch.float64)
+
+    def join(self, sums: tuple[Tensor, ...]) -> None:
+        """Start from sums like these."""
+        self.total, self.tokens = sums[0].float(), int(sums[1])
+
+    def result(self) -> dict[str, Tensor]:
+        """{"absolute": [C]}."""
+        return {"absolute": self.total / self.tokens}
 
 
 class Gram:
@@ -156,9 +191,11 @@ class Moments:
         return {"mean": self.mean, "variance": variance, "fluctuation": self.fluctuation}
 
 
-KINDS = {"norm": Norm, "gram": Gram, "moments": Moments}
-SHARED = ("norm", "gram")
+KINDS = {"norm": Norm, "absolute": Absolute, "gram": Gram, "moments": Moments}
+SHARED = ("norm", "absolute", "gram")
 """Kinds that are sums over tokens, so that several processes may each gather a part."""
+PER_CHANNEL = {"norm", "absolute"}
+"""Those of them that are so small that every thread may have its own."""
 
 
 class Inputs:
@@ -224,6 +261,7 @@ def white(kinds: tuple[str, ...], width: int, device: torch.device | str) -> dic
     """
     known = {
         "norm": {"norm": torch.ones(width, device=device)},
+        "absolute": {"absolute": torch.ones(width, device=device)},
         "gram": {"gram": torch.eye(width, device=device)},
         "moments": {
             "mean": torch.zeros(width, device=device),

@@ -87,7 +87,7 @@ def remove_in_rounds(
 
     With B = Wᵀ and G = H B (of the dense B) the cost of unit g is Σ ½ B_g ∘ [H⁻¹]_gg⁻¹ B_g + B_g ∘ G_g; after a round
     the rest is updated as Optimal Brain Surgeon does, and in the end B_K = H_KK⁻¹ G_K for the kept K. Units that are
-    zero go first.
+    zero go before the first round.
 
     Args:
         weight: float32 [R, U · width].
@@ -100,13 +100,14 @@ def remove_in_rounds(
     Returns:
         The units that are left, int64 ascending, and their weights [R, left · width].
     """
-    dense = weight.t()
+    dense = weight.t().contiguous()
     product, inverse = gram @ dense, torch.linalg.inv(gram)
     units = dense.shape[0] // width
     now = dense.clone()
     gone = torch.zeros(units, dtype=torch.bool, device=weight.device)
     empty = dense.abs().view(units, -1).sum(1) <= 1e-12
-    for share in _shares(count, rounds):
+    first = min(int(empty.sum()), count)
+    for share in filter(None, [first, *_shares(count - first, rounds)]):
         blocks = inverse.view(units, width, units, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
         apart = torch.eye(width, device=weight.device, dtype=weight.dtype) * gone.view(-1, 1, 1)
         half = (_inverses(blocks + apart) @ now.view(units, width, -1)).view_as(now) / 2
@@ -125,6 +126,5 @@ def remove_in_rounds(
 
 
 def _shares(count: int, rounds: int) -> list[int]:
-    rounds = max(1, min(rounds, count))
-    base, extra = divmod(count, rounds)
-    return [base + (place < extra) for place in range(rounds)]
+    rounds = min(rounds, count)
+    return [count // rounds + (place < count % rounds) for place in range(rounds)]

@@ -31,6 +31,21 @@ HALF_OF = {"channels": "mlp", "heads": "attention", "experts": "mlp"}
 """Which half the units of a kind are in."""
 
 
+@dataclass(frozen=True)
+class Shared:
+    """How a block borrows another's weights.
+
+    Attributes:
+        base: the other block.
+        rank: of the difference that it adds to each matrix.
+        scale: of what its attention and its MLP add to the residual stream, normalised; None: as it comes.
+    """
+
+    base: int
+    rank: int
+    scale: float | None
+
+
 @dataclass(frozen=True, eq=False)
 class StructureEdit:
     """Structure taken out of one block.
@@ -43,6 +58,7 @@ class StructureEdit:
         bias: per kind, float32 [out], what the output projection adds from now on.
         weight: per kind, float32, new weights of what stays: of the output projection [out, in], of experts their
             neurons [E, m, 3 D] (rows of gate and up, column of down).
+        shared: from whom it borrows all its matrices, instead of having its own.
     """
 
     block: int
@@ -51,6 +67,7 @@ class StructureEdit:
     keep: dict[str, Tensor] = field(default_factory=dict)
     bias: dict[str, Tensor] = field(default_factory=dict)
     weight: dict[str, Tensor] = field(default_factory=dict)
+    shared: Shared | None = None
 
     @property
     def gone(self) -> tuple[str, ...]:

@@ -163,6 +163,27 @@ class BlockView:
         return self.units if self.experts is None else {**self.units, "experts": self.experts}
 
 
+Place = tuple[int, str]
+"""A block, and a kind of unit in it."""
+
+
+@dataclass(eq=False)
+class Sublayer:
+    """What is known of the units at one place of an encoder, and behind it, once those before it are pruned.
+
+    Attributes:
+        features: float32 [T, in], of every token what the output projection reads.
+        target: float32 [T, out], what its product with the weight should be for the dense model's residual stream.
+        answers: by place float32 [in], half the squared gradient of the answers' divergence from the dense model's.
+        squares: by place float32 [in], the mean square of what the projection reads.
+    """
+
+    features: Tensor
+    target: Tensor
+    answers: dict[Place, Tensor]
+    squares: dict[Place, Tensor]
+
+
 @dataclass(eq=False)
 class ModelView:
     """All blocks with their statistics, for methods that decide over the whole model.
@@ -174,6 +195,7 @@ class ModelView:
             `made` and those of each candidate in turn; for methods with `measures`. Edits of one block add up.
         seen_with: edits -> all blocks with the statistics that they have under these edits; for methods with
             `measures` that read statistics. Units and weights are those of the whole model.
+        teacher: sequences per pass -> the dense model (`models.teacher.Teacher`), for methods with `teacher`.
         seed: of all that a method draws.
     """
 
@@ -181,4 +203,5 @@ class ModelView:
     uniform: bool = False
     losses_with: Callable[[Sequence[StructureEdit], Sequence[Sequence[StructureEdit]]], Tensor] | None = None
     seen_with: Callable[[Sequence[StructureEdit]], list[BlockView]] | None = None
+    teacher: Callable[[int], Any] | None = None
     seed: int = 0

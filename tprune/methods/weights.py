@@ -75,6 +75,8 @@ class WeightMethod(Method):
     propagate: ClassVar[str] = "pruned"
     """What feeds the next block's statistics: the "pruned" blocks before it, or the "dense" ones. A method of scope
     "model" that lets pruned ones do so is asked for one block at a time."""
+    teacher: ClassVar[bool] = False
+    """Whether a method of scope "model" compares an encoder with itself, dense, as it goes (`ModelView.teacher`)."""
     regularised: ClassVar[Regularised | None] = None
     """How a method of scope "model" trains between the choice of what goes and its removal."""
     wraps: ClassVar[bool] = False

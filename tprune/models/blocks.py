@@ -268,7 +268,7 @@ def find_decoder(model: nn.Module) -> Decoder:
     for module in core.modules():
         if isinstance(module, nn.ModuleList) and len(module) == getattr(config, "num_hidden_layers", -1):
             decoder = Decoder(model, core, config, module, names[module])
-            if not decoder.matrices(0):
+            if not any(decoder.matrices(index) for index in range(len(module))):
                 kinds = sorted(
                     {type(part).__name__ for part in module[0].modules() if hasattr(part, "weight")}
                 )

@@ -7,15 +7,16 @@ model the same shapes before its weights are loaded.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import astuple, replace
 from typing import Any
 
 import torch
 
-from tprune.core.weights import HALVES, StructureEdit
+from tprune.core.weights import HALVES, Shared, StructureEdit
 from tprune.models.blocks import Decoder, width
 from tprune.models.experts import KIND, keep_experts
 from tprune.models.halves import halves_gone, keeps_norms, remove_half
+from tprune.models.shared import borrows, make_room, share
 from tprune.models.units import WIRING, add_bias, put, remove_blocks, set_weight, shrink, site
 
 
@@ -34,6 +35,8 @@ def apply(decoder: Decoder, edits: list[StructureEdit]) -> None:
             add_bias(site(decoder, edit.block, kind).reader, bias)
         for half in edit.halves:
             remove_half(decoder.blocks[edit.block], half)
+        if edit.shared is not None:
+            share(decoder, edit.block, edit.shared)
     gone = sorted(edit.block for edit in edits if edit.removed)
     if gone:
         remove_blocks(decoder, gone)
@@ -59,12 +62,16 @@ def shapes(decoder: Decoder) -> list[dict[str, Any]]:
             kind: [place.count, place.reader.bias is not None] for kind, place in places.items() if place
         }
         gone = halves_gone(block)
-        rows.append(row | ({GONE: gone} if gone else {}))
+        row |= {GONE: gone} if gone else {}
+        how = borrows(decoder, index)
+        rows.append(row if how is None else row | {SHARED: list(astuple(how))})
     return rows
 
 
 GONE = "gone"
 """The name of the missing halves in a row of the table."""
+SHARED = "shared"
+"""The name of what `Shared` says in a row of the table."""
 
 
 SWITCHES = {
@@ -115,7 +122,7 @@ def write_config(decoder: Decoder, before: list[dict[str, Any]]) -> None:
 
 def _plainly(decoder: Decoder, before: list[dict[str, Any]], rows: list[dict[str, Any]]) -> bool:
     """Write equal shapes into the configuration; False where they are not equal, or it has no words for them."""
-    if any(row != rows[0] or GONE in row for row in rows):
+    if any(row != rows[0] or GONE in row or SHARED in row for row in rows):
         return False
     changes = []
     for kind, (count, bias) in rows[0].items():
@@ -156,6 +163,8 @@ def resize(decoder: Decoder, rows: list[dict[str, Any]]) -> None:
     for index, row in enumerate(rows):
         for half in row.get(GONE, ()):
             remove_half(decoder.blocks[index], half)
+        if SHARED in row:
+            make_room(decoder, index, Shared(*row[SHARED]))
         for kind, (count, bias) in ((kind, row[kind]) for kind in WIRING if kind in row):
             place = site(decoder, index, kind)
             if count != place.count:

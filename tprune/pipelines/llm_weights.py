@@ -128,7 +128,7 @@ class LlmWeights(Pipeline):
         stage = self.stage
         if stage.pattern is not None:
             if not self.method.patterns:
-                why = "removes structure" if self.method.scope == "model" else "knows no patterns"
+                why = "knows no patterns" if self.method.scope == "trained" else "removes structure"
                 raise UserError(f"--pattern {stage.pattern}: {stage.method} {why}; give --sparsity S")
             keep, group = recipes.pattern(stage.pattern)
             return WeightBudget(1 - keep / group, (keep, group))
@@ -185,7 +185,8 @@ class LlmWeights(Pipeline):
         """The calibration sequences, int64 [N, L]; None where the method reads nothing."""
         allocation = self.allocation()
         shared = allocation is not None and allocation.needs(self.method)
-        if not self.method.stats and not self.method.measures and not shared:
+        reads = self.method.stats or self.method.measures or self.method.teacher or shared
+        if not reads:
             return None
         if is_encoder(decoder.config):
             encoder_weights.check(self.stage, self.method, self.recipe)
@@ -204,10 +205,7 @@ class LlmWeights(Pipeline):
         """Prune in place, or make stored edits again."""
         decoder = self.decoder(subject.model)
         if state is not None:
-            edits, trained = recover.split(state)
-            handle = prune_weights.reload(self, decoder, edits)
-            recover.put_back(subject.model, trained)
-            return handle
+            return prune_weights.reload(self, decoder, state)
         self.check()
         if factored.sizes(decoder) and (self.method.wraps or self.method.scope != "block"):
             raise UserError(

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from tprune.errors import BudgetError
+from tprune.methods.levels import LevelMethod
 from tprune.methods.weights import WeightBudget
-from tprune.models import factored, masks, shapes
+from tprune.models import factored, masks, shapes, units
 from tprune.models.blocks import Decoder
-from tprune.models.gradients import POWERS, gradient_statistics
+from tprune.models.gradients import MEASURED, POWERS, SENSITIVITY, gradient_statistics, sensitivities
 from tprune.models.subject import pages_of
 from tprune.pipelines import share
 from tprune.pipelines.allocation import Sharing
 from tprune.pipelines.base import Achieved
 from tprune.pipelines.journal import Journal
+from tprune.pipelines.levels import LevelPruner
+from tprune.pipelines.recover import TRAINED, put_back, split
+from tprune.pipelines.regularise import matrices, regularise
 from tprune.pipelines.stream import BlockPruner
 from tprune.pipelines.structure import REMOVED, StructurePruner, edits_of, record
 from tprune.pipelines.weights_report import (
@@ -49,13 +54,20 @@ def prune(
 
 def reload(driver: LlmWeights, decoder: Decoder, state: dict[str, Tensor]) -> WeightHandle:
     """Make stored edits again: on the dense model they all happen, on the pruned one they change nothing."""
-    if REMOVED in state:
-        shapes.apply(decoder, edits_of(state))
-        return WeightHandle(_kind_of_shapes(decoder), Achieved(float("nan")), [], state, {})
+    edits, trained = split(state)
+    handle = _again(driver, decoder, edits)
+    put_back(decoder.model, trained)
+    return handle
+
+
+def _again(driver: LlmWeights, decoder: Decoder, edits: dict[str, Tensor]) -> WeightHandle:
+    if REMOVED in edits:
+        shapes.apply(decoder, edits_of(edits))
+        return WeightHandle(_kind_of_shapes(decoder), Achieved(float("nan")), [], edits, {})
     if pages_of(decoder.model) is None:
         for index in range(len(decoder.blocks)):
-            masks.replay(decoder.matrices(index), state)
-    return _masked(driver, decoder, state, None)
+            masks.replay(decoder.matrices(index), edits)
+    return _masked(driver, decoder, edits, None)
 
 
 def _block_by_block(
@@ -69,7 +81,7 @@ def _block_by_block(
     if rule is not None and budget.sparsity > 0:
         sharing = Sharing(decoder, rule, method, gradients, progress)
         shares = sharing.run(budget.sparsity, start, journal.part("shares"))
-    calibration = start() if set(method.stats) - POWERS.keys() else None
+    calibration = start() if set(method.stats) - set(MEASURED) else None
     pruner = BlockPruner(
         decoder, method, budget, driver.recipe.seed, calibration, progress, shares, gradients
     )
@@ -92,8 +104,12 @@ def _structure(
     before = sizes(decoder)
     everything = _parameters(decoder)
     gradients = _gradients(driver, decoder, tokens)
-    reads = set(method.stats) - POWERS.keys() or method.measures
-    pruner = StructurePruner(
+    reads = set(method.stats) - set(MEASURED) or method.measures or method.teacher
+    asked, train = method.regularised, None
+    if asked is not None and asked.epochs and budget.sparsity:
+        train = partial(regularise, driver, decoder, tokens, journal.part("regularised"))
+    kind = LevelPruner if isinstance(method, LevelMethod) else StructurePruner
+    pruner = kind(
         decoder,
         method,
         budget,
@@ -102,6 +118,8 @@ def _structure(
         driver.progress,
         gradients,
         driver.max_minutes,
+        driver.recipe.seed,
+        train,
     )
     edits, view = pruner.run(journal)
     after = sizes(decoder)
@@ -109,7 +127,7 @@ def _structure(
         costs = (
             cost
             for block in view.blocks
-            for cost in (*block.halves.values(), *(unit.cost for unit in block.units.values()))
+            for cost in (*block.halves.values(), *(unit.cost for unit in block.removable().values()))
         )
         least = min(costs) / sum(before)
         raise BudgetError(
@@ -119,15 +137,29 @@ def _structure(
     details = {"over_all_parameters": 1 - _parameters(decoder) / everything}
     found = Achieved(1 - sum(after) / sum(before), details)
     rows = structure_rows(edits, view, after)
-    return WeightHandle(_kind_of_shapes(decoder), found, rows, record(edits), {})
+    kept = record(edits)
+    if train is not None:
+        kept |= {TRAINED + name: held.data.cpu() for name, held in matrices(decoder).items()}
+    return WeightHandle(_kind_of_shapes(decoder), found, rows, kept, {})
 
 
 def _gradients(driver: LlmWeights, decoder: Decoder, tokens: Tensor | None) -> Gradients:
     """What the method reads of the dense model's gradients; nothing where it reads none."""
-    kinds = [kind for kind in driver.method.stats if kind in POWERS]
-    if not kinds:
-        return {}
-    return gradient_statistics(decoder, driver.progress.track(tokens, "gradients"), kinds)
+    stats = driver.method.stats
+    kinds, found = [kind for kind in stats if kind in POWERS], {}
+    if kinds:
+        sequences = driver.progress.track(tokens, "gradients")
+        found = gradient_statistics(decoder, sequences, kinds, driver.classes)
+    if SENSITIVITY in stats:
+        places = [
+            units.site(decoder, index, kind)
+            for index in range(len(decoder.blocks))
+            for kind in driver.method.units
+        ]
+        readers = {place.reader_name: place.reader for place in places if place is not None}
+        sequences = driver.progress.track(tokens, "gradients")
+        found[SENSITIVITY] = sensitivities(decoder, sequences, driver.classes, readers)
+    return found
 
 
 def _masked(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,32 +17,24 @@ from tprune.pipelines.journal import Journal
 from tprune.progress import Progress
 
 
-class Removal:
-    """Losses with edits, as `ModelView.losses_with` gives them.
-
-    What enters the first block that a candidate edits is the same for all candidates, so the model runs up to it once,
-    and with the candidate only from there on: half the work of a whole pass per candidate. Answers are kept in the
-    journal in the order they are asked for; the same search, started again, finds them there.
+class Questions:
+    """What a search asks, in order: answers are kept in a journal, where the same search, started again, finds them.
 
     Args:
-        stream: the calibration sequences before the first block; it stays there.
         journal: of the answers.
         progress: a bar per question, and a line when it is answered.
         max_minutes: after so much time no further question is measured; at least one is.
     """
 
-    def __init__(
-        self, stream: Stream, journal: Journal, progress: Progress, max_minutes: float | None = None
-    ):
-        self.stream, self.journal, self.progress, self.max_minutes = stream, journal, progress, max_minutes
+    asks_for = "loss"
+
+    def __init__(self, journal: Journal, progress: Progress, max_minutes: float | None = None):
+        self.journal, self.progress, self.max_minutes = journal, progress, max_minutes
         self.asked = self.measured = 0
         self.started = time.monotonic()
 
-    @torch.no_grad()
-    def __call__(
-        self, made: Sequence[StructureEdit], candidates: Sequence[Sequence[StructureEdit]]
-    ) -> Tensor:
-        """Mean loss per token with `made` and each of `candidates`, float64 [C].
+    def answer(self, measure: Callable[[], Tensor]) -> Tensor:
+        """What `measure` finds for every candidate, float64 [C]; or what it found at this point before.
 
         Raises:
             UserError: the time is up.
@@ -50,15 +42,20 @@ class Removal:
         known = self.journal.read(self.asked)
         if known is None:
             self._check_time()
-            known = {"losses": self._measure(made, candidates)}
+            known = {"losses": measure()}
             self.journal.write(self.asked, known)
             self.measured += 1
             self.progress.say(
-                f"search, step {self.asked + 1}: the best of {len(candidates)} has a loss of "
+                f"{self.step}: the best of {len(known['losses'])} has a {self.asks_for} of "
                 f"{known['losses'].min():.4f}, {self._minutes():.1f} minutes so far"
             )
         self.asked += 1
         return known["losses"]
+
+    @property
+    def step(self) -> str:
+        """What the next question is called."""
+        return f"search, step {self.asked + 1}"
 
     def _minutes(self) -> float:
         return (time.monotonic() - self.started) / 60
@@ -70,6 +67,34 @@ class Removal:
                 "kept, and the same command goes on there"
             )
 
+
+class Removal(Questions):
+    """Losses with edits, as `ModelView.losses_with` gives them.
+
+    What enters the first block that a candidate edits is the same for all candidates, so the model runs up to it once,
+    and with the candidate only from there on: half the work of a whole pass per candidate.
+
+    Args:
+        stream: the calibration sequences before the first block; it stays there.
+    """
+
+    def __init__(
+        self, stream: Stream, journal: Journal, progress: Progress, max_minutes: float | None = None
+    ):
+        super().__init__(journal, progress, max_minutes)
+        self.stream = stream
+
+    @torch.no_grad()
+    def __call__(
+        self, made: Sequence[StructureEdit], candidates: Sequence[Sequence[StructureEdit]]
+    ) -> Tensor:
+        """Mean loss per token with `made` and each of `candidates`, float64 [C].
+
+        Raises:
+            UserError: the time is up.
+        """
+        return self.answer(lambda: self._measure(made, candidates))
+
     def _measure(
         self, made: Sequence[StructureEdit], candidates: Sequence[Sequence[StructureEdit]]
     ) -> Tensor:
@@ -79,7 +104,7 @@ class Removal:
         total = torch.zeros(len(candidates), dtype=torch.float64)
         pairs = list(zip(stream.hidden.split(stream.rows), stream.tokens.split(stream.rows), strict=True))
         with masked(stream.decoder, made):
-            for x, tokens in self.progress.track(pairs, f"search, step {self.asked + 1}"):
+            for x, tokens in self.progress.track(pairs, self.step):
                 for index in range(max(first) + 1):
                     for place in (place for place, at in enumerate(first) if at == index):
                         with masked(stream.decoder, candidates[place]):

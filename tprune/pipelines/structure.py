@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from math import isnan, nan
 
 import torch
 from torch import Tensor
 
-from tprune.core.weights import HALVES, StructureEdit
+from tprune.core.weights import HALVES, Shared, StructureEdit
 from tprune.errors import UserError
 from tprune.methods.weight_view import BlockView, ExpertView, MemberView, ModelView, UnitView
 from tprune.methods.weights import WeightBudget, WeightMethod
@@ -20,11 +21,13 @@ from tprune.models.blocks import Decoder
 from tprune.models.calibrate import Stream
 from tprune.models.gradients import MEASURED, POWERS, SENSITIVITY
 from tprune.models.halves import half_sizes, masked
+from tprune.models.teacher import Teacher
+from tprune.models.text_encoder import is_encoder
 from tprune.pipelines.journal import Journal
 from tprune.pipelines.removal import Removal
 from tprune.progress import Progress
 
-KEEP, BIAS, WEIGHT, REMOVED = "keep/", "bias/", "weight/", "removed"
+KEEP, BIAS, WEIGHT, SHARED, REMOVED = "keep/", "bias/", "weight/", "shared/", "removed"
 WITHOUT = {half: f"without.{half}" for half in HALVES}
 
 
@@ -77,6 +80,8 @@ class StructurePruner:
         if self.method.measures:
             view.losses_with = self._losses(journal)
             view.seen_with = self._seen_with if self.gathers else None
+        if self.method.teacher:
+            view.teacher = self._teacher()
         edits: list[StructureEdit] = []
         for index in self.progress.track(range(len(self.decoder.blocks)), "gathering"):
             block = self._gathered(index, kinds, journal)
@@ -92,6 +97,19 @@ class StructurePruner:
             self.before(edits)
         shapes.apply(self.decoder, edits)
         return edits, view
+
+    def _teacher(self) -> Callable[[int], Teacher]:
+        """Makes the dense encoder what a method compares with.
+
+        Raises:
+            UserError: a decoder.
+        """
+        if not is_encoder(self.decoder.config):
+            raise UserError(
+                f"{self.method.id} prunes text encoders such as minilm-topics, and this is a "
+                f"{self.decoder.config.model_type} model; choose a method for decoders, such as flap"
+            )
+        return partial(Teacher, self.decoder, self.stream.tokens)
 
     def _kinds(self) -> list[str]:
         """The kinds of unit that the method looks at and that may be removed."""
@@ -250,6 +268,13 @@ def record(edits: list[StructureEdit]) -> dict[str, Tensor]:
         for prefix, parts in _parts(edit).items():
             for kind, value in parts.items():
                 tensors[f"{prefix}{edit.block}.{kind}"] = value.cpu()
+        if edit.shared is not None:
+            how = (
+                edit.shared.base,
+                edit.shared.rank,
+                nan if edit.shared.scale is None else edit.shared.scale,
+            )
+            tensors[f"{SHARED}{edit.block}"] = torch.tensor(how, dtype=torch.float64)
     tensors[REMOVED] = _listed(edit.block for edit in edits if edit.removed)
     for half, name in WITHOUT.items():
         if any(half in edit.halves for edit in edits):
@@ -275,7 +300,11 @@ def edits_of(tensors: dict[str, Tensor]) -> list[StructureEdit]:
             found[block] = replace(edit, halves=(*edit.halves, half))
     for name, tensor in tensors.items():
         prefix, slash, place = name.partition("/")
-        if slash:
+        if prefix + slash == SHARED:
+            base, rank, scale = tensor.tolist()
+            how = Shared(int(base), int(rank), None if isnan(scale) else scale)
+            found[int(place)] = StructureEdit(int(place), shared=how)
+        elif slash:
             block, _, kind = place.partition(".")
             edit = found.setdefault(int(block), StructureEdit(int(block)))
             _parts(edit)[prefix + slash][kind] = tensor

@@ -9,7 +9,7 @@ from torch import Tensor
 from tprune.core.weights import HALF_OF, HALVES, StructureEdit
 from tprune.errors import UserError
 from tprune.methods.weight_view import ModelView
-from tprune.models import masks
+from tprune.models import masks, shared
 from tprune.models.blocks import Decoder
 from tprune.models.pages import at_hand
 from tprune.pipelines.base import Achieved, Handle
@@ -71,7 +71,7 @@ def mask_row(decoder: Decoder, index: int, edits: dict[str, Tensor]) -> dict[str
         "matrices": len(matrices),
         "weights": weights,
         "removed": gone,
-        "sparsity": gone / weights,
+        "sparsity": gone / max(weights, 1),
     }
 
 
@@ -90,8 +90,8 @@ def pattern_share(decoder: Decoder, pattern: tuple[int, int], groups_outputs: bo
 def sizes(decoder: Decoder) -> list[int]:
     """Prunable weights of every block."""
     return [
-        sum(matrix.shape[0] * matrix.shape[1] for matrix in decoder.matrices(index))
-        for index in range(len(decoder.blocks))
+        sum(matrix.shape[0] * matrix.shape[1] for matrix in decoder.matrices(index)) + shared.size(block)
+        for index, block in enumerate(decoder.blocks)
     ]
 
 

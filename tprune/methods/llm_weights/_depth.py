@@ -8,7 +8,7 @@ import torch
 
 from tprune.core.weights import StructureEdit
 from tprune.errors import BudgetError
-from tprune.methods.weight_view import ModelView
+from tprune.methods.weight_view import BlockView, ModelView
 
 
 def blocks_to_remove(sparsity: float, depth: int, kept: int = 1) -> int:
@@ -26,6 +26,12 @@ def blocks_to_remove(sparsity: float, depth: int, kept: int = 1) -> int:
             most / depth,
         )
     return count
+
+
+def least_influential(blocks: Sequence[BlockView], count: int) -> list[int]:
+    """The `count` blocks with the smallest 1 - mean cosine between what enters and what leaves, ascending by index."""
+    influence = torch.tensor([1 - block.similarity for block in blocks], dtype=torch.float64)
+    return influence.argsort(stable=True)[:count].sort().values.tolist()
 
 
 def cheapest(model: ModelView, made: Sequence[StructureEdit], candidates: Sequence[StructureEdit]) -> int:

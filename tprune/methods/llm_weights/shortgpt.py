@@ -9,12 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import pi
 
-import torch
-
 from tprune.core.statistics import token_cosine
 from tprune.core.weights import StructureEdit
 from tprune.methods.base import Paper, param
-from tprune.methods.llm_weights._depth import blocks_to_remove
+from tprune.methods.llm_weights._depth import blocks_to_remove, least_influential
 from tprune.methods.weight_view import ModelView
 from tprune.methods.weights import WeightBudget, WeightMethod
 
@@ -47,13 +45,10 @@ class ShortGPT(WeightMethod):
     def plan(self, model: ModelView, budget: WeightBudget) -> list[StructureEdit]:
         """Rank the blocks once and remove the least influential."""
         count = blocks_to_remove(budget.sparsity, len(model.blocks))
-        gone = self.angular(model, count) if self.metric == "angular" else self.least(model, count)
+        gone = (
+            self.angular(model, count) if self.metric == "angular" else least_influential(model.blocks, count)
+        )
         return [StructureEdit(index, removed=True) for index in gone]
-
-    def least(self, model: ModelView, count: int) -> list[int]:
-        """The blocks with the smallest 1 - mean cosine, ascending by index."""
-        influence = torch.tensor([1 - block.similarity for block in model.blocks], dtype=torch.float64)
-        return influence.argsort(stable=True)[:count].sort().values.tolist()
 
     def angular(self, model: ModelView, count: int) -> list[int]:
         """The run of `count` blocks across which the last token turns least."""
