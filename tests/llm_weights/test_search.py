@@ -38,6 +38,17 @@ def test_a_search_stops_when_its_time_is_up_and_goes_on_where_it_was(folder, tex
     assert weights(out) == weights(tmp_path / "whole")
 
 
+def test_an_evolution_stops_and_goes_on_too(folder, text, tmp_path):
+    asked, out = recipe(folder, text, "tyr"), tmp_path / "out"
+    settings = asked.stage.set | {"rounds": 1, "generations": 1}
+    asked = replace(asked, stages=(replace(asked.stage, set=settings),))
+    execute(asked, QUIET, out=str(tmp_path / "whole"), evaluate=False)
+    with pytest.raises(UserError, match="--max-minutes 0: the search stopped behind step 1"):
+        execute(asked, QUIET, out=str(out), evaluate=False, max_minutes=0.0)
+    execute(asked, QUIET, out=str(out), evaluate=False, max_minutes=0.0)
+    assert weights(out) == weights(tmp_path / "whole")
+
+
 def test_a_limit_of_time_for_a_method_that_does_not_search_is_refused(folder, text, tmp_path):
     with pytest.raises(UserError, match="--max-minutes 1: flap does not search"):
         execute(recipe(folder, text, "flap"), QUIET, out=str(tmp_path / "out"), max_minutes=1.0)

@@ -152,6 +152,15 @@ def test_widths_by_importance_have_the_asked_mean_and_none_is_whole():
     assert widths_by_importance([0.3, 0.3], 0.0, 5.0) == [1.0, 1.0]
 
 
+def test_mini_gpts_removes_the_channels_that_the_authors_zero():
+    tensors, told = golden("llm-weights", "mini-gpts")
+    model = decoder("opt")
+    weights = sum(p.numel() for p in model.model.decoder.layers.parameters() if p.dim() > 1)
+    found = edits("mini-gpts", model, tensors["tokens"], told["settings"]["gone"] * 2 * 32 / weights)
+    for layer in range(3):
+        assert torch.equal(found[f"keep/{layer}.channels"], tensors[f"{layer}.channels"])
+
+
 @pytest.mark.parametrize("case", ["mha", "gqa"])
 def test_multipruner_finds_the_authors_halves_and_widths_at_the_authors_perplexities(case, monkeypatch):
     tensors, told = golden("llm-weights", "multipruner")

@@ -18,6 +18,7 @@ QUICK = {
     "darwinlm": SEARCH | {"training": (0, 24)},
     "flexigpt": {"rank": 1},
     "llm-surgeon": {"shots": 2},
+    "llm-surgeon-sp": {"shots": 2},
     "tyr": SEARCH | {"rounds": 2, "least": 4},
 }
 """Hyperparameters of methods that would take long, or whose steps are wider than the models."""
@@ -29,18 +30,24 @@ TEXT = "\n\n".join(
 )
 
 
-MANY = {"num_local_experts": 16, "intermediate_size": 16}
+MANY_EXPERTS = {"num_local_experts": 16, "intermediate_size": 16}
 """Changes to Mixtral after which one expert is a small part of it."""
+MANY_HEADS = {"num_attention_heads": 16, "num_key_value_heads": 16, "intermediate_size": 12}
+"""Changes to Llama after which one head is, and heads are most of it."""
+
+
+def kind_for(method):
+    """The kind of decoder that a method works in, and what is changed of it: such that has many of what it removes."""
+    units = registry.load(method, "llm-weights").units
+    if "experts" in units:
+        return "mixtral", MANY_EXPERTS
+    return "llama", MANY_HEADS if units == ("heads",) else {}
 
 
 def fitting(method, **changes):
-    """A tiny decoder that the method works in: one with experts, if these are what it removes."""
-    return decoder("mixtral", **MANY, **changes) if needs_experts(method) else decoder(**changes)
-
-
-def needs_experts(method):
-    """Whether experts are what the method removes."""
-    return "experts" in registry.load(method, "llm-weights").units
+    """A tiny decoder of that kind."""
+    name, own = kind_for(method)
+    return decoder(name, **own, **changes)
 
 
 def tokenizer():
