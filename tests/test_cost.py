@@ -1,7 +1,9 @@
+import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from tprune.evaluate.cost import peak_tensors
+from tprune.evaluate.cost import flops, peak_tensors
 
 MEGABYTE = 2**18
 """Float32 entries of one."""
@@ -24,3 +26,10 @@ def test_tensors_mapped_from_files_of_the_journal_are_no_memory(tmp_path):
 
     assert abs(peak_tensors(run, "cpu") - 4) < 0.01
     assert abs(peak_tensors(run, "cpu", tmp_path) - 1) < 0.01
+
+
+@pytest.mark.parametrize(("name", "products"), [("deit_small", 4.61e9), ("vit_base", 17.58e9)])
+def test_known_models_have_their_known_multiplications(name, products):
+    with torch.device("meta"):
+        model, image = timm.create_model(f"{name}_patch16_224").eval(), torch.empty(1, 3, 224, 224)
+    assert flops(lambda: model(image)) / 2 == pytest.approx(products, rel=0.01)
