@@ -111,7 +111,8 @@ def test_a_paper_that_is_no_method_is_answered_and_never_run(name):
     assert len(listed) == 1
     assert "not a method" in listed[0]
 
-    result = call(command, [family, "--method", name, "--keep", "0.5"], standalone_mode=False)
+    budget = "--sparsity" if family == "llm-weights" else "--keep"
+    result = call(command, [family, "--method", name, budget, "0.5"], standalone_mode=False)
     assert isinstance(result.exception, UserError)
     assert str(result.exception) == (
         f"{family}/{name} is not a method: {entry['why']}; what can be used of it is {entry['piece']}"

@@ -277,3 +277,12 @@ def keep_by_cost(score: Tensor, cost: Tensor, budget: float, strict: bool = Fals
     keep = torch.zeros_like(score, dtype=torch.bool)
     keep[order[: int((total - budget).abs().argmin())]] = True
     return keep
+
+
+def threshold_by_cost(score: Tensor, cost: Tensor, budget: float) -> Tensor:
+    """The smallest of the scores [N] such that what lies above it costs less than `budget`, by costs [N]."""
+    ordered, order = score.sort()
+    total = cost.to(score.device, torch.float64)[order].cumsum(0)
+    last = torch.searchsorted(ordered, ordered, right=True) - 1
+    fits = total[-1] - total[last] < budget
+    return ordered[int(fits.to(torch.int8).argmax())] if bool(fits.any()) else ordered[-1]

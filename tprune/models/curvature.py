@@ -12,6 +12,7 @@ from tprune.core.statistics import Gram, Inputs
 from tprune.errors import UserError
 from tprune.models.blocks import Decoder, is_experts
 from tprune.models.calibrate import Watch
+from tprune.models.gradients import from_embeddings
 
 
 def moments(
@@ -48,7 +49,7 @@ def moments(
                     )
                 sums[name] = Gram()
                 stack.callback(module.register_forward_hook(_gradients_to(sums[name])).remove)
-        stack.callback(embeddings.register_forward_hook(_begin).remove)
+        stack.enter_context(from_embeddings(model))
         try:
             model.requires_grad_(False)
             for sequence in sequences:
@@ -64,11 +65,6 @@ def moments(
         (watch.inputs, {name: total.result()["gram"] for name, total in sums.items()})
         for watch, sums in zip(watches, seen, strict=True)
     ]
-
-
-def _begin(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    """The embedded tokens are what gradients flow to."""
-    return output.detach().requires_grad_()
 
 
 def _gradients_to(total: Gram) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:

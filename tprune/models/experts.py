@@ -118,9 +118,9 @@ def keep_experts(decoder: Decoder, edits: Iterable[StructureEdit]) -> None:
 @contextmanager
 def without_others(decoder: Decoder, index: int, keep: Tensor) -> Iterator[None]:
     """The router of block `index` chooses among the experts `keep` alone; none is touched."""
-    router = mixture(decoder, index).router
-    names = _rows(router, mixture(decoder, index).count)
-    own = {name: getattr(router, name) for name in names}
+    found = mixture(decoder, index)
+    router = found.router
+    own = {name: getattr(router, name) for name in _rows(router, found.count)}
     chosen = getattr(router, "top_k", None)
     kept = keep.to(next(iter(own.values())).device)
 

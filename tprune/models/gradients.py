@@ -33,6 +33,13 @@ def losses(model: nn.Module, sequences: Iterable[Tensor], classes: Tensor | None
             yield model(input_ids=ids, labels=labels, use_cache=False).loss
 
 
+def from_embeddings(model: nn.Module) -> torch.utils.hooks.RemovableHandle:
+    """Gradients flow to the embedded tokens, whatever else asks for them, until the hook is removed."""
+    return model.get_input_embeddings().register_forward_hook(
+        lambda module, arguments, out: out.detach().requires_grad_()
+    )
+
+
 def sensitivities(
     decoder: Decoder, sequences: Iterable[Tensor], classes: Tensor | None, readers: dict[str, nn.Module]
 ) -> dict[str, Tensor]:
@@ -55,28 +62,22 @@ def sensitivities(
 
         value.register_hook(add)
 
-    embeddings = decoder.model.get_input_embeddings()
-    with asking_for(decoder.model, ()), ExitStack() as stack:
-        hooks = [
-            embeddings.register_forward_hook(lambda module, arguments, out: out.detach().requires_grad_())
-        ]
+    with asking_for(decoder.model, ()), from_embeddings(decoder.model), ExitStack() as stack:
         for name, module in readers.items():
-            hooks.append(
+            stack.enter_context(
                 module.register_forward_pre_hook(
                     lambda module, arguments, name=name: watch(name, arguments[0])
                 )
             )
         for index, block in enumerate(decoder.blocks):
             name = decoder.block_name(index)
-            hooks.append(
+            stack.enter_context(
                 block.register_forward_hook(
                     lambda module, arguments, out, name=name: watch(
                         name, out[0] if isinstance(out, tuple) else out
                     )
                 )
             )
-        for hook in hooks:
-            stack.callback(hook.remove)
         for loss in losses(decoder.model, sequences, classes):
             loss.backward()
     return found
