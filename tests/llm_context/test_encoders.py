@@ -215,7 +215,7 @@ def test_a_fit_changes_what_is_stored_and_the_same_seed_gives_the_same_bytes(met
     pace = {"ltp": "threshold_lr", "top": "gate_lr"}[method]
     assert not same(first, learned(method, lessons, **{pace: 0.0})[0])
     assert handle.fitted["labels"] == "the data's"
-    assert handle.fitted["steps"] == 4
+    assert (handle.fitted["steps"], handle.fitted["unit"]) == (4, "texts")
     assert "model.classifier.weight" in first
     assert not any(parameter.requires_grad for parameter in model.parameters())
 

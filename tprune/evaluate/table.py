@@ -93,7 +93,7 @@ def print_report(report: dict[str, Any]) -> None:
         if name not in ("asked", "achieved"):
             console.print(f"  {name.replace('_', ' ')}: {number(value)}")
     if report.get("fit"):
-        console.print(training_line("fit", "images", report["fit"]))
+        console.print(training_line("fit", report["fit"].get("unit", "images"), report["fit"]))
     if report.get("recovery"):
         told = report["recovery"]
         before = "".join(f"; {name} before {shown(name, value)}" for name, value in told["before"].items())

@@ -70,6 +70,7 @@ class Fitting:
             method = self.settled(method)
         facts = {
             "data": course.data.protocol,
+            "unit": course.unit,
             "labels": "the data's" if course.labelled else "the dense model's",
         }
         facts |= (
