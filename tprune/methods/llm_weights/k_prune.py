@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tprune.core.select import threshold_by_cost
+from tprune.core.units import columns_of
 from tprune.core.weights import HALF_OF, StructureEdit
 from tprune.methods.base import Paper, param
 from tprune.methods.weight_view import ModelView, Place, Sublayer, UnitView
@@ -60,9 +61,8 @@ class KPrune(WeightMethod):
             seen = teacher.sublayer(list(edits.values()), place, self.temperature)
             scores = [self.score(units[one], seen, one) for one in places[at:]]
             costs = [torch.full((units[one].count,), units[one].cost) for one in places[at:]]
-            keep = (
-                (scores[0] > threshold_by_cost(torch.cat(scores), torch.cat(costs), left)).nonzero().flatten()
-            )
+            threshold = threshold_by_cost(torch.cat(scores), torch.cat(costs), left)
+            keep = (scores[0] > threshold).nonzero().flatten()
             left -= len(keep) * units[place].cost
             edits[place[0]] = self.without(edits[place[0]], place[1], units[place], keep, seen)
         return list(edits.values())
@@ -81,9 +81,7 @@ class KPrune(WeightMethod):
             return replace(edit, halves=(*edit.halves, HALF_OF[kind]))
         weight = edit.weight
         if self.tune:
-            columns = (
-                torch.arange(unit.count * unit.width, device=keep.device).view(-1, unit.width)[keep].flatten()
-            )
+            columns = columns_of(keep, unit.width)
             read = seen.features[:, columns].double()
             fitted = torch.linalg.pinv(read.T @ read, hermitian=True) @ (read.T @ seen.target.double())
             weight = {**weight, kind: fitted.T.float()}
