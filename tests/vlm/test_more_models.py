@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.nn import functional
 
 import tprune
 from tests.vlm import test_contract as contract
@@ -83,3 +84,19 @@ def test_beyond_a_sliding_window_what_leaves_is_as_if_hidden_and_a_window_counts
     if equivalence.only_drops(trace, torch.arange(width)):
         expected = equivalence.in_one_forward(windowed, layers, inputs, told, cache.tprune_track)
         assert torch.allclose(found, expected, atol=2e-4)
+
+
+@pytest.mark.parametrize("method", ["fastv", "mmtok"])
+def test_padding_is_hidden_from_what_follows_though_the_masks_are_made_outside_the_decoder(method, windowed):
+    inputs, told = noise_prompts(windowed, 1, 0), []
+    padded = {
+        name: value if name == "pixel_values" else functional.pad(value, (4, 0))
+        for name, value in inputs.items()
+    }
+    with tprune.prune(windowed, f"vlm/{method}", keep=0.5):
+        for one in (inputs, padded):
+            cache = windowed(**one, use_cache=True).past_key_values
+            mask = functional.pad(one["attention_mask"], (0, 1), value=1)
+            given = {"input_ids": inputs["input_ids"][:, :1], "attention_mask": mask}
+            told.append(windowed(**given, past_key_values=cache, use_cache=True).logits)
+    assert torch.allclose(*told, atol=1e-4)

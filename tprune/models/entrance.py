@@ -83,12 +83,16 @@ def place_behind(run: Run, given: Inputs, kept: Kept, positions: str) -> None:
         given["position_ids"] = ids - kept.closed
     mask = given.get("attention_mask")
     window, held = window_in(given.get("past_key_values"))
-    if window is None or not isinstance(mask, dict):
+    slides = mask.get(SLIDING) if isinstance(mask, dict) else None
+    windowed = window is not None and slides is not None
+    if not windowed or slides.dim() != 4:
+        if windowed and kept.index.shape[1] > window:
+            raise UserError(
+                "this decoder's sliding windows are shorter than what is left of the prompt: that takes "
+                "attn_implementation=sdpa or eager"
+            )
         given["attention_mask"] = gather_any_mask(mask, rows, kept, run.track.length)
         return
-    slides = mask[SLIDING]
-    if slides is None or slides.dim() != 4:
-        raise UserError("behind a pruned prompt this decoder's sliding windows take attn_implementation=sdpa")
     # A window counts what left, as it does in the prompt; its cache ends with the latest of what is left.
     seen, real = latest(kept, held + run.length), run.inputs.get("attention_mask")
     shown = visible(rows + run.start, seen, window)
