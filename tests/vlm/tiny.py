@@ -251,6 +251,7 @@ def start(method, model):
 SMALL = {
     "m3": {"scales": "36,576"},
     "glimpseprune": {"layer": 0, "width": 16, "condition": 16, "heads": 2},
+    "par": {"depth": 1, "inner": 1.0},
 }
 """Hyperparameters that keep what a method learns small."""
 

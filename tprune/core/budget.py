@@ -36,7 +36,8 @@ PROJECTOR = Site(-1)
 class Stage:
     """After `site`, `count` prunable tokens are left.
 
-    With `skips` it is the attention of the block that is left out, for all tokens; `count` is then what it was.
+    With `skips` it is the attention of the block (`between`: its MLP) that is left out, for all tokens; `count` is then
+    what it was.
     Where the next attention has more keys than what is left (`core.reduction.Sight`), `seen` is how many.
     """
 

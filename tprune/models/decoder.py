@@ -27,7 +27,9 @@ from tprune.models.blocks import find_decoder
 from tprune.models.deepstack import Deepstack
 from tprune.models.entrance import Entrance, fill_up, place_behind, shorten
 from tprune.models.episode import Episode
+from tprune.models.generating import Generating
 from tprune.models.layer_inputs import LayerInputs, check_positions
+from tprune.models.passing import Passing, passed
 from tprune.models.run import Inputs, Run, Tally, here, planned, real_tokens
 from tprune.models.signals import Signals, attention_of
 from tprune.models.taps import AttentionCall, Tap
@@ -103,6 +105,8 @@ class DecoderDriver:
             self.place = {attention_of(layer): place for place, layer in enumerate(self.layers)}
         self.handles += self.signals.watch(model, method.reads, lambda: self.run)
         self.deepstack = Deepstack(self.core, lambda: self.run, len(self.layers))
+        self.passing = Passing(self.core, self.layers if method.routes else (), lambda: self.run)
+        self.generating = Generating(model, method, len(self.layers))
 
     def remove(self) -> None:
         """Take all hooks out again."""
@@ -111,6 +115,8 @@ class DecoderDriver:
         if self.tap is not None:
             self.tap.remove()
         self.deepstack.remove()
+        self.passing.remove()
+        self.generating.remove()
         self.handles, self.tap, self.run = [], None, None
 
     def _check(self, run: Run) -> None:
@@ -140,9 +146,7 @@ class DecoderDriver:
                 track.extend(tokens.shape[1])
             return
         prunable = self.prunable_of(inputs)
-        if prunable is None:
-            return
-        counts = prunable.sum(1).tolist()
+        counts = [] if prunable is None else prunable.sum(1).tolist()
         if not any(counts):
             return
         check_cache(cache)
@@ -151,14 +155,15 @@ class DecoderDriver:
         run = Run(inputs, track, 0, tokens.shape[1], prunable, real)
         run.memory["episode"] = self.episode.memory
         run.trace = self.trace
-        run.counts = planned([self.stages_of(count) for count in counts], counts)
+        stages = [self.stages_of(count) for count in counts]
+        run.counts, run.memory["passed"] = planned(stages, counts), passed(stages)
         self._check(run)
         run.seeds = self.seeds_of(inputs) if self.seeds_of and "seeds" in self.method.reads else None
         self.run = run
 
     def _real(self, inputs: Inputs, prunable: Tensor) -> Tensor:
-        """What the method takes for the prompt: no padding, bool like `prunable` [B, N]."""
-        return real_tokens(inputs, prunable)
+        """What the method takes for the prompt: no padding, nothing generated; bool like `prunable` [B, N]."""
+        return self.generating.prompt(real_tokens(inputs, prunable))
 
     def _end(self, module: nn.Module, args: tuple, output: Any) -> None:
         self.run = None

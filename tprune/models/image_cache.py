@@ -21,6 +21,7 @@ from tprune.methods.tokens import TokenMethod
 from tprune.models.cache_layer import PrunedLayer
 from tprune.models.compress import Compression
 from tprune.models.episode import Episode
+from tprune.models.generating import Generating
 from tprune.models.run import Inputs, Tally, real_tokens
 from tprune.models.taps import AttentionCall
 
@@ -59,6 +60,7 @@ class ImageCaches(Compression):
         self.prunable_of, self.stages_of, self.exact = image_of, stages_of, exact
         self.positions, self.check_later = positions, check_later
         self.tally = Tally(len(self.kinds))
+        self.generating = Generating(model, method, len(self.kinds))
         self.episode = Episode(method, len(self.kinds))
         self.trace: list[tuple[Site, Tensor]] | None = None
         self.names = list(signature(outer.forward).parameters)
@@ -66,6 +68,11 @@ class ImageCaches(Compression):
         self.image: Tensor | None = None
         self.looked: list[tuple[PrunedLayer, Tensor, Tensor]] = []
         self.hooks.append(outer.register_forward_pre_hook(self._begin, with_kwargs=True))
+
+    def remove(self) -> None:
+        """Take all hooks out again."""
+        super().remove()
+        self.generating.remove()
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: Inputs) -> None:
         """The model is called: a prompt to prune, or what comes behind one."""
@@ -77,7 +84,7 @@ class ImageCaches(Compression):
             return
         image = self.prunable_of(self.inputs)
         if image is not None and bool(image.any()):
-            self.image, self.real = image, real_tokens(self.inputs, image)
+            self.image, self.real = image, self.generating.prompt(real_tokens(self.inputs, image))
 
     def given_mask(self, kwargs: Inputs) -> Any:
         """The padding mask, of what the model was called with: some models make more of it for their decoders."""

@@ -102,12 +102,13 @@ class Tally:
     def add(self, run: Run) -> None:
         """Count one prompt's forward."""
         track, alive = run.track, entered(run.prunable, run.track)
-        per_layer, count = [], alive.sum()
+        per_layer, counts = [], alive.sum(1)
         for layer in range(self.depth):
             if layer in track.layers:
                 kept = track.layers[layer]
-                count = here(alive, kept.index, kept.valid).sum()
-            per_layer.append(count)
+                counts = here(alive, kept.index, kept.valid).sum(1)
+            entering = counts if layer not in track.passes else counts * ~track.passes[layer][0]
+            per_layer.append(entering.sum())
         self.count(torch.stack(per_layer), run.prunable)
         final = track.final()
         self.last = None if final is None else (*final, run.length)
@@ -132,7 +133,10 @@ class Tally:
 
 
 def planned(stages: Sequence[Sequence[Stage]], tokens: Sequence[int]) -> dict[Site, int | Tensor]:
-    """How many prunable tokens are left after each site, for rows of such numbers of tokens, and stages in order."""
+    """How many prunable tokens are left after each site, for rows of such numbers of tokens, and stages in order; of
+    what is skipped none leave.
+    """
+    stages = [[stage for stage in row if not stage.skips] for row in stages]
     counts: dict[Site, int | Tensor] = {}
     for site in sorted({stage.site for row in stages for stage in row}):
         left = [

@@ -81,6 +81,7 @@ class Track:
         prunable: bool [B, N], which of the prompt's tokens were prunable.
         images: how many of them a row had at most.
         heads: per decoder layer, which attention heads are left, bool [B, H]; for methods by which they leave.
+        passes: of layers that rows pass by, which rows, bool [B], and whether the layer does not run at all.
     """
 
     length: int
@@ -90,6 +91,7 @@ class Track:
     images: int = 0
     layers: dict[int, Kept] = field(default_factory=dict)
     heads: dict[int, Tensor] = field(default_factory=dict)
+    passes: dict[int, tuple[Tensor, bool]] = field(default_factory=dict)
 
     @property
     def entered(self) -> int:

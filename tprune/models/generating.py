@@ -1,0 +1,68 @@
+"""`generate` without a cache gives a model the prompt again and again, each time with what it has said behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from torch import Tensor, nn
+
+from tprune.errors import UserError
+from tprune.methods.tokens import TokenMethod
+
+
+class Generating:
+    """Knows, while `generate` runs, how long its prompt was; until `remove`.
+
+    Args:
+        model: whose `generate` it is; a model may have none.
+        method: what works in it.
+        depth: how many layers the decoder has.
+
+    Attributes:
+        cached: whether the method takes entries out of caches, or looks at what is generated token by token.
+    """
+
+    def __init__(self, model: nn.Module, method: TokenMethod, depth: int):
+        self.model, self.own = model, vars(model).get("generate")
+        self.method = method
+        self.cached = method.evicts() or method.uniform() or bool(method.watches(depth))
+        self.running, self.length = False, None
+        if hasattr(model, "generate"):
+            model.generate = self._heard(model.generate)
+
+    def remove(self) -> None:
+        """Give the model back what it had."""
+        if self.own is not None:
+            self.model.generate = self.own
+        else:
+            vars(self.model).pop("generate", None)
+
+    def _heard(self, generate: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(generate)
+        def heard(*args: Any, **kwargs: Any) -> Any:
+            self.running, self.length = True, None
+            try:
+                return generate(*args, **kwargs)
+            finally:
+                self.running = False
+
+        return heard
+
+    def prompt(self, real: Tensor) -> Tensor:
+        """`real`, bool [B, N], of a sequence that comes without a cache, but for what `generate` has said itself.
+
+        Raises:
+            UserError: the method needs a cache, and there is none.
+        """
+        if not self.running:
+            return real
+        if self.length is None:
+            self.length = real.shape[1]
+            return real
+        if self.cached:
+            raise UserError(f"{self.method.id} needs a cache behind its prompt: generate with use_cache=True")
+        real = real.clone()
+        real[:, self.length :] = False
+        return real
