@@ -6,13 +6,14 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 import tprune
 from tests.golden_values import golden
-from tests.vlm.tiny import IMAGE, TEXT
-from tprune.core.budget import PROJECTOR
+from tests.vlm.tiny import IMAGE, TEXT, one_row, tiny
+from tprune.core.budget import PROJECTOR, Site
 from tprune.methods import registry
 from tprune.methods.attention import Attention
 from tprune.methods.token_view import TokenView
 from tprune.methods.tokens import Shape
 from tprune.methods.vlm.mmtok import keywords
+from tprune.models.prompts import noise_prompts
 
 
 def cases(name):
@@ -158,6 +159,40 @@ def test_flowcut_leaves_the_authors_patches_on_their_way_through_the_tower(case)
         kept = handle.driver.tally.owner[:, 1 : tokens + 1] >= 0
     assert torch.equal(kept.nonzero()[:, 1].view(3, target), tensors[f"{case}.kept"])
     assert torch.allclose(entered["x"][:, 1 : target + 1], projected, atol=1e-4)
+
+
+@pytest.mark.parametrize("target", golden("vlm", "flowcut")[1]["settings"]["inside"]["targets"])
+def test_flowcut_keeps_the_authors_tokens_inside_the_decoder(target):
+    tensors, told = golden("vlm", "flowcut")
+    first, end = told["settings"]["inside"]["image"]
+    query, key, value = (tensors[f"inside.{name}"].float() for name in ("query", "key", "value"))
+    there = torch.zeros(1, 40, dtype=torch.bool)
+    there[:, first:end] = True
+    attention = Attention(query, key, value, 6**-0.5, causal=True)
+    view = TokenView(torch.zeros(1, 40, 4), there, real=torch.ones_like(there), attention=attention)
+    method = registry.build("flowcut", "vlm", {"late": 0.4})
+    index = method.reduce(Site(2), view, target, {}).index[0]
+    kept = index[(index >= first) & (index < end)] - first
+    assert torch.equal(kept, tensors[f"inside.k{target}"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["llava-next", "qwen2-vl"])
+def test_what_flowcut_leaves_inside_the_decoder_is_planned_and_decoded(kind):
+    model, inputs = tiny(kind), noise_prompts(tiny(kind), 2, 0)
+    dense = model(**inputs).logits
+    with tprune.prune(model, "vlm/flowcut", late=0.4, keep=1.0):
+        assert torch.equal(model(**inputs).logits, dense)
+    ask = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    with tprune.prune(model, "vlm/flowcut", ratio=0.5, late=0.4) as handle:
+        together, told = model(**inputs).logits, model.generate(**inputs, **ask)
+        entering = [row["tokens"] for row in handle.per_layer()]
+        rows = [one_row(inputs, row) for row in range(2)]
+        alone = torch.cat([model(**row).logits for row in rows])
+        longer = torch.cat([model.generate(**row, **ask) for row in rows])
+    assert torch.allclose(together, alone, atol=2e-4)
+    assert torch.equal(told, longer)
+    assert entering[0] > entering[1] == entering[2] == entering[3] == round(0.4 * entering[0])
 
 
 @pytest.mark.parametrize("scale", golden("vlm", "m3")[1]["settings"]["scales"])
