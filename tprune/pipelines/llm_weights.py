@@ -95,7 +95,16 @@ class LlmWeights(Pipeline):
         self.windows = text.windows(self.evaluation, self.tokenizer(subject), self.length, limit)
 
     def decoder(self, model: torch.nn.Module) -> Decoder:
-        """The model's decoder, with the matrices that the method is about."""
+        """The model's decoder, with the matrices that the method is about.
+
+        Raises:
+            UserError: a model with an encoder beside its decoder, or without blocks to prune.
+        """
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            raise UserError(
+                f"{type(model).__name__} has an encoder beside its decoder, and calibration follows one stack of "
+                "blocks alone; give a decoder, such as smollm2-135m, or an encoder, such as minilm-topics"
+            )
         found = find_decoder(model)
         found.part = self.method.part
         return found
