@@ -111,7 +111,7 @@ class VitPipeline(Pipeline):
         """Read the images; refuse a method or a budget that does not fit before anything is measured."""
         parts = dissect(subject.model)
         admit(self.method, parts)
-        self.plan(parts.shape)
+        self.planned(parts.shape)
         self.images = images.read(self.recipe.data, self.recipe.limit or self.default_limit)
         if self.stage.fit is not None and self.method.state is None:
             self.progress.say(f"{len(self.lessons):,} images to learn from")
@@ -209,11 +209,11 @@ class VitPipeline(Pipeline):
             self.method = calibrated(self, subject, parts)
         if not known and self.stage.fit is not None:
             self.method, self.fitted = self.fit(subject, parts, work)
-        method, stages = self.plan(parts.shape)
+        method, stages = self.planned(parts.shape)
         self.handle = VitHandle(token_driver(parts, method, stages, self.recipe.seed), self.fitted)
         return self.handle
 
-    def plan(self, shape: Shape) -> tuple[TokenMethod, tuple[Stage, ...]]:
+    def planned(self, shape: Shape) -> tuple[TokenMethod, tuple[Stage, ...]]:
         """The method as it runs at this budget, and its stages; counts that vary have met it when they were learned."""
         method = self.asked()
         return method, solve(method, shape, None if method.varies() else self.stage.keep)
