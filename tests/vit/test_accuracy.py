@@ -52,7 +52,7 @@ def test_it_beats_random_at_the_same_budget(method, model_and_scenes, floor):
 
 SHORT = {
     "tnt": (KEEP, {"epochs": 32 * 16 / 2048}),
-    "mstm": (0.35, {"epochs": 32 * 16 / 2048}),
+    "mstm": (0.35, {"epochs": 32 * 16 / 2048, "lr": 8e-5}),
     "diffrate": (0.3, {"epochs": 64 * 2 / 2048, "batch": 2, "lr": 0.3}),
     "ltmp": (0.3, {"epochs": 32 * 2 / 2048, "batch": 2, "lr": 1e-3, "merge_lr": 0.05}),
 }

@@ -39,7 +39,7 @@ class MSTM(TokenMethod):
     needs_cls = True
     native = ("ratio",)
     learns = "optional"
-    built_in: ClassVar[dict[str, Any]] = {"epochs": 1.0, "batch": 16}
+    built_in: ClassVar[dict[str, Any]] = {"epochs": 1.0, "batch": 16, "lr": 2e-5}
 
     layers: tuple[int, ...] = param(
         (3, 6, 9), "blocks between whose attention and MLP tokens merge, of 12", low=0
