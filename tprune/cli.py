@@ -65,7 +65,9 @@ THREADING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
 def main() -> None:
     """The console script: a user's mistake is one line on stderr and exit code 2, anything else 1."""
     from tprune.errors import UserError
+    from tprune.models.memory import keep_freed
 
+    keep_freed()
     for name, value in THREADING.items():
         # OpenMP reads these when torch is loaded, which only happens inside a command.
         os.environ.setdefault(name, value)

@@ -6,7 +6,8 @@ import torch
 from tests.decoders import decoder, tokens
 from tests.llm_weights.tiny import prune
 from tprune.models.blocks import find_decoder
-from tprune.models.calibrate import Stream, rows_at_once
+from tprune.models.calibrate import Stream, rows_at_once, workers_at_once
+from tprune.models.threads import side_by_side
 
 
 @pytest.mark.parametrize(
@@ -42,3 +43,42 @@ def test_statistics_are_let_go_when_the_last_matrix_that_reads_them_is_pruned(na
     model = decoder(name)
     prune(model, "sparsegpt", text, sparsity=0.5)
     assert gathered == [{}] * len(find_decoder(model).blocks)
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_workers_gather_what_one_gathers_and_send_on_the_same(name):
+    found, ids = find_decoder(decoder(name)), tokens(7, 20)
+    alone, several = Stream(found, ids, 2), Stream(found, ids, 2)
+    alone.workers, several.workers = 1, 3
+    for index in range(2):
+        expected, given = (stream.gather(index, ("norm",)) for stream in (alone, several))
+        assert given.keys() == expected.keys()
+        for inputs, same in zip(given.values(), expected.values(), strict=True):
+            assert (inputs.tokens, inputs.sequences) == (same.tokens, same.sequences)
+            assert torch.allclose(inputs.result()["norm"], same.result()["norm"], rtol=1e-5)
+        assert len(set(given.values())) == len(set(expected.values()))
+        for stream in (alone, several):
+            stream.advance(index)
+        assert torch.allclose(several.hidden, alone.hidden, atol=1e-5)
+
+
+def test_what_fails_in_a_worker_is_raised_and_the_threads_are_as_before():
+    before = torch.get_num_threads()
+
+    def work(worker):
+        if worker == 1:
+            raise RuntimeError("worker 1")
+        return torch.is_grad_enabled()
+
+    assert side_by_side(lambda worker: (worker, torch.is_grad_enabled()), 2) == [(0, False), (1, False)]
+    with pytest.raises(RuntimeError, match="worker 1"):
+        side_by_side(work, 2)
+    assert torch.get_num_threads() == before
+
+
+def test_no_more_workers_than_batches_threads_and_tokens_in_memory(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+    assert workers_at_once(16, 1, (16, 512), "cpu") == 8
+    assert workers_at_once(3, 1, (16, 512), "cpu") == 3
+    assert workers_at_once(16, 4, (6, 128), "cpu") == 1
+    assert workers_at_once(16, 1, (16, 512), "cuda") == 1

@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from math import pi
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tprune.core.statistics import KINDS, Inputs, token_cosine
+from tprune.core.statistics import KINDS, PER_CHANNEL, Inputs, token_cosine
 from tprune.models.blocks import Decoder, is_experts
 from tprune.models.pages import at_hand
 from tprune.models.spill import Spilled
+from tprune.models.threads import side_by_side
 
 TOKENS_AT_ONCE = {"cpu": 512}
 """At most so many tokens go through a block together (at least one sequence): on a CPU more hardly run faster, and
@@ -36,6 +38,18 @@ def rows_at_once(batch_size: int, length: int, device: torch.device | str) -> in
     return max(1, min(batch_size, tokens // length))
 
 
+def workers_at_once(batch_size: int, rows: int, tokens: tuple[int, int], device: torch.device | str) -> int:
+    """How many threads may each send `rows` sequences through a block, of `tokens` (N, L) in all.
+
+    On a CPU one for each of torch's threads, while they have at most `batch_size` sequences and `MANY_TOKENS` tokens
+    between them; on any other device a single one.
+    """
+    if torch.device(device).type != "cpu":
+        return 1
+    together = min(batch_size, MANY_TOKENS // tokens[1], tokens[0]) // rows
+    return max(1, min(torch.get_num_threads(), together))
+
+
 class _LastInput(Exception):  # noqa: N818  (a signal, not an error)
     """Raised where the last statistic of a block is gathered: what follows need not be computed."""
 
@@ -48,16 +62,20 @@ class Stream:
         tokens: int64 [N, L], the sequences themselves.
         hidden: [N, L, D], inputs of the coming block; `Spilled` where they are in a file.
         rows: how many sequences go through a block together.
+        workers: how many threads send sequences through a block at the same time.
         join: what is called with the statistics of a pass, where other processes have the rest of the sequences.
     """
 
     join: Callable[[Iterable[Inputs]], None] | None = None
+    workers = 1
 
     def __init__(self, decoder: Decoder, tokens: Tensor, batch_size: int, spill: Path | None = None):
         """Embed `tokens` int64 [N, L]; runs no block. `spill` is a folder for activations that leave memory."""
         self.decoder, self.tokens = decoder, tokens
         device = next(decoder.core.parameters()).device
         self.rows = rows_at_once(batch_size, tokens.shape[1], device)
+        if spill is None and not any(hasattr(module, "_hf_hook") for module in decoder.blocks.modules()):
+            self.workers = workers_at_once(batch_size, self.rows, tuple(tokens.shape), device)
         self._arguments: dict[tuple[int, int], tuple[tuple, dict[str, Any]]] = {}
         self.hidden: Tensor | Spilled = torch.empty(0)
         parts: list[Tensor] = []
@@ -102,9 +120,20 @@ class Stream:
     @torch.no_grad()
     def advance(self, index: int) -> None:
         """Send all sequences through block `index` as it stands."""
-        with at_hand(self.decoder, index):
-            for place, x in enumerate(self.hidden.split(self.rows)):
+        coming = enumerate(self.hidden.split(self.rows))
+
+        def work(worker: int) -> None:
+            for place, x in coming:  # whoever is free takes the next
                 self._keep(place, self.run(index, x))
+
+        with at_hand(self.decoder, index):
+            self._know(index, len(self.hidden))
+            side_by_side(work, self.workers)
+
+    def _know(self, index: int, sequences: int) -> None:
+        """Note the arguments of block `index` for batches of so many sequences, before workers ask for them."""
+        for size in {min(self.rows, sequences), sequences % self.rows or self.rows}:
+            self.arguments(index, size)
 
     @torch.no_grad()
     def gather(
@@ -126,12 +155,23 @@ class Stream:
             By the name of a matrix's `input`; modules with the same input share one object.
         """
         hidden = self.hidden if chosen is None else self.hidden[chosen]
-        with at_hand(self.decoder, index), Watch(self.decoder, index, kinds, names) as watch:
-            for x in hidden.split(self.rows):
-                watch.begin(len(x), stop=True)
-                with suppress(_LastInput):
-                    self.run(index, x)
-        return self._joined(watch.inputs)
+        # What is as large as a matrix is not gathered by several.
+        count = self.workers if set(kinds) & KINDS.keys() <= PER_CHANNEL else 1
+        count = min(count, -(-len(hidden) // self.rows))
+        with at_hand(self.decoder, index), ExitStack() as stack:
+            watches = [stack.enter_context(Watch(self.decoder, index, kinds, names)) for _ in range(count)]
+
+            def work(worker: int) -> None:
+                for place, x in enumerate(hidden.split(self.rows)):
+                    if place % count == worker:  # always the same ones: sums depend on their order
+                        watches[worker].begin(len(x), stop=True)
+                        with suppress(_LastInput):
+                            self.run(index, x)
+                watches[worker].end()
+
+            self._know(index, len(hidden))
+            side_by_side(work, count)
+        return self._joined(_united([watch.inputs for watch in watches]))
 
     def _joined(self, inputs: dict[str, Inputs]) -> dict[str, Inputs]:
         """The statistics of all processes' sequences; modules with the same input share one object."""
@@ -205,8 +245,17 @@ def standing_in(decoder: Decoder, stand_in: Callable[[int], Callable[..., Tensor
                 block.forward = forward
 
 
+def _united(parts: list[dict[str, Inputs]]) -> dict[str, Inputs]:
+    """The statistics of several workers as if one had gathered them."""
+    first, *others = parts
+    if others:
+        for inputs, name in {inputs: name for name, inputs in first.items()}.items():
+            inputs.join([part[name].share() for part in parts])
+    return first
+
+
 class Watch:
-    """Gathers statistics at the inputs of a block's modules while it runs.
+    """Gathers statistics at the inputs of a block's modules while it runs in the thread that began.
 
     Modules that are given the same tensor (q, k and v; gate and up) share their statistics: they are found by the
     tensor's identity in the first batch. The last input is remembered, so that later batches can stop there.
@@ -222,6 +271,7 @@ class Watch:
         self._last: str | None = None
         self._stop = False
         self._sequences = 1
+        self._thread: int | None = None
 
     def __enter__(self) -> Watch:
         self._hooks = []
@@ -240,10 +290,17 @@ class Watch:
         """A new batch of so many sequences; it stops at the last input of the one before, if `stop`."""
         self._sequences = sequences
         self._stop = stop and self._last is not None
+        self._thread = get_ident()
         self._seen.clear()
+
+    def end(self) -> None:
+        """No more batches; what the thread does next is not looked at."""
+        self._thread = None
 
     def _linear(self, name: str) -> Any:
         def look(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            if get_ident() != self._thread:
+                return
             x = arguments[0]
             if name not in self._leader:
                 same = (leader for seen, leader in self._seen if seen() is x)
@@ -263,6 +320,8 @@ class Watch:
         """Routed experts: each sees the tokens sent to it, and its second matrix what its first makes of them."""
 
         def look(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            if get_ident() != self._thread:
+                return
             x, chosen = arguments[0], arguments[1]
             for expert in range(module.gate_up_proj.shape[0]):
                 first = self.inputs.setdefault(f"{name}.{expert}.in", Inputs(self.kinds))

@@ -10,6 +10,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
+"""As glibc's malloc.h has them."""
+LARGEST_MMAP_THRESHOLD = 2**25
+"""The most that it allows: larger pieces are the system's own and go back at once."""
+
+
 def give_back() -> None:
     """Have the C library return what was freed to the system (glibc only; elsewhere nothing happens).
 
@@ -17,6 +23,18 @@ def give_back() -> None:
     """
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def keep_freed() -> None:
+    """Have the C library keep freed memory for what comes next, until `give_back` (glibc only).
+
+    Else it returns the activations of every layer to the system and asks for them again, page by page: up to a tenth
+    of a forward pass, more in some processes than in others, which also makes timings unequal.
+    """
+    with suppress(OSError, AttributeError):
+        library = ctypes.CDLL(None)
+        library.mallopt(TRIM_THRESHOLD, 2**31 - 1)
+        library.mallopt(MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

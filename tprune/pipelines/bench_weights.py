@@ -17,9 +17,10 @@ from tprune.evaluate.cost import PeakMemory, peak_tensors, quartiles, timed
 from tprune.methods.weights import WeightBudget
 from tprune.models import masks
 from tprune.models.blocks import find_decoder
-from tprune.models.calibrate import MANY_TOKENS
+from tprune.models.calibrate import MANY_TOKENS, rows_at_once, workers_at_once
 from tprune.models.memory import give_back
 from tprune.models.subject import Subject
+from tprune.models.threads import threads
 from tprune.pipelines import prune_weights
 from tprune.pipelines.base import Handle
 from tprune.pipelines.journal import Journal
@@ -37,7 +38,8 @@ def bench(driver: LlmWeights, subject: Subject, rounds: int) -> dict[str, Any]:
     counted.
 
     Memory is told twice, both in MB above the loaded model: `tensors_above_model_mb` is what was alive at the worst
-    moment (`peak_tensors`; one more run, not timed); `resident_above_model_mb` is what the process grew by, the most of
+    moment (`peak_tensors`; one more run, not timed, on one thread since it sees no other: every further of the
+    `workers` has a batch of its own inside a block); `resident_above_model_mb` is what the process grew by, the most of
     the timed runs, with the BLAS's buffers for every thread and what the C library has not yet given back (on a GPU:
     the same as the first). `activations_mb` and `largest_block_mb` are what to measure them by; `masks_mb` is what the
     journal holds of the outcome, a bit per weight.
@@ -68,6 +70,7 @@ def bench(driver: LlmWeights, subject: Subject, rounds: int) -> dict[str, Any]:
     paired = [over / under for over, under in zip(times["pruning"], times["plain pass"], strict=True)]
     low, _, high = quartiles(paired)
     size = next(decoder.core.parameters()).element_size() if tokens is not None else 0
+    together = rows_at_once(driver.recipe.batch_size, driver.length, subject.device)
     return {
         "times": times,
         "ratios": {"plain_passes": ["pruning", "plain pass"]},
@@ -78,6 +81,9 @@ def bench(driver: LlmWeights, subject: Subject, rounds: int) -> dict[str, Any]:
         "resident_above_model_mb": above,
         "activations_mb": sequences.numel() * decoder.config.hidden_size * size / 2**20,
         "largest_block_mb": max(_bytes(block) for block in decoder.blocks) / 2**20,
+        "workers": workers_at_once(
+            driver.recipe.batch_size, together, tuple(sequences.shape), subject.device
+        ),
         "calibration": f"{sequences.shape[0]} x {sequences.shape[1]} tokens",
     }
 
@@ -103,7 +109,7 @@ def _tensors(
 ) -> tuple[float, float]:
     """Peak memory of tensors while a copy is pruned, and the size of the masks on disk, in MB."""
     handles: list[Handle] = []
-    with _on_a_copy(driver, subject, budget, tokens) as (prune, folder):
+    with _on_a_copy(driver, subject, budget, tokens) as (prune, folder), threads(1):
         peak = peak_tensors(lambda: handles.append(prune()), subject.device, folder)
         recorded = masks.only_masks(handles[0].tensors(by_reference=True))
         return peak, sum(mask.nbytes for mask in recorded.values()) / 2**20
