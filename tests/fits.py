@@ -14,6 +14,25 @@ class StoppedError(Exception):
     """What ends a run that is interrupted."""
 
 
+def stopping(step, monkeypatch):
+    """Every step is a checkpoint, and that one which comes as the `step`-th ends its run before it is saved.
+
+    Returns:
+        A list that grows by every step that any run takes.
+    """
+    note, seen = fit_loop.Loop._note, []
+
+    def stop(loop, found):
+        seen.append(found)
+        if len(seen) == step:
+            raise StoppedError
+        note(loop, found)
+
+    monkeypatch.setattr("tprune.training.SAVE_EVERY_SECONDS", 0)
+    monkeypatch.setattr(fit_loop.Loop, "_note", stop)
+    return seen
+
+
 def interrupted(run, folder, monkeypatch):
     """Run `run`, which checkpoints every step in `folder`, until its second step ends it; then again, to its result."""
     note = fit_loop.Loop._note

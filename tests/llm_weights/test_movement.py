@@ -9,10 +9,11 @@ from torch import nn
 import tprune
 from tests import encoders
 from tests.decoders import decoder, tokens
+from tests.fits import StoppedError, stopping
 from tests.golden_values import golden
 from tests.llm_weights.test_command import SMALL, run
 from tests.llm_weights.tiny import logits, prune
-from tprune import artifact, training
+from tprune import artifact
 from tprune.core.relax import masked_weight
 from tprune.core.schedule import cubic_rise
 from tprune.errors import UserError
@@ -21,7 +22,6 @@ from tprune.models.blocks import Matrix, find_decoder
 from tprune.models.scored import scored
 from tprune.models.source import Source
 from tprune.models.subject import Subject
-from tprune.pipelines import fit_loop
 from tprune.pipelines.learned_masks import Masking
 from tprune.pipelines.run import pipeline
 from tprune.progress import Progress
@@ -147,17 +147,8 @@ def test_what_is_written_is_what_was_trained(how, folder, text, tmp_path):
 def test_an_interrupted_run_goes_on_and_ends_in_the_same_bytes(folder, text, tmp_path, monkeypatch):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run(*asked(folder, text, whole))
-    monkeypatch.setattr(training, "SAVE_EVERY_SECONDS", 0)
-    note, seen = fit_loop.Loop._note, []
-
-    def killed(self, found):
-        seen.append(found)
-        if len(seen) == 5:
-            raise RuntimeError("killed")
-        note(self, found)
-
-    monkeypatch.setattr(fit_loop.Loop, "_note", killed)
-    with pytest.raises(RuntimeError, match="killed"):
+    stopping(5, monkeypatch)
+    with pytest.raises(StoppedError):
         run(*asked(folder, text, broken))
     run(*asked(folder, text, broken))
     files = [folder / "model.safetensors" for folder in (whole, broken)]

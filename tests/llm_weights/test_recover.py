@@ -8,14 +8,14 @@ import torch
 
 import tprune
 from tests.decoders import decoder, tokens
+from tests.fits import StoppedError, stopping
 from tests.llm_weights.test_command import SMALL, run
 from tests.llm_weights.test_finetune import zeros
 from tests.llm_weights.tiny import logits, prune
-from tprune import artifact, training
+from tprune import artifact
 from tprune.errors import UserError
 from tprune.models import masks
 from tprune.models.lora import low_rank
-from tprune.pipelines import fit_loop
 
 FEW = {"lora": "lora:epochs=0.3,lr=0.03,rank=4", "full": "full:epochs=0.3,lr=0.003"}
 
@@ -105,17 +105,8 @@ def test_an_interrupted_recovery_goes_on_and_ends_in_the_same_bytes(how, folder,
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     few = FEW[how] + ",batch=4"
     run(*asked(folder, text, whole, "--recover", few))
-    monkeypatch.setattr(training, "SAVE_EVERY_SECONDS", 0)
-    note, seen = fit_loop.Loop._note, []
-
-    def killed(self, found):
-        seen.append(found)
-        if len(seen) == 3:
-            raise RuntimeError("killed")
-        note(self, found)
-
-    monkeypatch.setattr(fit_loop.Loop, "_note", killed)
-    with pytest.raises(RuntimeError, match="killed"):
+    seen = stopping(3, monkeypatch)
+    with pytest.raises(StoppedError):
         run(*asked(folder, text, broken, "--recover", few))
     report = json.loads(run(*asked(folder, text, broken, "--recover", few)).stdout)
     # The third step had been taken, not yet saved.
