@@ -146,7 +146,10 @@ class DecoderDriver:
                 track.extend(tokens.shape[1])
             return
         prunable = self.prunable_of(inputs)
-        counts = [] if prunable is None else prunable.sum(1).tolist()
+        if prunable is None:
+            return
+        prunable = self.generating.prompt(prunable)
+        counts = prunable.sum(1).tolist()
         if not any(counts):
             return
         check_cache(cache)

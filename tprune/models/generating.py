@@ -50,19 +50,20 @@ class Generating:
 
         return heard
 
-    def prompt(self, real: Tensor) -> Tensor:
-        """`real`, bool [B, N], of a sequence that comes without a cache, but for what `generate` has said itself.
+    def prompt(self, marked: Tensor) -> Tensor:
+        """`marked`, bool [B, N], of a sequence that comes without a cache, but for what `generate` has said itself.
 
         Raises:
             UserError: the method needs a cache, and there is none.
         """
         if not self.running:
-            return real
+            return marked
         if self.length is None:
-            self.length = real.shape[1]
-            return real
+            self.length = marked.shape[1]
+        if marked.shape[1] == self.length:
+            return marked
         if self.cached:
             raise UserError(f"{self.method.id} needs a cache behind its prompt: generate with use_cache=True")
-        real = real.clone()
-        real[:, self.length :] = False
-        return real
+        marked = marked.clone()
+        marked[:, self.length :] = False
+        return marked
