@@ -39,7 +39,13 @@ class LTP(TokenMethod):
     learns = "optional"
     runs_on = ("encoder",)
     native = ("final_threshold",)
-    built_in: ClassVar[dict[str, Any]] = {"batch": 16, "epochs": 1, "hard_epochs": 1, "threshold_lr": 5e-4}
+    built_in: ClassVar[dict[str, Any]] = {
+        "batch": 16,
+        "epochs": 1,
+        "hard_epochs": 1,
+        "lr": 1e-4,
+        "threshold_lr": 5e-4,
+    }
 
     final_threshold: float = param(
         0.01, "of the last block before anything is learned; those before rise to it evenly", low=0, high=1
