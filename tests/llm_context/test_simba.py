@@ -16,6 +16,7 @@ from tprune.data.passkey import Hidden
 from tprune.errors import UserError
 from tprune.evaluate.context import layer_bytes, score_continuations
 from tprune.evaluate.passkey import retrieve
+from tprune.evaluate.perplexity import token_losses
 from tprune.models.recurrent import logits_behind
 from tprune.pipelines.run import execute, pipeline
 from tprune.progress import Progress
@@ -162,10 +163,7 @@ def test_what_follows_the_prompt_is_scored_as_in_one_pass():
     model, windows = mamba(), tokens(2, 32)
     losses, predictions, _ = score_continuations(model, windows, batch_size=2)
     logits = model(windows).logits[:, 23:-1]
-    whole = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), windows[:, 24:].flatten(), reduction="none"
-    )
-    assert torch.allclose(losses.flatten(), whole, atol=1e-4)
+    assert torch.allclose(losses, token_losses(logits, windows[:, 24:]), atol=1e-4)
     assert torch.equal(predictions, logits.argmax(-1))
     said = model(windows[:1]).logits[0].argmax(-1)
     right, wrong = said[28:29], (said[28:29] + 1) % VOCABULARY

@@ -7,7 +7,7 @@ and lets it decay over padding behind a prompt, so both are refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import DynamicCache
 
-from tprune.core.budget import Site, Stage
+from tprune.core.budget import Site
 from tprune.core.recurrence import Recurrence
 from tprune.errors import UserError
 from tprune.methods import registry
@@ -85,8 +85,7 @@ def recurrence(mixer: nn.Module, x: Tensor, projected: Tensor) -> Recurrence:
     states = mixer.ssm_state_size
     low, into, out = projected.split([mixer.time_step_rank, states, states], dim=-1)
     step = functional.softplus((low @ mixer.dt_proj.weight.T).float() + mixer.dt_proj.bias.float())
-    turned = (part.transpose(1, 2) for part in (x, step, into, out))
-    x, step, into, out = turned
+    x, step, into, out = (part.transpose(1, 2) for part in (x, step, into, out))
     return Recurrence(x, step, -mixer.A_log.float().exp(), into, out)
 
 
@@ -94,29 +93,21 @@ class RecurrentDriver(DecoderDriver):
     """A token method at work inside transformers' Mamba, until `remove`.
 
     Args:
-        model, method, prunable_of, stages_of: as `DecoderDriver` has them.
+        model, method, args: as `DecoderDriver` has them.
         positions: as there; there are none that could be "compact".
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        method: TokenMethod,
-        prunable_of: Callable[[Inputs], Tensor | None],
-        stages_of: Callable[[int], Sequence[Stage]],
-        *,
-        positions: str = "original",
-    ):
+    def __init__(self, model: nn.Module, method: TokenMethod, *args: Any, positions: str = "original"):
         if positions == "compact":
             raise UserError("--positions compact: a state-space model has no positions; leave it out")
-        super().__init__(model, method, prunable_of, stages_of)
+        super().__init__(model, method, *args)
         self.mixers = [getattr(layer, "mixer", None) for layer in self.layers]
-        other = next((part for part in self.mixers if type(part).__name__ != MIXER), None)
-        if other is not None:
+        others = {type(part).__name__ for part in self.mixers} - {MIXER}
+        if others:
             self.remove()
             raise UserError(
-                f"{type(model).__name__}: {method.id} reads the recurrence of {MIXER}, and {type(other).__name__} has "
-                "another; use a first-generation Mamba such as state-spaces/mamba-130m-hf"
+                f"{type(model).__name__}: {method.id} reads the recurrence of {MIXER}, and {', '.join(sorted(others))} "
+                "has another; use a first-generation Mamba such as state-spaces/mamba-130m-hf"
             )
         self.projected: tuple[Tensor, Tensor] | None = None
         self.handles += [
