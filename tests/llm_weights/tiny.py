@@ -13,7 +13,7 @@ EXPERTS = ("mixtral", "qwen-moe", "qwen3-moe")
 SEARCH = {"generations": 2, "offspring": 3, "survivors": (2, 1), "tokens": (24, 48)}
 QUICK = {
     "armor": {"iterations": 3},
-    "bonsai": {"fraction": 0.2, "masks": 12},
+    "bonsai": {"epochs": 3, "fraction": 0.2, "masks": 12},
     "cfsp": {"multiple": 1},
     "darwinlm": SEARCH | {"training": (0, 24)},
     "flexigpt": {"rank": 1},

@@ -29,7 +29,7 @@ class Lasso:
     Attributes:
         rates: the learning rate is 1 / (features that are ever on · rate).
         penalties: of Σ |β|, beside the mean squared error.
-        batches: points per step.
+        batches: points per step; what is more than there are is all of them.
         epochs: at most.
         patience: epochs without a better τ after which a fit is over.
     """
@@ -49,7 +49,7 @@ class Lasso:
         x, y = x.double().cpu(), y.double().cpu()
         best, found = -torch.inf, None
         settings = [(rate, penalty) for rate in self.rates for penalty in self.penalties]
-        for place, batch in enumerate(self.batches):
+        for place, batch in enumerate(dict.fromkeys(min(batch, len(y)) for batch in self.batches)):
             taus = torch.stack(
                 [self._fit(x, y, fold, settings, batch, generator)[0] for fold in _folds(len(y))]
             )

@@ -55,6 +55,7 @@ class Bonsai(WeightMethod):
     attention_ratio: float = param(1.0, "Share of heads beside that of channels that is switched off", low=0)
     prior: str = param("wanda", "wanda: |weight| x activation; none: all alike", choices=("wanda", "none"))
     batches: tuple[int, ...] = param((32, 64, 128), "Points per step that the regression tries", low=1)
+    epochs: int = param(50, "Of the regression, at most", low=1)
 
     def plan(self, model: ModelView, budget: WeightBudget) -> list[StructureEdit]:
         """Rounds until no unit fits what is left of the budget."""
@@ -105,7 +106,7 @@ class Bonsai(WeightMethod):
         )
         on = torch.cat([~mask for mask in off.values()], 1)
         perplexity = losses.exp().nan_to_num(WORST).clamp_max(WORST)
-        worth = Lasso(batches=self.batches).fit(on, -perplexity, generator)
+        worth = Lasso(batches=self.batches, epochs=self.epochs).fit(on, -perplexity, generator)
         cost = torch.cat(
             [torch.full((len(found),), units[place].cost) for place, found in candidates.items()]
         )
