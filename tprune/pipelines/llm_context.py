@@ -64,8 +64,7 @@ class ContextPipeline(Pipeline):
         )
 
     def prepare(self, subject: Subject) -> None:
-        """Read windows of evaluation text, or hide pass keys in it; refuse a method that does not work in the model."""
-        admit(self.method, subject.model)
+        """Read windows of evaluation text, or hide pass keys in it."""
         self.length = window_length(subject.model, self.recipe.length)
         self.windows, self.prompts, self.protocol = None, None, {}
         if self.stage.fit is not None and self.method.state is None:
