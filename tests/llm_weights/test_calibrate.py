@@ -62,15 +62,23 @@ def test_workers_gather_what_one_gathers_and_send_on_the_same(name):
         assert torch.allclose(several.hidden, alone.hidden, atol=1e-5)
 
 
+def test_the_same_sequences_once_more_go_by_as_many_workers(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    stream = Stream(find_decoder(decoder("llama")), tokens(5, 200), 5)
+    again = stream.again()
+    assert (again.rows, again.workers) == (stream.rows, stream.workers) == (2, 2)
+
+
 def test_what_fails_in_a_worker_is_raised_and_the_threads_are_as_before():
     before = torch.get_num_threads()
 
     def work(worker):
         if worker == 1:
             raise RuntimeError("worker 1")
-        return torch.is_grad_enabled()
 
-    assert side_by_side(lambda worker: (worker, torch.is_grad_enabled()), 2) == [(0, False), (1, False)]
+    for count in (1, 2):
+        told = side_by_side(lambda worker: (worker, torch.is_grad_enabled()), count)
+        assert told == [(worker, False) for worker in range(count)]
     with pytest.raises(RuntimeError, match="worker 1"):
         side_by_side(work, 2)
     assert torch.get_num_threads() == before

@@ -23,6 +23,7 @@ from tprune.core.statistics import KINDS, PER_CHANNEL, Inputs, token_cosine
 from tprune.models.blocks import Decoder, is_experts
 from tprune.models.pages import at_hand
 from tprune.models.spill import Spilled
+from tprune.models.subject import pages_of
 from tprune.models.threads import side_by_side
 
 TOKENS_AT_ONCE = {"cpu": 512}
@@ -74,7 +75,9 @@ class Stream:
         self.decoder, self.tokens = decoder, tokens
         device = next(decoder.core.parameters()).device
         self.rows = rows_at_once(batch_size, tokens.shape[1], device)
-        if spill is None and not any(hasattr(module, "_hf_hook") for module in decoder.blocks.modules()):
+        # Accelerate's hooks, pages and a file serve one at a time.
+        hooked = any(hasattr(module, "_hf_hook") for module in decoder.blocks.modules())
+        if spill is None and pages_of(decoder.model) is None and not hooked:
             self.workers = workers_at_once(batch_size, self.rows, tuple(tokens.shape), device)
         self._arguments: dict[tuple[int, int], tuple[tuple, dict[str, Any]]] = {}
         self.hidden: Tensor | Spilled = torch.empty(0)
@@ -94,7 +97,7 @@ class Stream:
 
     def again(self) -> Stream:
         """The same sequences before the first block, in a stream of their own."""
-        return Stream(self.decoder, self.tokens, self.rows)
+        return Stream(self.decoder, self.tokens, self.rows * self.workers)
 
     def arguments(self, index: int, size: int) -> tuple[tuple, dict[str, Any]]:
         """What block `index` is called with beside the hidden states of `size` sequences."""

@@ -46,7 +46,7 @@ def threads(count: int) -> Iterator[None]:
 
 
 def side_by_side(work: Callable[[int], T], count: int) -> list[T]:
-    """What `work(0)` … `work(count - 1)` give, computed at the same time without gradients, in that order.
+    """What `work(0)` … `work(count - 1)` give, computed at the same time and without gradients, in that order.
 
     Each has its share of torch's threads: where a step is hardly longer than waking a second thread, cores that go
     their own ways are faster than cores that meet after every operation.
@@ -55,13 +55,13 @@ def side_by_side(work: Callable[[int], T], count: int) -> list[T]:
         Exception: the first that one of them raised, when all have ended.
     """
     if count == 1:
-        return [work(0)]
+        return [torch.no_grad()(work)(0)]
     share = max(1, torch.get_num_threads() // count)
 
+    @torch.no_grad()
     def one(place: int) -> T:
         torch.set_num_threads(share)
-        with torch.no_grad():
-            return work(place)
+        return work(place)
 
     # The number is this thread's own for OpenMP, and everybody's for MKL.
     with threads(share), ThreadPoolExecutor(count, thread_name_prefix="tprune") as pool:
