@@ -9,14 +9,15 @@ from tests.decoders import decoder, tokens
 from tests.golden_values import golden
 from tests.llm_weights.test_structured_golden import edits
 from tests.llm_weights.tiny import QUICK, logits, prune
-from tprune.core.divergence import divergence
+from tprune.core.divergence import divergence, likeliest
 from tprune.core.levels import offspring, spread
 from tprune.core.statistics import Inputs
 from tprune.core.units import columns_of, damped_gram, remove_greedily, remove_in_rounds
 from tprune.errors import UserError
 from tprune.methods import registry
+from tprune.methods.levels import LevelMethod
 from tprune.methods.weight_view import UnitView
-from tprune.pipelines.divergence import Divergence
+from tprune.pipelines.divergence import Divergence, draw
 
 LEVELLED = ("darwinlm", "tyr")
 
@@ -41,7 +42,8 @@ def test_every_version_of_a_site_is_the_authors(method, kind):
 @pytest.mark.parametrize("method", LEVELLED)
 def test_the_divergence_is_the_authors(method):
     tensors, told = golden("llm-weights", method)
-    found = divergence(tensors["dense"], tensors["other"], told["settings"].get("top"))[:, :-1].mean()
+    dense, index = likeliest(tensors["dense"], told["settings"].get("top"))
+    found = divergence(dense, tensors["other"], index)[:, :-1].mean()
     assert found.item() == pytest.approx(tensors["kl"].item(), rel=1e-5)
 
 
@@ -109,6 +111,23 @@ def test_training_its_candidates_changes_what_darwinlm_measures_and_not_the_mode
     for model in models:
         assert torch.equal(model.lm_head.weight, dense.lm_head.weight)
         assert torch.equal(model.model.embed_tokens.weight, dense.model.embed_tokens.weight)
+
+
+def test_a_sample_has_the_asked_tokens_and_no_sequence_of_a_single_one():
+    assert draw(4, 8, 20, Random(0)).lengths == [8, 8, 4]
+    assert draw(4, 8, 99, Random(0)).lengths == [8] * 4
+    assert draw(4, 8, 17, Random(0)).lengths == [8, 8]
+    assert draw(4, 8, 1, Random(0)).rows == []
+
+
+def test_a_block_that_loses_all_units_is_gone_from_the_model_and_told_so(text, monkeypatch):
+    model = decoder()
+    gone = {(index, kind): 0 for index in range(3) for kind in ("heads", "channels")}
+    whole = gone | {(1, "heads"): 2, (1, "channels"): 48}
+    monkeypatch.setattr(LevelMethod, "start", lambda self, blocks, sparsity: whole)
+    handle = prune(model, "darwinlm", text, sparsity=1 / 3, generations=0)
+    assert len(model.model.layers) == 2
+    assert [row["sparsity"] for row in handle.rows] == [0, 1, 0]
 
 
 def test_a_model_of_levels_computes_what_the_search_saw(text, monkeypatch):

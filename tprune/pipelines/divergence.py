@@ -10,7 +10,7 @@ from random import Random
 import torch
 from torch import Tensor
 
-from tprune.core.divergence import divergence
+from tprune.core.divergence import divergence, likeliest
 from tprune.core.weights import StructureEdit
 from tprune.evaluate.perplexity import logits_in_parts
 from tprune.models import shapes
@@ -20,6 +20,9 @@ from tprune.models.halves import masked
 from tprune.pipelines.journal import Journal
 from tprune.pipelines.removal import Questions
 from tprune.progress import Progress
+
+Dense = tuple[Tensor, Tensor | None]
+"""Logits of the dense model for a run of positions, and whose they are (`likeliest`)."""
 
 
 @dataclass(frozen=True)
@@ -36,15 +39,19 @@ class Sample:
 
 
 def draw(count: int, length: int, tokens: int, random: Random) -> Sample:
-    """Different sequences with `tokens` tokens together, of `count` with `length` each; all where there are fewer."""
+    """Different sequences with `tokens` tokens together, of `count` with `length` each; all where there are fewer.
+
+    A single token at the end is left out: it predicts nothing, and a loss over none is no number.
+    """
     tokens = min(tokens, count * length)
+    tokens -= tokens % length == 1
     rows = random.sample(range(count), -(-tokens // length))
     return Sample(rows, [min(length, tokens - place * length) for place in range(len(rows))])
 
 
 class Divergence(Questions):
     """Divergences with edits. The dense model runs once; its last hidden states are kept, from which its predictions
-    are made again for every question, once for all candidates.
+    are made again for every batch of every question, those of no other batch beside them.
 
     Args:
         stream: the calibration sequences before the first block of the dense model.
@@ -89,16 +96,22 @@ class Divergence(Questions):
         total = torch.zeros(len(candidates), dtype=torch.float64)
         if training.rows:
             for place, edits in enumerate(self.progress.track(candidates, self.step)):
-                model = self._trained(edits, training)
-                for _, ids, dense, counted in self._batches(sample):
-                    total[place] += self._summed(dense, logits_in_parts(model, ids), counted)
+                total[place] = self._over(sample, self._trained(edits, training))
         else:
-            for x, ids, dense, counted in self.progress.track(list(self._batches(sample)), self.step):
+            count = -(-len(sample.rows) // self.stream.rows)
+            for x, ids, dense, counted in self.progress.track(self._batches(sample), self.step, count):
                 for place, edits in enumerate(candidates):
                     total[place] += self._summed(dense, self._with(edits, x, ids), counted)
         return total / sum(length - 1 for length in sample.lengths)
 
-    def _batches(self, sample: Sample) -> Iterator[tuple[Tensor, Tensor, list[Tensor], Tensor]]:
+    def _over(self, sample: Sample, model: torch.nn.Module) -> float:
+        """The divergence of another model, summed over a sample."""
+        return sum(
+            self._summed(dense, logits_in_parts(model, ids), counted)
+            for _, ids, dense, counted in self._batches(sample)
+        )
+
+    def _batches(self, sample: Sample) -> Iterator[tuple[Tensor, Tensor, list[Dense], Tensor]]:
         """Of a few sequences at a time: what enters the first block, the tokens, the dense logits in parts, and which
         predictions count, bool [B, L - 1].
         """
@@ -111,7 +124,9 @@ class Divergence(Questions):
             x = stream.hidden[rows]
             ids = stream.tokens[rows].to(x.device)
             with answering(stream.decoder, self.dense()[rows]):
-                parts = [logits for _, logits in logits_in_parts(stream.decoder.model, ids)]
+                parts = [
+                    likeliest(logits, self.top) for _, logits in logits_in_parts(stream.decoder.model, ids)
+                ]
             counted = torch.arange(ids.shape[1] - 1) < lengths.unsqueeze(1) - 1
             yield x, ids, parts, counted.to(x.device)
 
@@ -135,10 +150,10 @@ class Divergence(Questions):
         with answering(decoder, x):
             yield from logits_in_parts(decoder.model, ids)
 
-    def _summed(self, dense: list[Tensor], parts: Iterator[tuple[int, Tensor]], counted: Tensor) -> float:
+    def _summed(self, dense: list[Dense], parts: Iterator[tuple[int, Tensor]], counted: Tensor) -> float:
         total = 0.0
-        for whole, (first, logits) in zip(dense, parts, strict=True):
-            found = divergence(whole, logits, self.top)
+        for (whole, index), (first, logits) in zip(dense, parts, strict=True):
+            found = divergence(whole, logits, index)
             total += (found * counted[:, first : first + found.shape[1]]).double().sum().item()
         return total
 

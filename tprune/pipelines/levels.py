@@ -79,7 +79,7 @@ class LevelPruner(StructurePruner):
             versions = self._versions(grid, turn, journal.part(f"versions-{turn}"))
             levels = self._search(grid, versions, measure, random)
             gone = {place: grid.at(place, level) for place, level in levels.items()}
-            edits = put_together(grid, versions, levels)
+            edits = shapes.settled(self.decoder, put_together(grid, versions, levels))
         shapes.apply(self.decoder, edits)
         return edits, view
 
