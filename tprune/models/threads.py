@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -64,5 +65,13 @@ def side_by_side(work: Callable[[int], T], count: int) -> list[T]:
         return work(place)
 
     # The number is this thread's own for OpenMP, and everybody's for MKL.
-    with threads(share), ThreadPoolExecutor(count, thread_name_prefix="tprune") as pool:
-        return list(pool.map(one, range(count)))
+    with threads(share):
+        started = [_pool(count).submit(one, place) for place in range(count)]
+        wait(started)
+        return [future.result() for future in started]
+
+
+@cache
+def _pool(count: int) -> ThreadPoolExecutor:
+    """Threads that stay: each has memory of its own, from the C library and from BLAS, which new ones would add to."""
+    return ThreadPoolExecutor(count, thread_name_prefix="tprune")
