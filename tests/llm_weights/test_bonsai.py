@@ -95,7 +95,8 @@ def test_a_draw_and_its_complement_switch_every_candidate_off_once():
     assert torch.equal(bonsai.pairs(chance, 4, 1, torch.Generator())[0], chance > 0)
 
 
-def test_bonsai_goes_on_in_rounds_and_falls_short_of_the_budget_by_less_than_a_head(text):
-    handle = prune(decoder(), "bonsai", text, sparsity=0.5)
+@pytest.mark.parametrize("fraction", [0.2, 1e-3])
+def test_bonsai_goes_on_in_rounds_and_falls_short_of_the_budget_by_less_than_a_head(fraction, text):
+    handle = prune(decoder(), "bonsai", text, sparsity=0.5, fraction=fraction)
     head, whole = 2 * 8 * 32 * 3, 3 * 7680
     assert 0 <= 0.5 - handle.achieved().value < head / whole

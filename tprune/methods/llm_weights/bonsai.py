@@ -52,13 +52,15 @@ class Bonsai(WeightMethod):
 
     fraction: float = param(0.05, "Share of the model's weights that goes in one round", low=1e-6, high=1)
     masks: int = param(200, "Sub-models that are measured in a round", low=2)
-    attention_ratio: float = param(1.0, "Share of heads beside that of channels that is switched off", low=0)
+    attention_ratio: float = param(
+        1.0, "Share of heads beside that of channels that is switched off", low=1e-3
+    )
     prior: str = param("wanda", "wanda: |weight| x activation; none: all alike", choices=("wanda", "none"))
     batches: tuple[int, ...] = param((32, 64, 128), "Points per step that the regression tries", low=1)
     epochs: int = param(50, "Of the regression, at most", low=1)
 
     def plan(self, model: ModelView, budget: WeightBudget) -> list[StructureEdit]:
-        """Rounds until no unit fits what is left of the budget."""
+        """Rounds until the unit that is worth least does not fit what is left of the budget."""
         total = sum(block.parameters for block in model.blocks)
         units = {(block.index, kind): unit for block in model.blocks for kind, unit in block.units.items()}
         check_reach(
@@ -66,17 +68,17 @@ class Bonsai(WeightMethod):
         )
         generator = torch.Generator().manual_seed(model.seed)
         alive = {place: torch.arange(unit.count) for place, unit in units.items()}
-        left, blocks = budget.sparsity * total, model.blocks
-        smallest = min(unit.cost for unit in units.values())
-        while left >= smallest:
-            share = min(self.fraction, left / total)
-            gone = self.round(model, blocks, alive, share, share * total, generator)
+        left, blocks = round(budget.sparsity * total), model.blocks
+        costs = [unit.cost for unit in units.values()]
+        part = max(round(self.fraction * total), *costs)
+        while left >= min(costs):
+            gone = self.round(model, blocks, alive, min(part, left), generator)
             if not gone:
                 break
             for place, lost in gone.items():
                 alive[place] = alive[place][~torch.isin(alive[place], lost)]
                 left -= len(lost) * units[place].cost
-            if left >= smallest:
+            if left >= min(costs):
                 blocks = model.seen_with(edits(alive, units))
         return [without_empty_halves(edit) for edit in edits(alive, units)]
 
@@ -85,12 +87,12 @@ class Bonsai(WeightMethod):
         model: ModelView,
         blocks: list[BlockView],
         alive: dict[Place, Tensor],
-        share: float,
-        allowed: float,
+        allowed: int,
         generator: torch.Generator,
     ) -> dict[Place, Tensor]:
-        """The units that go, at most `allowed` weights, by place; none are left out where nothing goes."""
+        """The units that go, at most `allowed` weights, by place; places that lose none are left out."""
         units = {(block.index, kind): unit for block in blocks for kind, unit in block.units.items()}
+        share = allowed / sum(block.parameters for block in blocks)
         candidates, off = {}, {}
         for place, unit in units.items():
             if len(alive[place]):
