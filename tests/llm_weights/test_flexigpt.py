@@ -10,7 +10,7 @@ from tests.llm_weights.test_recover import FEW
 from tests.llm_weights.tiny import logits, prune, stepwise_logits
 from tprune.core.low_rank import LowRankMap, gap
 from tprune.core.weights import Shared, StructureEdit
-from tprune.errors import BudgetError
+from tprune.errors import BudgetError, UserError
 from tprune.models import shapes
 from tprune.models.blocks import find_decoder
 from tprune.models.shared import SharedLinear, borrows, share
@@ -75,6 +75,14 @@ def test_differences_and_scales_learn_and_what_is_lent_stays_one_tensor(text):
     assert all((scale != 0.01).any() for scale in scales)
     first, last = handle.recovered["losses"]["next token"]
     assert last < first
+
+
+def test_a_model_whose_blocks_borrow_is_masked_like_any_other_and_loses_no_structure(text):
+    model = decoder()
+    prune(model, "flexigpt", text, sparsity=0.3)
+    assert prune(model, "wanda", text, sparsity=0.5).achieved().value == 0.5
+    with pytest.raises(UserError, match="shortgpt removes structure; do that before they borrow"):
+        prune(model, "shortgpt", text, sparsity=0.3)
 
 
 def test_a_rank_that_saves_nothing_is_refused(text):

@@ -102,20 +102,14 @@ def _weight(module: nn.Module) -> Tensor:
 
 
 def borrows(decoder: Decoder, index: int) -> Shared | None:
-    """From where a block borrows, if it does; its scale is what it is at first, or None.
-
-    Raises:
-        UserError: from one that is not there any more.
-    """
+    """From where a block borrows, if it does; its scale is 1, or None where it has none."""
     layers = _layers(decoder.blocks[index])
     if not layers:
         return None
     home = layers[0]._home[0]
-    for base, block in enumerate(decoder.blocks):
-        if any(module is home for module in block.modules()):
-            scaled = any(layer.scale is not None for layer in layers)
-            return Shared(base, len(layers[0].down), 1.0 if scaled else None)
-    raise UserError(f"block {index} borrows the weights of one that is gone")
+    base = next(place for place, block in enumerate(decoder.blocks) if home in block.modules())
+    scaled = any(layer.scale is not None for layer in layers)
+    return Shared(base, len(layers[0].down), 1.0 if scaled else None)
 
 
 def size(block: nn.Module) -> int:

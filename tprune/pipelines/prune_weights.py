@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from tprune.errors import BudgetError
+from tprune.errors import BudgetError, UserError
 from tprune.methods.levels import LevelMethod
 from tprune.methods.weights import WeightBudget
-from tprune.models import factored, masks, shapes, units
+from tprune.models import factored, masks, shapes, shared, units
 from tprune.models.blocks import Decoder
 from tprune.models.gradients import MEASURED, POWERS, SENSITIVITY, gradient_statistics, sensitivities
 from tprune.models.subject import pages_of
@@ -99,8 +99,17 @@ def _in_rounds(
 def _structure(
     driver: LlmWeights, decoder: Decoder, budget: WeightBudget, tokens: Tensor | None, journal: Journal
 ) -> WeightHandle:
-    """Heads, channels, halves and blocks."""
+    """Heads, channels, halves and blocks.
+
+    Raises:
+        UserError: blocks of the model borrow from others, which may then not change their shape, or leave.
+    """
     method = driver.method
+    if any(shared.size(block) for block in decoder.blocks):
+        raise UserError(
+            f"blocks of this model borrow weights of others, and {method.id} removes structure; do that before they "
+            "borrow, or choose a method that masks weights, such as wanda"
+        )
     before = sizes(decoder)
     everything = _parameters(decoder)
     gradients = _gradients(driver, decoder, tokens)
