@@ -1,14 +1,19 @@
 """DReSS: what will go is penalised before it goes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tests.decoders import decoder
+from tests.llm_weights.test_artifacts import QUIET, recipe
 from tests.llm_weights.tiny import prune
 from tprune.core.weights import StructureEdit
+from tprune.errors import UserError
 from tprune.models.blocks import find_decoder
 from tprune.pipelines import prune_weights
 from tprune.pipelines.regularise import leaving_norms, regularise
+from tprune.pipelines.run import execute
 
 
 def norms(monkeypatch, text, **settings):
@@ -50,6 +55,12 @@ def test_the_norm_of_a_unit_is_over_all_its_weights():
     )
     expected = torch.cat([part.flatten() for part in parts]).norm()
     assert torch.allclose(leaving_norms(find_decoder(model), [heads]), expected)
+
+
+def test_low_precision_is_refused_before_anything_is_loaded(folder, text, tmp_path):
+    asked = replace(recipe(folder, text, "dress"), dtype="bfloat16")
+    with pytest.raises(UserError, match="dress trains the weights, .* give --dtype float32"):
+        execute(asked, QUIET, out=str(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("select", ["wanda", "magnitude", "random"])

@@ -150,19 +150,6 @@ def _texts(samples: Sequence[tuple[str, int]]) -> tuple[list[str], Tensor]:
     return [text for text, _ in samples], torch.tensor([label for _, label in samples])
 
 
-def check(driver: LlmWeights) -> None:
-    """Refuse a precision in which small steps are lost.
-
-    Raises:
-        UserError: with the mend.
-    """
-    if driver.recipe.dtype != "float32":
-        raise UserError(
-            f"--dtype {driver.recipe.dtype}: {driver.method.id} trains the weights, and small steps are lost; give "
-            "--dtype float32"
-        )
-
-
 def learn(
     driver: LlmWeights, subject: Subject, decoder: Decoder, sparsity: float | None, work: Path | None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from tprune.core.select import complement
 from tprune.core.weights import StructureEdit
 from tprune.data import text
 from tprune.methods.fit import Plan
@@ -46,19 +47,12 @@ def leaving_norms(decoder: Decoder, edits: Sequence[StructureEdit]) -> Tensor:
     for edit in edits:
         for kind, keep in edit.keep.items():
             place = units.site(decoder, edit.block, kind)
-            goes = (
-                torch.ones(place.count, dtype=torch.bool)
-                .index_fill_(0, keep.cpu(), False)
-                .nonzero()
-                .flatten()
-            )
-            squares = [
-                units.by_unit(matrix.cut(matrix.parameter), axis, place.count)[goes]
-                .float()
-                .square()
-                .sum((1, 2))
+            (goes,) = complement(keep.unsqueeze(0), place.count)
+            weights = (
+                units.by_unit(matrix.cut(matrix.parameter), axis, place.count)
                 for matrix, axis in units.members(decoder, edit.block, place)
-            ]
+            )
+            squares = [weight[goes.to(weight.device)].float().square().sum((1, 2)) for weight in weights]
             norms.append(torch.stack(squares).sum(0).clamp_min(1e-12).sqrt())
     return torch.cat(norms)
 
