@@ -58,8 +58,11 @@ def test_labels_are_numbers_or_the_model_s_own_names(tmp_path, file, content):
     ("file", "content", "said"),
     [
         ("a.csv", "text,label\none,cats\n", "label 'cats' is no class of this model; it has compound"),
-        ("a.csv", "words,label\none,0\n", "expected `text` and `label` in every row"),
+        ("a.csv", "words,label\none,0\n", "expected `text`, a string, and `label` in every row"),
         ("a.jsonl", "{", "not readable as text"),
+        ("a.jsonl", '{"text": 3, "label": 0}', "expected `text`, a string, and `label` in every row"),
+        ("a.jsonl", '{"text": "one", "label": [1]}', "label '.1.' is no class of this model"),
+        ("a.jsonl", '{"text": "one", "label": 1.7}', "label '1.7' is no class of this model"),
         ("a.json", "[]", "no passages in it"),
     ],
 )

@@ -118,13 +118,16 @@ def _table(path: Path, option: str) -> list[tuple[str, Any]] | None:
             rows = readers[path.suffix](stream)
         if rows and all(isinstance(row, str) or set(row) == {"text"} for row in rows):
             return None
-        return [(row["text"], row["label"]) for row in rows]
+        found = [(row["text"], row["label"]) for row in rows]
     except OSError as error:
         raise UserError(f"{option} {path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, csv.Error) as error:
         raise UserError(f"{option} {path}: not readable as text ({error})") from None
     except (KeyError, TypeError):
-        raise UserError(f"{option} {path}: expected `text` and `label` in every row") from None
+        found = [(None, None)]
+    if not all(isinstance(passage, str) for passage, _ in found):
+        raise UserError(f"{option} {path}: expected `text`, a string, and `label` in every row")
+    return found
 
 
 def _index(label: Any, names: Mapping[str, int], said: str) -> int | None:
@@ -133,7 +136,7 @@ def _index(label: Any, names: Mapping[str, int], said: str) -> int | None:
     if str(label) in names:
         return names[str(label)]
     try:
-        number = int(label)
+        number = int(str(label))  # not a fraction, nor a list
     except ValueError:
         number = -1
     if number < 0:
