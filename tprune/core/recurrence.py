@@ -34,5 +34,7 @@ def shares_of_last(given: Recurrence) -> Tensor:
     """
     x, step, rate, into, out = (part.float() for part in given)
     later = functional.pad(step[..., 1:], (0, 1)).flip(-1).cumsum(-1).flip(-1)
-    left = (later.unsqueeze(-1) * rate.unsqueeze(1)).exp()  # [B, E, L, S]
-    return step * x * torch.einsum("bels,bsl->bel", left, into * out[..., -1:])
+    read, reached = into * out[..., -1:], torch.zeros_like(x)
+    for state in range(rate.shape[1]):  # one by one: [B, E, L, S] is several times the model
+        reached += (later * rate[:, state, None]).exp() * read[:, state, None]
+    return step * x * reached
