@@ -83,7 +83,7 @@ class Method:
     answers are read, or of all the "foreground"."""
     runs_on: ClassVar[tuple[str, ...]] = ("plain",)
     """The kinds of model it works in: of vision models those of `tokens.Shape.kind`, of language models "plain" (a
-    decoder with attention) and "state-space"."""
+    decoder with attention), "state-space" and "encoder"."""
     built_in: ClassVar[dict[str, Any]] = {}
     """Training hyperparameters for `--fit built-in`, where the paper's need more images than there are."""
 

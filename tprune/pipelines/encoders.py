@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tprune.data import passages
@@ -54,8 +55,12 @@ class EncoderPipeline(Pipeline):
     lessons: passages.Passages | None = None
 
     def check(self) -> None:
-        """A fit is asked for where there is one to make."""
+        """A fit is asked for where there is one to make, and no positions are but the tokens' own."""
         self.method.check_fit(self.stage.fit)
+        if self.stage.positions not in (None, "original"):
+            raise UserError(
+                f"--positions {self.stage.positions}: a text encoder's tokens keep their positions; leave it out"
+            )
 
     def load(self) -> Subject:
         """A text encoder of transformers, with its classifier where it has one."""
@@ -100,13 +105,9 @@ class EncoderPipeline(Pipeline):
     ) -> EncoderHandle:
         """Put the method in place."""
         parts = anatomy(subject.model)
-        if self.stage.positions not in (None, "original"):
-            raise UserError(
-                f"--positions {self.stage.positions}: a text encoder's tokens keep their positions"
-            )
         if state or (state is not None and self.stage.fit is not None):
             self.method = self.method.bind(untuned(subject, state))
-        self.method.check_fit(self.stage.fit)
+        self.check()
         if self.method.state is None and self.stage.fit is not None:
             self.method, self.fitted = self.fit(subject, parts, work)
         elif self.stage.keep == 1:
@@ -182,7 +183,7 @@ class TextCourse(Course):
     def collated(self, samples: Sequence[tuple[str, int]]) -> tuple[dict[str, Tensor], Tensor]:
         """Texts as the model wants them, and their classes int64 [b]."""
         texts, labels = zip(*samples, strict=True)
-        return text_encoder.encode(self.subject, texts, self.length), Tensor(labels).long()
+        return text_encoder.encode(self.subject, texts, self.length), torch.tensor(labels)
 
     def outputs(self, inputs: dict[str, Tensor]) -> Tensor:
         """Logits, [B, C], without dropout, which would draw from the global generator."""

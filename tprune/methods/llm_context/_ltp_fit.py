@@ -98,7 +98,7 @@ class SoftThresholds(Fit):
         if self.keep is not None:
             missed = self.entering(masks, real) - self.keep
             return found | {"budget": self.method.penalty * missed**2}
-        means = sum(mask[real].mean() for mask in masks)
+        means = sum((mask * real).sum() for mask in masks) / real.sum()
         return found | {"tokens": self.method.regularization * means}
 
     def settle(self, done):

@@ -48,7 +48,10 @@ class LTP(TokenMethod):
     }
 
     final_threshold: float = param(
-        0.01, "of the last block before anything is learned; those before rise to it evenly", low=0, high=1
+        0.01,
+        "to which thresholds rise evenly before anything is learned: block i of n has i/n of it",
+        low=0,
+        high=1,
     )
     padded: bool = param(False, "whether a mean is over the padded length, as the authors have it")
     epochs: float = param(10.0, "of a fit with soft masks, which learns thresholds and weights", low=0)
