@@ -67,8 +67,10 @@ def side_by_side(work: Callable[[int], T], count: int) -> list[T]:
     # The number is this thread's own for OpenMP, and everybody's for MKL.
     with threads(share):
         started = [_pool(count).submit(one, place) for place in range(count)]
-        wait(started)
-        return [future.result() for future in started]
+        try:
+            return [future.result() for future in started]
+        finally:
+            wait(started)  # also when interrupted: what they read is about to change
 
 
 @cache
