@@ -37,6 +37,12 @@ class LowRankMap:
         root = size.sqrt()
         return cls(root.unsqueeze(1) * right / scale, left * root)
 
+    @classmethod
+    def best(cls, weight: Tensor, rank: int) -> LowRankMap:
+        """The first `rank` codes of `weight`, which hold no others in memory."""
+        found = cls.of(weight).first(rank)
+        return cls(found.down.clone(), found.up.clone())
+
     @property
     def rank(self) -> int:
         """R."""
@@ -60,10 +66,10 @@ class LowRankMap:
 
 
 def gap(one: LowRankMap, other: LowRankMap, rank: int) -> Tensor:
-    """What no difference of `rank` can bridge between two maps of low rank: the squared Frobenius norm of the rest."""
+    """What no difference of `rank` can bridge between two maps of low rank: the Frobenius norm of the rest."""
     up = torch.linalg.qr(torch.cat([one.up, -other.up], 1)).R
     down = torch.linalg.qr(torch.cat([one.down, other.down]).t()).R
-    return torch.linalg.svdvals(up @ down.t())[rank:].square().sum()
+    return torch.linalg.svdvals(up @ down.t())[rank:].norm()
 
 
 Finish = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]

@@ -63,7 +63,7 @@ class SharedLinear(nn.Module):
 def share(decoder: Decoder, index: int, how: Shared) -> None:
     """Let block `index` borrow, with the best differences of the rank."""
     for own, fresh in _replaced(decoder, index, how):
-        found = LowRankMap.of(_weight(own) - _weight(fresh.base)).first(how.rank)
+        found = LowRankMap.best(_weight(own) - _weight(fresh.base), how.rank)
         fresh.down.data, fresh.up.data = found.down.to(own.weight), found.up.to(own.weight)
 
 

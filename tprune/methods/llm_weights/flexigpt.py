@@ -54,7 +54,7 @@ class FlexiGPT(WeightMethod):
         gone = self.least(model.blocks, budget.sparsity, rank)
         if not gone:
             return []
-        factors = [[LowRankMap.of(weight).first(rank) for weight in weights(block)] for block in model.blocks]
+        factors = [[LowRankMap.best(weight, rank) for weight in weights(block)] for block in model.blocks]
         kept = [place for place in range(len(factors)) if place not in gone]
         edits = []
         for place in gone:
