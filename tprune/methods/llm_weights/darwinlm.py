@@ -29,11 +29,12 @@ class DarwinLM(LevelMethod):
         arxiv="2502.07780",
         code="IST-DASLab/DarwinLM",
         checked="code",
-        notes="Database, divergence and mutations are checked; the search's random numbers are our own. Levels are "
-        "equal steps around the budget, where the authors list counts; what does not divide is spread over the blocks. "
-        "Under grouped queries a unit is a key-value group, where theirs is a query head and keys and values stay. A "
-        "candidate is trained as it is sliced, where in theirs the zeros may move. The training after the search, on "
-        "10 billion tokens, is --recover full.",
+        notes="Database and divergence are checked; the search follows the code with random numbers of its own, and "
+        "trains candidates on the calibration sequences, all of them where more is asked, where theirs have others. "
+        "Levels are equal steps around the budget, where the authors list counts; what does not divide is spread over "
+        "the blocks. Under grouped queries a unit is a key-value group, where theirs is a query head and keys and "
+        "values stay. A candidate is trained as it is sliced, where in theirs the zeros may move. The training after "
+        "the search, on 10 billion tokens, is --recover full.",
     )
     kind = "calibrated"
     propagate = "dense"
@@ -54,7 +55,7 @@ class DarwinLM(LevelMethod):
     rate: float = param(1e-5, "Learning rate of that training", low=0)
 
     def step(self, kind: str, count: int, gone: float, turn: int) -> int:
-        """A whole part of what shall go, so that the dense site is a level too."""
+        """A whole part of what shall go, so that the dense site is a level too, or what rounding leaves of it."""
         levels = max(1, round(gone / (self.share * count)))
         return max(1, int(gone) // levels)
 
