@@ -176,6 +176,10 @@ def test_columns_that_stand_for_each_other_are_needed_less_than_one_alone():
     assert (needed >= 0).all()
 
 
+def test_columns_far_from_all_others_are_needed_wholly():
+    assert torch.allclose(representativeness(20 * torch.eye(6), 1.0, 1e-4), torch.ones(6), atol=1e-3)
+
+
 def test_kcm_removes_channels_alone_and_the_same_number_of_each_block_for_stock_loaders():
     model, ids = encoder(), tokens(4, 20)
     driver = driver_of("kcm")

@@ -11,7 +11,7 @@ def representativeness(columns: Tensor, width: float, tolerance: float) -> Tenso
 
     Kernel convex masking (arXiv 2303.04185, algorithm 1): with K_ij = exp(-‖w_i - w_j‖² / width²) and C = 1/N to begin
     with, C <- C ∘ sqrt(K / (K C)) until the sum of C changes by less than `tolerance` of itself; the diagonal of C.
-    Columns that others can stand for have little of it.
+    Columns that others can stand for have little of it. Where no column is near, K C may underflow to 0; C stays 0.
 
     Args:
         columns: [N, D], one row for each column of the weight.
@@ -21,8 +21,10 @@ def representativeness(columns: Tensor, width: float, tolerance: float) -> Tenso
     kernel = torch.cdist(columns.float(), columns.float()).square_().div_(-(width**2)).exp_()
     mixture = torch.full_like(kernel, 1 / len(kernel))
     total = mixture.sum()
+    least = torch.finfo(kernel.dtype).tiny
     while True:
-        mixture.mul_((kernel / (kernel @ mixture)).sqrt_())
+        mixture.mul_((kernel / (kernel @ mixture).clamp_min_(least)).sqrt_())
         before, total = total, mixture.sum()
-        if (total - before).abs() < tolerance * before:
+        # A weight that is not a number ends it, too.
+        if not bool((total - before).abs() >= tolerance * before):
             return mixture.diagonal().clone()
