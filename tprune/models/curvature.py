@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 
-import torch
 from torch import Tensor, nn
 
 from tprune.core.statistics import Gram, Inputs
 from tprune.errors import UserError
 from tprune.models.blocks import Decoder, is_experts
 from tprune.models.calibrate import Watch
-from tprune.models.gradients import from_embeddings
+from tprune.models.gradients import asking_for, from_embeddings, losses
 
 
 def moments(
@@ -34,8 +33,6 @@ def moments(
     Raises:
         UserError: experts are stacked, so that their outputs are not seen.
     """
-    model, embeddings = decoder.model, decoder.model.get_input_embeddings()
-    asked = {parameter: parameter.requires_grad for parameter in model.parameters()}
     watches = [Watch(decoder, index, ("gram",), None) for index in blocks]
     seen: list[dict[str, Gram]] = [{} for _ in watches]
     with ExitStack() as stack:
@@ -48,23 +45,23 @@ def moments(
                         "choose another method for this model"
                     )
                 sums[name] = Gram()
-                stack.callback(module.register_forward_hook(_gradients_to(sums[name])).remove)
-        stack.enter_context(from_embeddings(model))
-        try:
-            model.requires_grad_(False)
-            for sequence in sequences:
-                ids = sequence.to(embeddings.weight.device).unsqueeze(0)
-                for watch in watches:
-                    watch.begin(1, stop=False)
-                with torch.enable_grad():
-                    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        finally:
-            for parameter, wanted in asked.items():
-                parameter.requires_grad_(wanted)
+                stack.enter_context(module.register_forward_hook(_gradients_to(sums[name])))
+        stack.enter_context(asking_for(decoder.model, ()))
+        stack.enter_context(from_embeddings(decoder.model))
+        for loss in losses(decoder.model, _watched(sequences, watches)):
+            loss.backward()
     return [
         (watch.inputs, {name: total.result()["gram"] for name, total in sums.items()})
         for watch, sums in zip(watches, seen, strict=True)
     ]
+
+
+def _watched(sequences: Iterable[Tensor], watches: Sequence[Watch]) -> Iterator[Tensor]:
+    """The sequences, each once everybody who watches is ready for it."""
+    for sequence in sequences:
+        for watch in watches:
+            watch.begin(1, stop=False)
+        yield sequence
 
 
 def _gradients_to(total: Gram) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:

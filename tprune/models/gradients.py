@@ -30,7 +30,8 @@ def losses(model: nn.Module, sequences: Iterable[Tensor], classes: Tensor | None
         ids = sequence.to(device).unsqueeze(0)
         labels = ids if classes is None else classes[place : place + 1].to(device)
         with torch.enable_grad():
-            yield model(input_ids=ids, labels=labels, use_cache=False).loss
+            loss = model(input_ids=ids, labels=labels, use_cache=False).loss
+        yield loss
 
 
 def from_embeddings(model: nn.Module) -> torch.utils.hooks.RemovableHandle:
@@ -57,7 +58,7 @@ def sensitivities(
 
     def watch(name: str, value: Tensor) -> None:
         def add(gradient: Tensor) -> None:
-            square = gradient.detach().float().flatten(0, -2).mean(0).square().cpu()
+            square = gradient.detach().float().flatten(0, -2).mean(0).square()
             found[name] = found.get(name, 0) + square
 
         value.register_hook(add)
@@ -80,7 +81,7 @@ def sensitivities(
             )
         for loss in losses(decoder.model, sequences, classes):
             loss.backward()
-    return found
+    return {name: total.cpu() for name, total in found.items()}
 
 
 def gradient_statistics(
