@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -19,17 +19,19 @@ MOMENTS = {"mean": "exp_avg", "square": "exp_avg_sq", "velocity": "momentum_buff
 
 def warm_cosine(step: int, steps: int, warmup: int, floor: float) -> float:
     """Share of the peak learning rate at `step` of `steps`: linear over `warmup` steps, then a cosine to `floor`."""
-    if step < warmup:
-        return (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+    return _warm(step, steps, warmup, floor, lambda done: 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def warm_linear(step: int, steps: int, warmup: int, floor: float) -> float:
     """As `warm_cosine`, but falling in a straight line."""
+    return _warm(step, steps, warmup, floor, lambda done: 1 - done)
+
+
+def _warm(step: int, steps: int, warmup: int, floor: float, left: Callable[[float], float]) -> float:
+    """The same for any fall: `left` is 1 at 0 and 0 at 1."""
     if step < warmup:
         return (step + 1) / warmup
-    return 1 - (1 - floor) * (step - warmup) / max(1, steps - warmup)
+    return floor + (1 - floor) * left((step - warmup) / max(1, steps - warmup))
 
 
 def moments(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
