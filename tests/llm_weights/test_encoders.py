@@ -254,7 +254,7 @@ def test_k_prune_refuses_decoders():
     with pytest.raises(
         UserError, match="k-prune prunes text encoders such as minilm-topics, and this is a llama"
     ):
-        prune(decoder(), "k-prune", 0.3, tokens(4, 20))
+        driver_of("k-prune").decoder(decoder())
 
 
 def test_the_threshold_leaves_what_costs_less_than_the_budget():

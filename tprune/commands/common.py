@@ -173,7 +173,7 @@ def default_model(family: str, method: str) -> str:
     """The built-in model that a method runs on where none is named."""
     from tprune.methods import registry
 
-    inside = family == "llm-context" and registry.load(method, family).runs_on == ("encoder",)
+    inside = registry.load(method, family).runs_on == ("encoder",)
     return ENCODER_DEFAULT if inside else FAMILY_DEFAULTS[family]
 
 

@@ -111,7 +111,7 @@ class LlmWeights(Pipeline):
         """The model's decoder, with the matrices that the method is about.
 
         Raises:
-            UserError: a model with an encoder beside its decoder, or without blocks to prune.
+            UserError: a model with an encoder beside its decoder, without blocks to prune, or not for the method.
         """
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             raise UserError(
@@ -119,6 +119,11 @@ class LlmWeights(Pipeline):
                 "blocks alone; give a decoder, such as smollm2-135m, or an encoder, such as minilm-topics"
             )
         found = find_decoder(model)
+        if self.method.runs_on == ("encoder",) and not is_encoder(found.config):
+            raise UserError(
+                f"{self.method.id} prunes text encoders such as minilm-topics, and this is a "
+                f"{found.config.model_type} model; choose a method for decoders, such as flap"
+            )
         found.part = self.method.part
         return found
 

@@ -22,7 +22,6 @@ from tprune.models.calibrate import Stream
 from tprune.models.gradients import MEASURED, POWERS, SENSITIVITY
 from tprune.models.halves import half_sizes, masked
 from tprune.models.teacher import Teacher
-from tprune.models.text_encoder import is_encoder
 from tprune.pipelines.journal import Journal
 from tprune.pipelines.removal import Removal
 from tprune.progress import Progress
@@ -81,7 +80,7 @@ class StructurePruner:
             view.losses_with = self._losses(journal)
             view.seen_with = self._seen_with if self.gathers else None
         if self.method.teacher:
-            view.teacher = self._teacher()
+            view.teacher = partial(Teacher, self.decoder, self.stream.tokens)
         edits: list[StructureEdit] = []
         for index in self.progress.track(range(len(self.decoder.blocks)), "gathering"):
             block = self._gathered(index, kinds, journal)
@@ -97,19 +96,6 @@ class StructurePruner:
             self.before(edits)
         shapes.apply(self.decoder, edits)
         return edits, view
-
-    def _teacher(self) -> Callable[[int], Teacher]:
-        """Makes the dense encoder what a method compares with.
-
-        Raises:
-            UserError: a decoder.
-        """
-        if not is_encoder(self.decoder.config):
-            raise UserError(
-                f"{self.method.id} prunes text encoders such as minilm-topics, and this is a "
-                f"{self.decoder.config.model_type} model; choose a method for decoders, such as flap"
-            )
-        return partial(Teacher, self.decoder, self.stream.tokens)
 
     def _kinds(self) -> list[str]:
         """The kinds of unit that the method looks at and that may be removed."""

@@ -38,6 +38,7 @@ class KPrune(WeightMethod):
     kind = "calibrated"
     scope = "model"
     units = ("heads", "channels")
+    runs_on = ("encoder",)
     teacher = True
     uniform = False
     patterns = False
