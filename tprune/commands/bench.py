@@ -144,6 +144,8 @@ def show(result: dict[str, Any]) -> None:
     for name, value in result.items():
         if isinstance(value, float) and name != "asked":
             click.echo(f"  {name.replace('_', ' '):<24} {value:10.3f}")
+        elif name == "workers":
+            click.echo(f"  {name:<24} {value:10}")
     protocol = result["protocol"]
     click.echo(
         f"  {protocol['device']}, {protocol['hardware']['threads']} threads, {protocol['dtype']}, "

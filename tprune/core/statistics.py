@@ -109,7 +109,7 @@ class Absolute:
 class Gram:
     """`gram` [C, C]: (2 / sequences) · Σ x xᵀ, the Hessian of the layer's squared error."""
 
-    strip = 512
+    strip = 256
     """Rows computed at once: what lies under the diagonal is mirrored, not computed."""
 
     def __init__(self) -> None:
