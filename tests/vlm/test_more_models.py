@@ -12,13 +12,13 @@ from tests.vlm import test_equivalence as equivalence
 from tests.vlm.tiny import MORE, tiny
 from tprune.models.prompts import noise_prompts
 
-METHODS = ["hiprune", "mmtok", "visionzip", "vflowopt", "fastv", "flowcut"]
+METHODS = ["hiprune", "mmtok", "visionzip", "vflowopt", "fastv", "flowcut", "par"]
 CONTRACTS = [
     contract.test_keeping_all_is_bitwise_the_dense_model_and_leaving_restores_it,
     contract.test_the_planned_counts_are_the_counts_that_enter,
     contract.test_a_batch_gives_what_its_prompts_give_alone,
     contract.test_generation_decodes_what_a_loop_of_single_steps_and_one_chunk_do,
-    contract.test_generation_with_padding_and_beams_agrees_with_prompts_alone,
+    contract.test_generation_with_padding_and_beams_and_without_a_cache_agrees_with_prompts_alone,
     contract.test_a_prompt_without_images_is_left_alone,
 ]
 
@@ -60,12 +60,12 @@ def test_qwen3_vl_adds_the_towers_features_to_the_tokens_that_are_left():
     assert not torch.allclose(found[left], dense[left], atol=1e-2)
 
 
-@pytest.fixture(scope="module")
-def windowed():
-    """Gemma-3 whose sliding layers see 12 tokens: fewer than a prompt has, and fewer than are left of it."""
+@pytest.fixture(scope="module", params=[12, 28])
+def windowed(request):
+    """Gemma-3 whose sliding layers see fewer tokens than a prompt's 32; fewer or more than the 24 that are left."""
     model = copy.deepcopy(tiny("gemma3"))
     for config in (model.config.text_config, model.model.language_model.config):
-        config.sliding_window = 12
+        config.sliding_window = request.param
     return model
 
 
@@ -79,7 +79,7 @@ def test_beyond_a_sliding_window_what_leaves_is_as_if_hidden_and_a_window_counts
         chunk = windowed(**inputs, use_cache=True).past_key_values
         chunk = windowed(input_ids=told, past_key_values=chunk, use_cache=True).logits
         layers, width = handle.driver.layers, inputs["input_ids"].shape[1]
-    assert width > 12
+    assert width == 32
     assert torch.allclose(found[:, 1:], chunk, atol=2e-4)
     if equivalence.only_drops(trace, torch.arange(width)):
         expected = equivalence.in_one_forward(windowed, layers, inputs, told, cache.tprune_track)

@@ -99,25 +99,21 @@ class DecoderDriver:
         for place, layer in enumerate(self.layers):
             self.names[layer] = list(signature(layer.forward).parameters)
             self.handles.append(layer.register_forward_pre_hook(self._layer_hook(place), with_kwargs=True))
-        self.tap = None
         if "attention" in method.reads:
-            self.tap = Tap([attention_of(layer) for layer in self.layers], self._observe)
             self.place = {attention_of(layer): place for place, layer in enumerate(self.layers)}
+            self.handles.append(Tap(self.place, self._observe))
         self.handles += self.signals.watch(model, method.reads, lambda: self.run)
-        self.deepstack = Deepstack(self.core, lambda: self.run, len(self.layers))
-        self.passing = Passing(self.core, self.layers if method.routes else (), lambda: self.run)
+        self.handles.append(Deepstack(self.core, lambda: self.run, len(self.layers)))
+        if method.routes:
+            self.handles.append(Passing(self.core, self.layers, lambda: self.run))
         self.generating = Generating(model, method, len(self.layers))
+        self.handles.append(self.generating)
 
     def remove(self) -> None:
         """Take all hooks out again."""
         for handle in self.handles:
             handle.remove()
-        if self.tap is not None:
-            self.tap.remove()
-        self.deepstack.remove()
-        self.passing.remove()
-        self.generating.remove()
-        self.handles, self.tap, self.run = [], None, None
+        self.handles, self.run = [], None
 
     def _check(self, run: Run) -> None:
         """Refuse sites that a decoder does not have."""
@@ -180,14 +176,14 @@ class DecoderDriver:
         if run.is_prompt and PROJECTOR in run.counts:
             shorten(run, given, self.entrance, self.positions)
         elif run.track.entry is not None:
-            place_behind(run, given, run.track.entry, self.positions)
+            place_behind(run, given, run.track.entry, self.inputs, self.positions)
         if run.is_prompt and "embeddings" in self.method.reads:
             run.embeddings = given["inputs_embeds"]
         mask = given.get("attention_mask")
         run.padding = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         first = run.track.layers.get(0)
         if first is not None:
-            place_behind(run, given, first, self.positions)
+            place_behind(run, given, first, self.inputs, self.positions)
         return ((), given) if run.track.entry is not None or first is not None else None
 
     def _close(self, module: nn.Module, args: tuple, output: Any) -> Any:

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from tprune.core.select import mark
 from tprune.errors import UserError
-from tprune.models.layer_inputs import SLIDING, as_is, latest, window_in
+from tprune.models.layer_inputs import SLIDING, LayerInputs, latest, window_in
 from tprune.models.run import Inputs, Run
 from tprune.models.track import Kept, gather_any_mask, gather_last, restore, visible
 
@@ -66,8 +66,19 @@ def closing(ids: Tensor, image: Tensor, stays: Tensor) -> tuple[Tensor, Tensor]:
     return behind - image * moved.gather(1, number), behind[:, -1:]
 
 
-def place_behind(run: Run, given: Inputs, kept: Kept, positions: str) -> None:
-    """Tokens behind a prompt of which the first layer has only `kept`: their masks, and their positions."""
+def place_behind(run: Run, given: Inputs, kept: Kept, inputs: LayerInputs, positions: str) -> None:
+    """Tokens behind a prompt of which the first layer has only `kept`: their masks, and their positions.
+
+    Args:
+        run: of those tokens.
+        given: what the decoder is called with, by name; changed.
+        kept: what is left of the prompt.
+        inputs: of the decoder's layers.
+        positions: "original", "compact" or "closed".
+
+    Raises:
+        UserError: a sliding window that cannot be told what left.
+    """
     ids = given.get("position_ids")
     batch, device = kept.index.shape[0], kept.index.device
     rows = torch.arange(run.length, device=device).expand(batch, -1)
@@ -81,26 +92,33 @@ def place_behind(run: Run, given: Inputs, kept: Kept, positions: str) -> None:
     given["position_ids"] = ids - kept.gone[:, None] if closes else ids
     if kept.closed is not None:
         given["position_ids"] = ids - kept.closed
+    given["attention_mask"] = _mask_behind(run, given, kept, rows, inputs)
+
+
+def _mask_behind(run: Run, given: Inputs, kept: Kept, rows: Tensor, inputs: LayerInputs) -> Any:
+    """The decoder's masks for tokens behind a prompt, `rows` int64 [B, q] of them, and what is left of it.
+
+    Raises:
+        UserError: a sliding window is shorter than what is left, and masks do not say which queries see a key.
+    """
     mask = given.get("attention_mask")
     window, held = window_in(given.get("past_key_values"))
-    slides = mask.get(SLIDING) if isinstance(mask, dict) else None
-    windowed = window is not None and slides is not None
-    if not windowed or slides.dim() != 4:
-        if windowed and kept.index.shape[1] > window:
-            raise UserError(
-                "this decoder's sliding windows are shorter than what is left of the prompt: that takes "
-                "attn_implementation=sdpa or eager"
-            )
-        given["attention_mask"] = gather_any_mask(mask, rows, kept, run.track.length)
-        return
-    # A window counts what left, as it does in the prompt; its cache ends with the latest of what is left.
+    windowed = window is not None and isinstance(mask, dict) and SLIDING in mask
+    if windowed and inputs.masks_padding and kept.index.shape[1] > window:
+        raise UserError(
+            "this decoder's sliding windows are shorter than what is left of the prompt: that takes "
+            "attn_implementation=sdpa or eager"
+        )
+    if not windowed or inputs.masks_padding:
+        return gather_any_mask(mask, rows, kept, run.track.length)
+    # A window counts what left, as it does in the prompt; its cache ends with the latest of what is left, and where
+    # that is less than a window transformers makes no mask at all.
     seen, real = latest(kept, held + run.length), run.inputs.get("attention_mask")
     shown = visible(rows + run.start, seen, window)
     if isinstance(real, Tensor) and real.dim() == 2:
         shown = shown & real.bool().gather(1, seen.columns)[:, None, None]
     others = {name: part for name, part in mask.items() if name != SLIDING}
-    given["attention_mask"] = gather_any_mask(others, rows, kept, run.track.length)
-    given["attention_mask"][SLIDING] = as_is(shown, slides.dtype)
+    return gather_any_mask(others, rows, kept, run.track.length) | {SLIDING: inputs.as_mask(shown)}
 
 
 def fill_up(output: Any, kept: Kept, length: int) -> Any:

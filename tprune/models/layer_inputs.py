@@ -51,6 +51,16 @@ class LayerInputs:
         self.core, self.positions = core, check_positions(positions, core)
         self.rotary = getattr(core, "rotary_emb", None)
 
+    @property
+    def implementation(self) -> str:
+        """Of the decoder's attention, as transformers names it."""
+        return self.core.config._attn_implementation or "eager"
+
+    @property
+    def masks_padding(self) -> bool:
+        """Whether that takes no masks but of padding, [B, T]."""
+        return "flash" in self.implementation
+
     def fit(self, run: Run, place: int, kept: Kept, given: Inputs) -> None:
         """Change `given`, by name, which the decoder made for all tokens that entered it."""
         ids, rope = given.get("position_ids"), given.get("position_embeddings")
@@ -95,8 +105,7 @@ class LayerInputs:
             return None
         padding = _padding(run)
         padding = None if padding is None else padding.bool().gather(1, seen.columns)
-        implementation = self.core.config._attn_implementation or "eager"
-        if "flash" in implementation:
+        if self.masks_padding:
             return padding if seen.valid is None else seen.valid if padding is None else seen.valid & padding
         entry = run.track.entry
         if window is not None and entry is not None:
@@ -111,21 +120,17 @@ class LayerInputs:
 
     def as_mask(self, shown: Tensor) -> Tensor:
         """What is `shown`, bool [B, 1, q, T], in the form the model's attention takes."""
-        eager = (self.core.config._attn_implementation or "eager") == "eager"
-        return as_is(shown, next(self.core.parameters()).dtype if eager else torch.bool)
+        if self.implementation != "eager":
+            return shown
+        dtype = next(self.core.parameters()).dtype
+        hidden = torch.zeros(shown.shape, dtype=dtype, device=shown.device)
+        return hidden.masked_fill(~shown, hidden_value(dtype))
 
     def rotate(self, place: int, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Rotary embeddings at other positions."""
         if "layer_type" in signature(self.rotary.forward).parameters:
             return self.rotary(hidden, ids, self.core.config.layer_types[place])
         return self.rotary(hidden, ids)
-
-
-def as_is(shown: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mask `shown`, bool, in a dtype that masks come in: bool, or what is added to logits."""
-    if dtype == torch.bool:
-        return shown
-    return torch.zeros(shown.shape, dtype=dtype, device=shown.device).masked_fill(~shown, hidden_value(dtype))
 
 
 def latest(kept: Kept, keys: int) -> Kept:
