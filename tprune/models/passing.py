@@ -78,7 +78,7 @@ class Passing:
             return None, False
         if "passes" in run.memory:
             passes = run.memory.pop("passes")
-            every, some = passes.all(0).tolist(), passes.any(0).tolist()
+            every, some = torch.stack([passes.all(0), passes.any(0)]).tolist()
             run.track.passes = {
                 layer: (passes[:, layer], every[layer] and layer not in self.counting)
                 for layer in range(passes.shape[1])

@@ -69,10 +69,6 @@ class Preferring(Fit):
         each = (wanted * logits.log_softmax(-1)).sum(-1)
         return each.new_zeros(len(answers)).index_add(0, row, each)
 
-    def kept(self, memory):
-        """Layers that are passed by see nothing."""
-        return super().kept(memory) * (1 - self.passed / self.depth)
-
     def state(self):
         """The router."""
         return {name: tensor.detach().clone() for name, tensor in self.router.state_dict().items()}
