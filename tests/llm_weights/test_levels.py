@@ -97,11 +97,15 @@ def test_a_search_over_all_tokens_never_gets_worse_and_keeps_to_the_budget(metho
     assert abs(handle.achieved().value - 0.4) < 0.005
 
 
-def test_training_its_candidates_changes_what_darwinlm_measures_and_not_the_model(text, monkeypatch):
+def test_training_its_candidates_changes_what_darwinlm_measures_and_nothing_else(text, monkeypatch):
     seen, measure = [], Divergence._measure
-    monkeypatch.setattr(
-        Divergence, "_measure", lambda self, *given: seen.append(measure(self, *given)) or seen[-1]
-    )
+
+    def twice(self, *given):
+        seen.append(measure(self, *given))
+        assert torch.equal(measure(self, *given), seen[-1])
+        return seen[-1]
+
+    monkeypatch.setattr(Divergence, "_measure", twice)
     settings = {**QUICK["darwinlm"], "generations": 1, "survivors": (1,), "tokens": (96,), "rate": 1e-2}
     models = [decoder(), decoder()]
     for model, training in zip(models, (0, 48), strict=True):

@@ -190,9 +190,9 @@ def _set_width(module: nn.Module) -> None:
 
 
 def set_weight(module: nn.Module, weight: Tensor) -> None:
-    """Make `weight` [out, in] a linear layer's own, in its dtype."""
+    """Make a copy of `weight` [out, in] a linear layer's own, in its dtype."""
     stored = weight.t() if is_transposed(module) else weight
-    put(module, "weight", stored.to(module.weight.device, module.weight.dtype))
+    put(module, "weight", stored.to(module.weight.device, module.weight.dtype, copy=True))
 
 
 def add_bias(module: nn.Module, bias: Tensor) -> None:
