@@ -69,6 +69,7 @@ class PrunedLayer(Entries):
         self.budget: int | Tensor = 0
         self.seeds: Tensor | None = None
         self.tokens: Tensor | None = None
+        self._left = 0
 
     @classmethod
     def adopt(cls, layer: DynamicLayer, owner: Owner) -> PrunedLayer:

@@ -43,7 +43,6 @@ class Entries(DynamicLayer):
         self.stand: tuple[object, int] | None = None
         self._buffers: tuple[Tensor, Tensor] | None = None
         self._places: Tensor | None = None
-        self._left = 0
         self._real: int | Tensor = 0
 
     def __copy__(self) -> Self:

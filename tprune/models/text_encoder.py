@@ -52,7 +52,12 @@ def encode(subject: Subject, texts: Sequence[str], length: int | None) -> dict[s
     if length is not None and length > limit:
         raise UserError(f"--length {length}: this model has {limit} positions; ask for no more")
     found = subject.processor(
-        list(texts), padding=True, truncation=True, max_length=length or limit, return_tensors="pt"
+        list(texts),
+        padding=True,
+        padding_side="right",  # the class token is the first
+        truncation=True,
+        max_length=length or limit,
+        return_tensors="pt",
     )
     return dict(found.to(subject.device))
 

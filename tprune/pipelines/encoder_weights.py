@@ -50,11 +50,17 @@ def calibration(recipe: Recipe, subject: Subject, method: WeightMethod) -> tuple
             f"{method.id} reads gradients of a classifier's loss: --data FILE with text and label, and a model with a "
             "classifier of such labels, such as minilm-topics"
         )
-    rows = [text_encoder.encode(subject, [passage], length)["input_ids"][0].cpu() for passage in found.items]
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
-    chosen = [place for place in order if len(rows[place]) == length][: recipe.calibration or CALIBRATION]
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
+    chosen: dict[int, Tensor] = {}
+    longest = 0
+    for place in order:
+        row = text_encoder.encode(subject, [found.items[place]], length)["input_ids"][0].cpu()
+        longest = max(longest, len(row))
+        if len(row) == length:
+            chosen[place] = row
+        if len(chosen) == (recipe.calibration or CALIBRATION):
+            break
     if not chosen:
-        longest = max(len(row) for row in rows)
         raise UserError(f"--length {length}: the longest passage has {longest} tokens; give at most that")
-    classes = torch.tensor(found.labels)[chosen] if found.fits(len(names)) else None
-    return torch.stack([rows[place] for place in chosen]), classes
+    classes = torch.tensor(found.labels)[list(chosen)] if found.fits(len(names)) else None
+    return torch.stack(list(chosen.values())), classes

@@ -121,7 +121,9 @@ class Fitting:
                 low, high = (knob, high) if missed < 0 else (low, knob)
                 knob = (low + high) / 2
         if best[0] > 2 * SETTLE_TOLERANCE:
-            self.progress.warn(f"{method.id} misses the budget by {best[0]:.3f} on the training images")
+            self.progress.warn(
+                f"{method.id} misses the budget by {best[0]:.3f} on the training {course.unit}"
+            )
         return best[1]
 
 
