@@ -86,8 +86,8 @@ def test_the_planned_counts_are_the_counts_that_enter(method, kind):
         held = entering[:1] * len(entering) if handle.driver.hides else entering
         if getattr(handle.driver, "uniform", False):
             held = entering[-1:] * len(entering)
+        # Of layers that do not run tests/vlm/test_par.py tells.
         if not getattr(handle.driver.method, "routes", False):
-            # Of layers that do not run tests/vlm/test_par.py tells.
             assert [layer.keys.shape[2] for layer in cache.layers] == [text + count for count in held]
         assert abs(handle.achieved().value - 0.5) < 0.06
         assert handle.achieved().value == pytest.approx(sum(entering) / (len(entering) * tokens))

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from tests.vlm.test_learned import SHAPE, prompt
-from tprune.core.budget import PROJECTOR
+from tprune.core.budget import PROJECTOR, Stage
 from tprune.methods import registry
 from tprune.methods.attention import Attention
 from tprune.methods.token_view import TokenView
@@ -62,7 +62,7 @@ def test_a_token_without_which_there_is_no_answer_stays(method):
             marked = fit.at(site, view, memory)
             view.present = marked.present
             left = marked.present[view.prunable].mean()
-            memory["left"].append(type("Left", (), {"count": left}))
+            memory["left"].append(Stage(site, left))
         return fit.losses(read(view, place, answer, marked.present), answer, memory, None)
 
     learn(fit, lesson)
