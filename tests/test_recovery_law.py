@@ -51,9 +51,7 @@ def test_noise_of_a_hundredth_moves_what_is_foretold_by_little():
 
 
 def test_more_tokens_never_raise_the_loss_and_more_pruning_does():
-    along = Points(
-        *(np.full(9, value) for value in (3.0,)), np.geomspace(0.01, 10, 9), np.full(9, 0.2), np.full(9, 2.5)
-    )
+    along = Points(np.full(9, 3.0), np.geomspace(0.01, 10, 9), np.full(9, 0.2), np.full(9, 2.5))
     assert (np.diff(PLANTED.loss(along)) < 0).all()
     losses = [PLANTED.loss(one(rate=rate)).item() for rate in (0.1, 0.2, 0.4)]
     assert losses == sorted(losses)
@@ -126,6 +124,10 @@ def test_the_command_says_the_same_of_both_formats_and_draws(table):
         ("tokens,loss\n1,2\n", "point 1: parameters is None; expected a number"),
         (",".join(COLUMNS) + "\n1e9,1e8,1.5,2,3\n", "rate is 1.5; it must be between 0 and 1"),
         (",".join(COLUMNS) + "\n1e9,1e8,0.2,2,3\n", "1 points for 3 parameters .*; measure more"),
+        (
+            ",".join(COLUMNS) + "\n1e9,1e8,0.2,2,3" * 3,
+            "after 1 different numbers of tokens, where a curve needs 3",
+        ),
         (",".join(COLUMNS) + "\n1e9,0,0.2,2,3\n", "tokens is 0; it must be positive"),
     ],
 )

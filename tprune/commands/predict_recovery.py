@@ -103,7 +103,7 @@ def read(path: str) -> tuple[Points, Array]:
     try:
         text = file.read_text(encoding="utf-8-sig")
         rows = json.loads(text) if file.suffix == ".json" else list(csv.DictReader(text.splitlines()))
-    except (OSError, UnicodeDecodeError):
+    except (OSError, UnicodeDecodeError, csv.Error):
         raise UserError(f"{path} cannot be read; give a .csv or .json file of measured points") from None
     except ValueError:
         raise UserError(f"{path} is not JSON; give a list of objects with {', '.join(COLUMNS)}") from None

@@ -79,7 +79,10 @@ POSITIVE = ("n_c", "d_c", "e", "alpha", "beta")
 
 
 def free_parameters(at: Points) -> tuple[str, ...]:
-    """What the points can tell apart: of one size N_C, α and δ are part of E and D_C, of one rate γ is, too."""
+    """What is fitted: of one size N_C, α and δ are part of E and D_C, of one rate γ is, too.
+
+    Of two sizes N_C, α and E are several with the same losses at both, and others in between and beyond.
+    """
     bound = () if len(np.unique(at.size)) > 1 else ("n_c", "alpha", "delta")
     bound += () if len(np.unique(at.rate)) > 1 else ("gamma",)
     return tuple(field.name for field in fields(Law) if field.name not in bound)
@@ -91,11 +94,14 @@ def fit(at: Points, loss: Array, starts: int = 16, seed: int = 0) -> Law:
     The best of many starts is taken. Parameters that the points do not tell (`free_parameters`) are 0, α too.
 
     Raises:
-        ValueError: fewer points than free parameters.
+        ValueError: fewer points than free parameters, or losses after fewer than three different numbers of tokens,
+            from which D_C, β and E cannot be told.
     """
-    free = free_parameters(at)
+    free, lengths = free_parameters(at), len(np.unique(at.tokens))
     if len(loss) < len(free):
         raise ValueError(f"{len(loss)} points for {len(free)} parameters ({', '.join(free)})")
+    if lengths < 3:
+        raise ValueError(f"losses after {lengths} different numbers of tokens, where a curve needs 3")
 
     def law(values: Array) -> Law:
         found = dict(zip(free, values, strict=True))
