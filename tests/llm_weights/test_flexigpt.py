@@ -5,15 +5,18 @@ import copy
 import pytest
 import torch
 
+import tprune
 from tests.decoders import decoder, tokens
+from tests.llm_weights.test_artifacts import QUIET, recipe
 from tests.llm_weights.test_recover import FEW
-from tests.llm_weights.tiny import logits, prune, stepwise_logits
+from tests.llm_weights.tiny import logits, prune, save, stepwise_logits
 from tprune.core.low_rank import LowRankMap, gap
 from tprune.core.weights import Shared, StructureEdit
 from tprune.errors import BudgetError, UserError
 from tprune.models import shapes
 from tprune.models.blocks import find_decoder
 from tprune.models.shared import SharedLinear, borrows, share
+from tprune.pipelines.run import execute
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "phi3", "gpt2", "opt"])
@@ -84,6 +87,31 @@ def test_a_model_whose_blocks_borrow_is_masked_like_any_other_and_loses_no_struc
     assert prune(model, "wanda", text, sparsity=0.5).achieved().value == 0.5
     with pytest.raises(UserError, match="shortgpt removes structure; do that before they borrow"):
         prune(model, "shortgpt", text, sparsity=0.3)
+
+
+def test_a_gpt2_whose_blocks_borrow_is_loaded_as_it_was_written(text, tmp_path):
+    source, ids = save(tmp_path / "model", "gpt2"), tokens(2, 20)
+    execute(recipe(source, text, "flexigpt"), QUIET, out=str(tmp_path / "out"), evaluate=False)
+    model = decoder("gpt2")
+    prune(model, "flexigpt", text, sparsity=0.34)
+    assert torch.allclose(logits(tprune.load(str(tmp_path / "out")), ids), logits(model, ids), atol=1e-6)
+    layer = next(module for module in model.modules() if isinstance(module, SharedLinear))
+    x = torch.randn(3, len(layer.weight), generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(layer(x), x @ layer.weight + layer.bias, atol=1e-5)
+
+
+def test_blocks_that_are_narrower_than_the_configuration_says_borrow_from_their_like(text):
+    model, ids = decoder("gpt2"), tokens(2, 20)
+    narrow = {"heads": torch.tensor([1]), "channels": torch.arange(0, 48, 2)}
+    shapes.apply(find_decoder(model), [StructureEdit(index, keep=narrow) for index in (0, 1)])
+    with pytest.raises(UserError, match="no block that stays has the shape of block 2"):
+        prune(copy.deepcopy(model), "flexigpt", text, sparsity=0.3)
+    shapes.apply(find_decoder(model), [StructureEdit(2, keep=narrow)])
+    prune(model, "flexigpt", text, sparsity=0.3)
+    rows, fresh = model.config.tprune["layers"], decoder("gpt2")
+    shapes.resize(find_decoder(fresh), rows)
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(logits(fresh, ids), logits(model, ids))
 
 
 def test_a_rank_that_saves_nothing_is_refused(text):

@@ -163,12 +163,14 @@ def resize(decoder: Decoder, rows: list[dict[str, Any]]) -> None:
     for index, row in enumerate(rows):
         for half in row.get(GONE, ()):
             remove_half(decoder.blocks[index], half)
-        if SHARED in row:
-            make_room(decoder, index, Shared(*row[SHARED]))
-        for kind, (count, bias) in ((kind, row[kind]) for kind in WIRING if kind in row):
+        own = rows[row[SHARED][0]] if SHARED in row else row  # who borrows has the shape of the other
+        for kind, (count, bias) in ((kind, own[kind]) for kind in WIRING if kind in own):
             place = site(decoder, index, kind)
             if count != place.count:
                 shrink(decoder, index, place, torch.arange(count, device="cpu"))
             if bias and place.reader.bias is None:
                 empty = torch.empty(width(place.reader)[0], device=place.reader.weight.device)
                 put(place.reader, "bias", empty.to(place.reader.weight.dtype))
+    for index, row in enumerate(rows):
+        if SHARED in row:
+            make_room(decoder, index, Shared(*row[SHARED]))

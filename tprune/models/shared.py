@@ -13,7 +13,6 @@ from torch.nn import functional
 
 from tprune.core.low_rank import LowRankMap
 from tprune.core.weights import Shared
-from tprune.errors import UserError
 from tprune.models.blocks import ROUTERS, Decoder, is_linear, width
 from tprune.models.units import WIRING, is_transposed, site
 
@@ -49,6 +48,12 @@ class SharedLinear(nn.Module):
         home, name = self._home
         return getattr(home, name)
 
+    @property
+    def weight(self) -> Tensor:
+        """What inputs are multiplied by, laid out as the other's, made anew; GPT-2 initialises what is called so."""
+        difference = self.up @ self.down
+        return self.base.weight + (difference.t() if is_transposed(self.base) else difference)
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
         base = self.base
@@ -74,11 +79,7 @@ def make_room(decoder: Decoder, index: int, how: Shared) -> None:
 
 
 def _replaced(decoder: Decoder, index: int, how: Shared) -> Iterator[tuple[nn.Module, SharedLinear]]:
-    """Put a borrowing layer in the place of every linear one in a block; -> what was there, and what is.
-
-    Raises:
-        UserError: the blocks are not alike.
-    """
+    """Put a borrowing layer in the place of every linear one in a block; -> what was there, and what is."""
     block, base = decoder.blocks[index], decoder.blocks[how.base]
     places = [site(decoder, index, kind) for kind in WIRING]
     readers = [place.reader for place in places if place is not None]
@@ -86,9 +87,6 @@ def _replaced(decoder: Decoder, index: int, how: Shared) -> Iterator[tuple[nn.Mo
         parent, _, last = name.rpartition(".")
         if not is_linear(own) or last in ROUTERS:
             continue
-        other = base.get_submodule(name)
-        if width(other) != width(own):
-            raise UserError(f"blocks {index} and {how.base} are not of one shape, so that neither can borrow")
         scale = how.scale if any(own is reader for reader in readers) else None
         fresh = SharedLinear(base.get_submodule(parent), last, own, how.rank, scale)
         setattr(block.get_submodule(parent), last, fresh)

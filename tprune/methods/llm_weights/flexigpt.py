@@ -13,7 +13,7 @@ import torch
 
 from tprune.core.low_rank import LowRankMap, gap
 from tprune.core.weights import Shared, StructureEdit
-from tprune.errors import BudgetError
+from tprune.errors import BudgetError, UserError
 from tprune.methods.base import Paper, param
 from tprune.methods.llm_weights._depth import least_influential
 from tprune.methods.weight_view import BlockView, ModelView
@@ -48,21 +48,34 @@ class FlexiGPT(WeightMethod):
     scale: float | None = param(0.01, "Of the normalised output of a sharing block, at first; none: as it is")
 
     def plan(self, model: ModelView, budget: WeightBudget) -> list[StructureEdit]:
-        """The least influential blocks, and whom each borrows from."""
+        """The least influential blocks, and whom each borrows from.
+
+        Raises:
+            BudgetError: as `least`.
+            UserError: a block is like none that stays.
+        """
         width = next(iter(model.blocks[0].units.values())).weight.shape[0]
         rank = self.rank or max(1, width // 16)
         gone = self.least(model.blocks, budget.sparsity, rank)
         if not gone:
             return []
         factors = [[LowRankMap.best(weight, rank) for weight in weights(block)] for block in model.blocks]
-        kept = [place for place in range(len(factors)) if place not in gone]
+        shapes = [[(one.up.shape, one.down.shape) for one in found] for found in factors]
         edits = []
         for place in gone:
+            alike = [
+                base for base in range(len(factors)) if base not in gone and shapes[base] == shapes[place]
+            ]
+            if not alike:
+                raise UserError(
+                    f"no block that stays has the shape of block {place}, which can then not borrow; let flexigpt go "
+                    "before what leaves blocks of different shapes"
+                )
             gaps = [
                 sum(gap(one, other, rank) for one, other in zip(factors[place], factors[base], strict=True))
-                for base in kept
+                for base in alike
             ]
-            base = kept[int(torch.stack(gaps).argmin())]
+            base = alike[int(torch.stack(gaps).argmin())]
             edits.append(StructureEdit(place, shared=Shared(base, rank, self.scale)))
         return edits
 
