@@ -69,6 +69,12 @@ def test_exchanges_keep_the_sum_of_each_kind_and_stay_in_range():
     assert offspring((0, 0), ["heads", "channels"], [(-1, 1)] * 2, 4, 3, Random(0)) == []
 
 
+@pytest.mark.parametrize("sparsity", [0.02, 0.5, 0.99])
+def test_a_search_starts_at_the_budget_to_a_channel(sparsity, text):
+    handle = prune(decoder(), "tyr", text, sparsity=sparsity, generations=0, rounds=1)
+    assert abs(handle.achieved().value - sparsity) <= 0.5 * 3 * 32 / (3 * 7680) + 1e-9
+
+
 def test_what_does_not_divide_is_spread_over_the_blocks():
     assert spread(7, [4, 4, 4]) == [2, 3, 2]
     assert spread(12, [4, 4, 4]) == [4, 4, 4]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import TYPE_CHECKING
 
 from tprune.core.levels import spread
@@ -76,13 +77,16 @@ class LevelMethod(WeightMethod):
         counts = {kind: [block.units[kind].count for block in blocks] for kind in costs}
         whole = {kind: sum(counts[kind]) * cost for kind, cost in costs.items()}
         check_reach(sparsity, sum(whole.values()) / total, "what is no unit")
-        left, found = sparsity * total, {}
+        share, left, behind, found = sparsity * total / sum(whole.values()), sparsity * total, whole, {}
         for kind, cost in costs.items():
-            last = kind == list(costs)[-1]
-            number = (
-                round(left / cost) if last else floor_count(sum(counts[kind]), left / sum(whole.values()))
-            )
-            left -= 0 if last else number * cost
+            behind = {other: size for other, size in behind.items() if other != kind}
+            if behind:
+                # More than the same share where the other kinds have too little for the rest.
+                least = ceil((left - sum(behind.values())) / cost)
+                number = max(floor_count(sum(counts[kind]), share), least)
+            else:
+                number = round(left / cost)
+            left -= number * cost
             for block, gone in zip(blocks, spread(number, counts[kind]), strict=True):
                 found[block.index, kind] = gone
         return found
