@@ -168,7 +168,7 @@ def test_top_s_gates_and_ranks_are_the_authors(monkeypatch):
         reduction = method.bind(state).reduce(Site(1 + place), view, 11, {})
         alive = torch.zeros(2, 12, dtype=torch.bool).scatter(1, reduction.index, True)
         assert torch.equal(alive[:, 1:], tensors[f"alive{place}"])
-        memory = {"alive": there, "received": {}, "gates": [drawn, torch.tensor([0.6, 0.0, 0.6])]}
+        memory = {"alive": there, "received": [], "gates": [drawn, torch.tensor([0.6, 0.0, 0.6])]}
         torch.testing.assert_close(fit.at(Site(1 + place), view, memory)[:, 1:, 0], tensors[f"kept{place}"])
 
 
@@ -186,6 +186,18 @@ def test_top_s_ranking_loss_is_a_sum_over_pairs_of_the_teacher_s_best():
             sum((r - q) * math.log2(1 + math.exp(t - s)) for s, r in pairs for t, q in pairs if r > q) / 16
         )
     assert fit.ranking(received, target, real).item() == pytest.approx(total / 2, rel=1e-5)
+
+
+def test_top_asks_for_gradients_only_of_attention_whose_ranks_are_distilled():
+    fit, real = registry.build("top", "llm-context").fit(Shape(9, 7, prefix=1), 0.5, 0), torch.ones(1, 8) > 0
+    query, memory = torch.randn(1, 2, 8, 4, requires_grad=True), {}
+    fit.generator = torch.Generator()
+    for site in fit.sites:
+        view = TokenView(
+            torch.ones(1, 8, 1), real, depth=9, real=real, attention=Attention(query, query, query, 1)
+        )
+        fit.at(site, view, memory)
+    assert [received.requires_grad for received in memory["received"]] == [True, True]
 
 
 STEPS = {"top": {"batch": 8, "epochs": 1.34, "gate_lr": 1.0, "lr": 1e-3, "bins": 8}} | {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -30,6 +31,7 @@ class Gates(Fit):
         super().__init__(shape)
         self.method, self.keep, self.begins, self.tight = method, keep, method.begins(shape.depth), 0.0
         self.sites = tuple(Site(layer) for layer in range(self.begins, shape.depth))
+        self.taught = range(1, shape.depth // 3)  # the blocks whose ranks are distilled
         self.plan = Plan(method.epochs, method.batch, method.lr)
         generator, places = torch.Generator().manual_seed(seed), len(self.sites)
         self.bins = nn.Parameter(OPEN + 0.01 * torch.randn(places, method.bins, generator=generator))
@@ -51,10 +53,14 @@ class Gates(Fit):
             drawn = [
                 relax.hard_concrete(part, TEMPERATURE, self.generator) for part in (self.bins, self.layers)
             ]
-            memory |= {"gates": drawn, "alive": view.real[:, 1:], "received": {}, "real": view.real}
+            memory |= {"gates": drawn, "alive": view.real[:, 1:], "received": [], "real": view.real}
         bins, layers = (part[site.layer - self.begins] for part in memory["gates"])
-        received, alive = self.method.received(view), memory["alive"]
-        memory["received"][site.layer - 1] = received
+        taught, alive = site.layer - 1 in self.taught, memory["alive"]
+        # Where nothing asks for a gradient, none of what it needs is kept: several maps of attention.
+        with nullcontext() if taught else torch.no_grad():
+            received = self.method.received(view)
+        if taught:
+            memory["received"].append(received)
         gate = torch.cat([bins, bins.new_zeros(1)])[self.method.binned(received[:, 1:].detach(), alive)]
         prunes = relax.straight_through((layers > 0).float(), layers)
         kept = (1 - (1 - gate) * prunes) * alive
@@ -78,9 +84,8 @@ class Gates(Fit):
         soft = [(one / method.distillation).log_softmax(-1) for one in (outputs, logits)]
         answers = functional.kl_div(*soft, reduction="batchmean", log_target=True) * method.distillation**2
         ranked = sum(
-            self.ranking(memory["received"][layer][:, 1:], target[:, 1:], memory["real"][:, 1:])
-            for layer in range(1, self.depth // 3)
-            if layer in memory["received"]
+            self.ranking(received[:, 1:], target[:, 1:], memory["real"][:, 1:])
+            for received in memory["received"]
         )
         weight = method.ranking * max(0.01, 1 - self.tight)
         return {
