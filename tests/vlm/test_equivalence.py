@@ -17,8 +17,9 @@ PLAIN = {
     "sparsevlm": {"version": "v2"},
     "aim": {"exact_mask": False},
     "glimpseprune": {"caches": "later"},
+    "par": {"layers": 0.0},
 }
-"""Settings under which tokens leave inside the decoder, none merges there, and each layer caches what it saw."""
+"""Settings under which tokens leave inside the decoder, none merges there, and every layer runs and caches its keys."""
 NEW = 3
 
 
