@@ -124,6 +124,14 @@ def test_without_a_sparsity_the_threshold_decides_and_some_of_every_matrix_stays
     assert handle.achieved().value == 1 - sum(left) / sum(weight.numel() for weight in matrices)
 
 
+def test_some_of_every_matrix_stays_whatever_the_sparsity():
+    scores = [torch.randn(20, 30, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+    gone = registry.build("soft-movement", "llm-weights", {}).removed(scores, 1.0, 0.999)
+    for score, mask in zip(scores, gone, strict=True):
+        assert (~mask).sum() == 4
+        assert score[~mask].min() > score[mask].max()
+
+
 def asked(folder, text, out, *more):
     small = "--set epochs=0.3 --set batch=4 --set lr=1e-3"
     return [

@@ -55,7 +55,7 @@ class SoftMovement(TrainedMethod):
             counts = [min(count, limit) for count, limit in zip(counts, most, strict=True)]
         else:
             total = floor_count(sum(score.numel() for score in scores), sparsity * self.risen(done))
-            counts = smallest_of_all(lambda: map(_shielded, scores, most), total)
+            counts = smallest_of_all(lambda: map(_shielded, scores, most), min(total, sum(most)))
         return [layer_mask(score, count) for score, count in zip(scores, counts, strict=True)]
 
     def penalty(self, scores: Sequence[Tensor], done: float) -> Tensor:
