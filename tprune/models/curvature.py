@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from tprune.core.statistics import Gram, Inputs
 from tprune.errors import UserError
 from tprune.models.blocks import Decoder, is_experts
-from tprune.models.calibrate import Watch
 from tprune.models.gradients import asking_for, from_embeddings, losses
+from tprune.models.inputs import Watch
 
 
 def moments(
