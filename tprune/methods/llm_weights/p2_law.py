@@ -16,5 +16,5 @@ class P2Law(NotAMethod):
         notes="The law and the least squares by Levenberg-Marquardt are the paper's; its fitted values are not used, "
         "since they belong to its models and data.",
     )
-    why = "It prunes nothing: it foretells the loss that training after pruning will reach."
-    piece = "tprune predict-recovery POINTS fits the law to your points, foretells losses and says how many tokens pay."
+    why = "it prunes nothing, and foretells the loss that training after pruning will reach"
+    piece = "the law, fitted to your own points: tprune predict-recovery POINTS"
