@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -66,7 +67,7 @@ def side_by_side(work: Callable[[int], T], count: int) -> list[T]:
 
     # The number is this thread's own for OpenMP, and everybody's for MKL.
     with threads(share):
-        started = [_pool(count).submit(one, place) for place in range(count)]
+        started = [_pool().submit(one, place) for place in range(count)]
         try:
             return [future.result() for future in started]
         finally:
@@ -74,6 +75,8 @@ def side_by_side(work: Callable[[int], T], count: int) -> list[T]:
 
 
 @cache
-def _pool(count: int) -> ThreadPoolExecutor:
-    """Threads that stay: each has memory of its own, from the C library and from BLAS, which new ones would add to."""
-    return ThreadPoolExecutor(count, thread_name_prefix="tprune")
+def _pool() -> ThreadPoolExecutor:
+    """Threads that stay, one for each core at most, whatever the count: each has memory of its own, from the C library
+    and from BLAS, which new ones would add to.
+    """
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="tprune")
