@@ -67,25 +67,11 @@ class LlmWeights(Pipeline):
         self.method.check_fit(self.stage.fit)
         self.budget()
         self.allocation()
-        self.check_precision()
+        recover.check_precision(self)
         if self.stage.recover is not None:
             recover.check(self)
         if self.recipe.max_memory is not None:
             memory.check(self.recipe, self.method)
-
-    def check_precision(self) -> None:
-        """Refuse a precision in which small steps are lost, of methods that train the weights.
-
-        Raises:
-            UserError: with the mend.
-        """
-        asked, dtype = self.method.regularised, self.recipe.dtype
-        trains = self.method.scope == "trained" or (asked is not None and asked.epochs)
-        if trains and dtype != "float32":
-            raise UserError(
-                f"--dtype {dtype}: {self.stage.method} trains the weights, and small steps are lost; give "
-                "--dtype float32"
-            )
 
     def load(self) -> Subject:
         """The dense model and its tokenizer."""

@@ -93,6 +93,20 @@ def check(driver: LlmWeights) -> Recovery:
     return asked
 
 
+def check_precision(driver: LlmWeights) -> None:
+    """Refuse a precision in which small steps are lost, of methods that train the weights themselves.
+
+    Raises:
+        UserError: with the mend.
+    """
+    asked, dtype = driver.method.regularised, driver.recipe.dtype
+    trains = driver.method.scope == "trained" or (asked is not None and asked.epochs)
+    if trains and dtype != "float32":
+        raise UserError(
+            f"--dtype {dtype}: {driver.method.id} trains the weights, and small steps are lost; give --dtype float32"
+        )
+
+
 def recover(driver: LlmWeights, subject: Subject, handle: WeightHandle, work: Path | None) -> dict[str, Any]:
     """Train a pruned model on the calibration part of the stage's text, or of the recipe's.
 
