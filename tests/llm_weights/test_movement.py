@@ -1,4 +1,4 @@
-"""Masks that are learned with the weights, against the authors' code (see movement.json) and from the command line."""
+"""Masks that are learned with the weights, against the authors' code (the golden files) and from the command line."""
 
 import json
 
@@ -27,41 +27,42 @@ from tprune.pipelines.run import pipeline
 from tprune.progress import Progress
 from tprune.recipe import ModelSource, Recipe, Stage
 
-TENSORS, TOLD = golden("llm-weights", "movement")
-STEPS, WARM = TOLD["settings"]["steps"], TOLD["settings"]["warmup_steps"]
-CASES = TOLD["settings"]["cases"]
+GOLDEN = {method: golden("llm-weights", method) for method in ("movement", "soft-movement")}
+CASES = [(method, name) for method, (_, told) in GOLDEN.items() for name in told["settings"]["cases"]]
 FEW = {"epochs": 0.5, "batch": 4, "lr": 1e-3}
 
 
-def built(case):
+def built(method, case, warmup):
     """The method of a golden case, and the sparsity that it is given."""
-    given = {"warmup": WARM / STEPS, "lr": case["lr"], "score_lr": case["score_lr"]}
-    if case["kind"] == "topK":
-        return registry.build("movement", "llm-weights", given), 1 - case["final"]
+    given = {"warmup": warmup, "lr": case["lr"], "score_lr": case["score_lr"]}
+    if method == "movement":
+        return registry.build(method, "llm-weights", given), 1 - case["final"]
     given |= {"threshold": case["final"], "penalize": case["lam"]}
-    return registry.build("soft-movement", "llm-weights", given), None
+    return registry.build(method, "llm-weights", given), None
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_masks_gradients_scores_and_weights_are_the_authors(name):
-    method, sparsity = built(CASES[name])
+@pytest.mark.parametrize(("method", "name"), CASES)
+def test_masks_gradients_scores_and_weights_are_the_authors(method, name):
+    tensors, settings = GOLDEN[method][0], GOLDEN[method][1]["settings"]
+    steps = settings["steps"]
+    method, sparsity = built(method, settings["cases"][name], settings["warmup_steps"] / steps)
     net = nn.ModuleDict({"first": nn.Linear(8, 12), "second": nn.Linear(12, 6)})
-    net.load_state_dict({key: TENSORS[key] for key in net.state_dict()})
+    net.load_state_dict({key: tensors[key] for key in net.state_dict()})
     matrices = [Matrix(key, 0, layer.weight, f"{key}.weight", key) for key, layer in net.items()]
     with scored(net, matrices) as scores:
         fit = Masking(method, scores, sparsity)
         groups = [{"lr": method.lr, "weight_decay": 0.0} | group for group in fit.groups(net)]
         optimizer = torch.optim.AdamW(groups)
-        for step in range(STEPS):
-            assert [(~mask).sum() for mask in scores.masks()] == TENSORS[f"{name}/kept"][step].tolist()
-            outputs = net["second"](net["first"](TENSORS["x"][step]).tanh())
+        for step in range(steps):
+            assert [(~mask).sum() for mask in scores.masks()] == tensors[f"{name}/kept"][step].tolist()
+            outputs = net["second"](net["first"](tensors["x"][step]).tanh())
             optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(outputs, TENSORS["y"][step])
+            loss = nn.functional.cross_entropy(outputs, tensors["y"][step])
             sum(fit.penalty().values(), loss).backward()
             nn.utils.clip_grad_norm_(net.parameters(), method.clip)
-            for key, layer in net.items() if f"{name}/gradient{step}/first.weight" in TENSORS else ():
+            for key, layer in net.items() if f"{name}/gradient{step}/first.weight" in tensors else ():
                 expected = {
-                    end: TENSORS[f"{name}/gradient{step}/{key}.{end}"]
+                    end: tensors[f"{name}/gradient{step}/{key}.{end}"]
                     for end in ("weight", "bias", "mask_scores")
                 }
                 held = layer.parametrizations.weight
@@ -69,12 +70,12 @@ def test_masks_gradients_scores_and_weights_are_the_authors(name):
                 assert torch.allclose(held[0].score.grad, expected["mask_scores"], rtol=1e-4, atol=1e-6)
                 assert torch.allclose(layer.bias.grad, expected["bias"], rtol=1e-4, atol=1e-6)
             optimizer.step()
-            fit.settle((step + 1) / STEPS)
+            fit.settle((step + 1) / steps)
         for key, score, mask in zip(net, scores.values(), scores.masks(), strict=True):
-            assert torch.equal(~mask, TENSORS[f"{name}/{key}.mask"])
-            assert torch.allclose(score, TENSORS[f"{name}/{key}.score"], rtol=1e-4, atol=1e-5)
+            assert torch.equal(~mask, tensors[f"{name}/{key}.mask"])
+            assert torch.allclose(score, tensors[f"{name}/{key}.score"], rtol=1e-4, atol=1e-5)
     for key, value in net.state_dict().items():
-        assert torch.allclose(value, TENSORS[f"{name}/{key}"], rtol=1e-4, atol=1e-5)
+        assert torch.allclose(value, tensors[f"{name}/{key}"], rtol=1e-4, atol=1e-5)
 
 
 def test_a_masked_weight_is_exact_and_every_score_gets_gradient_times_weight():
