@@ -5,8 +5,9 @@ import torch
 
 from tests.decoders import decoder, tokens
 from tests.llm_weights.tiny import prune
+from tprune.core.statistics import Inputs
 from tprune.models.blocks import find_decoder
-from tprune.models.calibrate import Stream, rows_at_once, workers_at_once
+from tprune.models.calibrate import Stream, _united, rows_at_once, workers_at_once
 from tprune.models.threads import side_by_side
 
 
@@ -90,3 +91,15 @@ def test_no_more_workers_than_batches_threads_and_tokens_in_memory(monkeypatch):
     assert workers_at_once(3, 1, (16, 512), "cpu") == 3
     assert workers_at_once(16, 4, (6, 128), "cpu") == 1
     assert workers_at_once(16, 1, (16, 512), "cuda") == 1
+
+
+def test_a_module_that_only_some_workers_ran_keeps_what_these_gathered():
+    rows = torch.randn(3, 4, 2)
+    parts = [{}, {}, {}]
+    for part, name, x in ((0, "all", rows[0]), (1, "all", rows[1]), (2, "some", rows[2])):
+        parts[part][name] = Inputs(("norm",))
+        parts[part][name].add(x)
+    found = _united(parts)
+    assert {name: inputs.tokens for name, inputs in found.items()} == {"all": 8, "some": 4}
+    assert torch.allclose(found["all"].result()["norm"], rows[:2].flatten(0, 1).norm(dim=0))
+    assert torch.allclose(found["some"].result()["norm"], rows[2].norm(dim=0))

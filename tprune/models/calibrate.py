@@ -26,7 +26,7 @@ from tprune.models.threads import side_by_side
 
 TOKENS_AT_ONCE = {"cpu": 512}
 """At most so many tokens go through a block together (at least one sequence): on a CPU more hardly run faster, and
-what a block computes inside, several times its input, shall stay below the block's own size."""
+what a block computes inside takes several times its input. Every worker has as many."""
 MANY_TOKENS = 4096
 """The same on any other device, which wants more to be busy."""
 
@@ -243,9 +243,12 @@ def standing_in(decoder: Decoder, stand_in: Callable[[int], Callable[..., Tensor
 
 
 def _united(parts: list[dict[str, Inputs]]) -> dict[str, Inputs]:
-    """The statistics of several workers as if one had gathered them."""
-    first, *others = parts
-    if others:
-        for inputs, name in {inputs: name for name, inputs in first.items()}.items():
-            inputs.join([part[name].share() for part in parts])
-    return first
+    """The statistics of several workers as if one had gathered them; a module need not have run for all of them."""
+    found: dict[str, Inputs] = {}
+    for part in parts:
+        for name, inputs in part.items():
+            found.setdefault(name, inputs)
+    if len(parts) > 1:
+        for inputs, name in {inputs: name for name, inputs in found.items()}.items():
+            inputs.join([part[name].share() for part in parts if name in part])
+    return found
