@@ -25,8 +25,13 @@ class Evict:
         return cls(torch.arange(length, device=device).expand(batch, groups, length))
 
     def apply(self, entries: Tensor) -> Tensor:
-        """The surviving rows of keys, values [B, G, T, d] or of one number per entry [B, G, T]."""
+        """The surviving rows of keys, values [B, G, T, d] or of one number per entry [B, G, T].
+
+        Of vectors that all heads share, [B, 1, T, d], those that survive in the first.
+        """
         batch, groups, length = entries.shape[:3]
+        if groups < self.index.shape[1]:
+            return Evict(self.index[:, :groups]).apply(entries)
         rows = entries.reshape(batch * groups * length, *entries.shape[3:])
         return rows.index_select(0, self._rows(length)).view(*self.index.shape, *entries.shape[3:])
 
@@ -90,8 +95,10 @@ class Replace:
     slot: Tensor
 
     def apply(self, entries: Tensor) -> Tensor:
-        """The surviving ones of a number per entry: [B, G, T] -> [B, G, T - 1]."""
-        return entries.scatter(2, self.slot.unsqueeze(2), entries[..., -1:])[..., :-1]
+        """The surviving ones of a number per entry, [B, G, T] -> [B, G, T - 1], or of shared vectors [B, 1, T, d]."""
+        latest = entries[:, :, -1:]
+        slot = self.slot[:, : entries.shape[1]].view(*latest.shape[:3], *[1] * (entries.dim() - 3))
+        return entries.scatter(2, slot.expand_as(latest), latest)[:, :, :-1]
 
     def absorb(self, entries: Tensor) -> None:
         """What becomes of the entry that leaves, of keys or values [B, G, T, d], in place: nothing."""
@@ -166,8 +173,20 @@ def per_entry(value: int | Tensor) -> bool:
     return isinstance(value, Tensor) and value.dim() == 3
 
 
+def follows_entries(value: int | Tensor) -> bool:
+    """Whether a state leaves with the entries: a number for each, [B, G, T], or vectors of all heads, [B, 1, T, d]."""
+    return isinstance(value, Tensor) and value.dim() >= 3
+
+
+def with_latest(value: int | Tensor) -> int | Tensor:
+    """A state with zeros for an entry that came, where it follows entries."""
+    if not follows_entries(value):
+        return value
+    return torch.nn.functional.pad(value, (0, 0) * (value.dim() - 3) + (0, 1))
+
+
 def merge_rows(values: list[int | Tensor]) -> int | Tensor:
-    """State of single rows as one: [1, G, K_b] filled on the left and stacked; an int where all rows agree."""
-    if per_entry(values[0]):
-        return stack_rows(values)
+    """State of single rows as one: [1, G, K_b, ...] filled on the left and stacked; an int where all rows agree."""
+    if follows_entries(values[0]):
+        return stack_rows(values, dim=2)
     return values[0] if len(set(values)) == 1 else torch.tensor(values)

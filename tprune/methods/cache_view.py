@@ -49,8 +49,8 @@ class LayerView:
         key, value: [B, G, T, d], the cache; keys as the attention uses them (rotated).
         position: int64 [B, G, T], the place of every entry in its sequence, ascending.
         state: what the method carries to its later steps for this layer; empty now. A tensor [B, G, T] holds a number
-            per entry and follows evictions, new entries start at zero; an int is for all rows, and becomes int64 [B]
-            where the rows of a padded batch differ.
+            per entry, and one [B, 1, T, r] a vector where all heads hold the same ones; both follow evictions, new
+            entries start at zero. An int is for all rows, and becomes int64 [B] where rows of a padded batch differ.
         seeds: int64 [B], for methods that draw at random.
         inputs: [B, T, D], what the keys and values were projected from by `projections`, and `begin`, int64 [B], the
             position of the first of them; for methods that read "inputs".
@@ -99,6 +99,8 @@ class StepView:
         fillers: how many leading entries of a row are fillers, to be kept and never read; int64 [B] where rows
             differ.
         state: what the method carries, see `LayerView`.
+        layers: which layers these are, in the order of the batch.
+        inputs: [B, D], what the latest entries were made of, for methods that read "inputs".
     """
 
     attentions: list[Attention]
@@ -107,6 +109,8 @@ class StepView:
     position: Tensor
     fillers: int | Tensor
     state: dict[str, int | Tensor]
+    layers: list[int]
+    inputs: Tensor | None = None
 
     @property
     def groups(self) -> int:

@@ -13,7 +13,7 @@ from tprune.methods.cache_view import LayerView
 from tprune.methods.fit import Fit
 from tprune.models.cache import attention_modules
 from tprune.models.key_values import Entering, KeyValues, projections
-from tprune.models.taps import AttentionCall, Tap
+from tprune.models.taps import AttentionCall, Output, Tap
 
 BASE = 10_000.0
 """Of rotary embeddings, where a model has none of its own, or one for every kind of layer."""
@@ -37,6 +37,8 @@ def cache_shape(model: nn.Module, who: str | None = None) -> CacheShape:
 
 class CacheFitDriver:
     """Calls a fit's `at` in every layer that can be pruned, until removed.
+
+    Where that gives a tensor, [B, 1, N, N], it is what the layer's attention adds to its logits, future and all.
 
     Attributes:
         memory: of the last forward; "entering" is what the first layer's attention was given, [B, N, D].
@@ -74,12 +76,13 @@ class CacheFitDriver:
         if not self.absent:
             self.memory = {}
 
-    def _see(self, call: AttentionCall) -> None:
+    def _see(self, call: AttentionCall) -> Output | None:
         if self.absent:
-            return
+            return None
         place = call.module.layer_idx
         view = LayerView(place, self.depth, call.view(), call.key, call.value, None, {})
         if self.made is not None:
             view.inputs, view.projections = self.made.inputs(place), self.made.projections[place]
         self.memory["entering"] = self.entering.inputs
-        self.fit.at(Site(place), view, self.memory)
+        bias = self.fit.at(Site(place), view, self.memory)
+        return None if bias is None else call.attend(call.query, call.key, call.value, bias)

@@ -152,7 +152,7 @@ class Compression:
         if layer.coming is None:
             if layer.stores:
                 return self._store(place, layer, call, slice(0, 1)), None
-            arrival, output = self._arrive(place, layer, call, call.query)
+            arrival, output = self._arrive(place, layer, call, slice(0, 1))
             self.waiting.append(arrival)
             return output, None
         (keys, values), layer.coming = layer.coming, None
@@ -165,7 +165,7 @@ class Compression:
             if layer.stores:
                 outputs.append(self._store(place, layer, call, some))
                 continue
-            arrival, output = self._arrive(place, layer, call, call.query[:, :, some])
+            arrival, output = self._arrive(place, layer, call, some)
             outputs.append(output)
             self.make_room([arrival])
         return torch.cat(outputs, dim=1), None
@@ -186,16 +186,18 @@ class Compression:
         return attend_held(layer, call, call.query, mask, self.additive)
 
     def _arrive(
-        self, place: int, layer: PrunedLayer, call: AttentionCall, query: Tensor
+        self, place: int, layer: PrunedLayer, call: AttentionCall, one: slice
     ) -> tuple[Arrival, Tensor]:
         """One token's attention [B, 1, H, d], where something will leave for it; its row is computed once for both."""
+        query = call.query[:, :, one]
         mask = biased(layer.visible(1), layer, query)
         attention = Attention(query, layer.keys, layer.values, call.scale, bias=mask, softcap=call.softcap)
         if "attention" in self.method.reads:
             output = attend_by_map(layer, attention)
         else:
             output = attend_held(layer, call, query, mask, self.additive)[0]
-        return Arrival(layer, attention, self.turns[self.kinds[place]]), output
+        inputs = None if self.made is None else self.made.inputs(place)[:, one].squeeze(1)
+        return Arrival(layer, attention, self.turns[self.kinds[place]], place, inputs), output
 
     def prune_prompt(self, place: int, layer: PrunedLayer, call: AttentionCall) -> None:
         """Prune what the prompt left: all rows at once, or row by row without their padding."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tprune.core.cache import Evict, merge_rows, per_entry, stack_rows
+from tprune.core.cache import Evict, follows_entries, merge_rows, stack_rows
 from tprune.core.stored import Encode, stack_stored, widened
 from tprune.methods.attention import Attention
 from tprune.methods.cache_view import LayerView
@@ -72,7 +72,7 @@ def hold(
         return _encode(layer, views, edits)
     kept, lengths = [edit.index.shape[-1] for edit in edits], [view.length for view in views]
     states = [
-        {name: edit.apply(v) if per_entry(v) else v for name, v in view.state.items()}
+        {name: edit.apply(v) if follows_entries(v) else v for name, v in view.state.items()}
         for view, edit in zip(views, edits, strict=True)
     ]
     if layer.valid is None:
@@ -125,7 +125,9 @@ def _spread(layer: PrunedLayer, states: Sequence[dict[str, Any]]) -> dict[str, A
     columns = _columns(layer)
     spread = [
         {
-            name: v.new_zeros(*v.shape[:2], layer.length).index_copy(2, column, v) if per_entry(v) else v
+            name: v.new_zeros(*v.shape[:2], layer.length, *v.shape[3:]).index_copy(2, column, v)
+            if follows_entries(v)
+            else v
             for name, v in state.items()
         }
         for state, column in zip(states, columns, strict=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tprune.core.cache import Replace, per_entry
+from tprune.core.cache import Replace, follows_entries, with_latest
 from tprune.methods.attention import Attention
 from tprune.methods.cache import CacheMethod
 from tprune.methods.cache_view import StepView
@@ -26,11 +26,15 @@ class Arrival:
     Attributes:
         attention: of the new token's query over the entries.
         turn: how keys move on by some positions, for layers with compact ones; equal layers have the same.
+        place: which layer it is.
+        inputs: [B, D], what the entry was made of, for methods that read "inputs".
     """
 
     layer: PrunedLayer
     attention: Attention
     turn: Turn | None = None
+    place: int = 0
+    inputs: Tensor | None = None
 
 
 def make_room(method: CacheMethod, arrivals: Sequence[Arrival]) -> None:
@@ -50,11 +54,7 @@ def _make_room(method: CacheMethod, group: Sequence[Arrival]) -> None:
     layers = [arrival.layer for arrival in group]
     shelf = Shelf.of(layers)
     places = shelf.places_with(layers)
-    # A number per entry starts at zero.
-    before = {
-        name: torch.nn.functional.pad(value, (0, 1)) if per_entry(value) else value
-        for name, value in shelf.state.items()
-    }
+    before = {name: with_latest(value) for name, value in shelf.state.items()}
     view = StepView(
         [arrival.attention for arrival in group],
         shelf.keys,
@@ -62,14 +62,16 @@ def _make_room(method: CacheMethod, group: Sequence[Arrival]) -> None:
         places,
         0 if layers[0].valid is None else _stack([layer.fillers() for layer in layers]),
         dict(before),
+        [arrival.place for arrival in group],
+        None if group[0].inputs is None else torch.cat([arrival.inputs for arrival in group]),
     )
     edit = method.step(view)
     real = None if layers[0].valid is None else _stack([layer.valid[:, -1:] for layer in layers])
     if real is not None:
         edit = edit.only(real, places.shape[2] - 1)
         for name, value in before.items():
-            if per_entry(value):
-                view.state[name] = torch.where(real.unsqueeze(2), view.state[name], value)
+            if follows_entries(value):
+                view.state[name] = torch.where(_like(real, value), view.state[name], value)
     shelf.replace(edit, places, view.state)
     if shelf.shift is not None:
         shelf.keep_compact(edit, places, real, group[0].turn)
@@ -140,7 +142,7 @@ class Shelf:
         edit.write(self.keys)
         edit.write(self.values)
         self.places = edit.apply(places)
-        self.state = {name: edit.apply(v) if per_entry(v) else v for name, v in state.items()}
+        self.state = {name: edit.apply(v) if follows_entries(v) else v for name, v in state.items()}
 
     def keep_compact(self, edit: Replace, places: Tensor, real: Tensor | None, turn: Turn) -> None:
         """What is older than the entry that left, at `places` [L·B, G, T] before, moves up by one position."""
@@ -169,6 +171,11 @@ class Shelf:
                 layers, self.shift.chunk(self.count), self.cached.chunk(self.count), strict=True
             ):
                 layer.shift, layer.cached = shift, cached
+
+
+def _like(real: Tensor, value: Tensor) -> Tensor:
+    """`real` [B, 1] with as many dimensions as `value`."""
+    return real.view(-1, *[1] * (value.dim() - 1))
 
 
 def _stack(values: Sequence[int | Tensor]) -> int | Tensor:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from tprune.models.compress import Compression
 from tprune.models.decoder import DecoderDriver
 from tprune.models.revive import RevivingDriver
 from tprune.pipelines.base import Achieved, Handle
+from tprune.pipelines.learned import stored
 
 
 class CacheHandle(Handle):
@@ -17,12 +18,12 @@ class CacheHandle(Handle):
 
     kind = "wrapped"
 
-    def __init__(self, compression: Compression, fitted: dict[str, Any] | None = None):
-        self.compression, self.fitted = compression, fitted
+    def __init__(self, compression: Compression, model: nn.Module, fitted: dict[str, Any] | None = None):
+        self.compression, self.model, self.fitted = compression, model, fitted
 
     def tensors(self, by_reference: bool) -> dict[str, Tensor]:
-        """What the method learned."""
-        return dict(self.compression.method.state or {})
+        """What the method learned, and what of the model it tuned."""
+        return stored(self.compression.method, self.model, self.fitted, by_reference)
 
     def remove(self) -> None:
         """Take all hooks out again; caches that were pruned cannot be used any more."""

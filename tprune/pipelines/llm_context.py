@@ -141,10 +141,10 @@ class ContextPipeline(Pipeline):
             compact = positions == "compact"
             given = subject.model, self.method, self.stage.keep, self.recipe.seed, compact
             if self.method.chooses:
-                return CacheHandle(Choosing(*given), self.fitted)
+                return CacheHandle(Choosing(*given), subject.model, self.fitted)
             asks = self.method.probe() is not None
             compression = Probing(*given, subject.processor) if asks else Compression(*given)
-            return CacheHandle(compression, self.fitted)
+            return CacheHandle(compression, subject.model, self.fitted)
         given = subject.model, self.method, prompt_tokens, partial(self.stages, subject.model)
         return PrefillHandle(self.driver(subject.model)(*given, positions=positions), self.stage.keep)
 
