@@ -10,20 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tprune.core.budget import Stage, counts_entering
 from tprune.data import images, regions
 from tprune.errors import UserError
 from tprune.evaluate.stopwatch import Stopwatch
 from tprune.methods.tokens import Shape, TokenMethod
+from tprune.models import image_encoder
 from tprune.models import load as loaders
 from tprune.models import vit as adapter
-from tprune.models.anatomy import Anatomy, classes, detects
+from tprune.models.anatomy import Anatomy
 from tprune.models.kinds import admit, dissect, token_driver
 from tprune.models.subject import Subject
-from tprune.pipelines import segmenting
+from tprune.pipelines import image_task, segmenting
 from tprune.pipelines.base import Achieved, Handle, Pipeline, Quality, Sample, Workload
+from tprune.pipelines.image_task import ImageTask
 from tprune.pipelines.learned import stored, untuned
 from tprune.pipelines.skipping import calibrated
 from tprune.pipelines.tokens import for_timing, solve
@@ -92,7 +94,7 @@ class VitPipeline(Pipeline):
     """Load, measure and prune a vision transformer."""
 
     family = "vit"
-    default_limit = 500
+    default_limit = image_task.IMAGES
     handle: VitHandle | None = None
     fitted: dict[str, Any] | None = None
 
@@ -112,20 +114,9 @@ class VitPipeline(Pipeline):
         parts = dissect(subject.model)
         admit(self.method, parts)
         self.planned(parts.shape)
-        self.images = images.read(self.recipe.data, self.recipe.limit or self.default_limit)
+        self.task = ImageTask(self.recipe, subject, self.progress)
         if self.stage.fit is not None and self.method.state is None:
             self.progress.say(f"{len(self.lessons):,} images to learn from")
-        self.classes = classes(subject.model)
-        labels = self.images.labels
-        fits = labels is not None and self.classes > max(labels)
-        if labels is not None and self.recipe.data is None:
-            fits = self.classes == 10
-        self.labels = torch.tensor(labels) if fits else None
-        if self.labels is None:
-            why = "no labels that fit this model"
-            if detects(subject.model):
-                why = "a detector, and no boxes to measure mean average precision with"
-            self.progress.say(f"{why}: only agreement with the dense model is measured")
 
     @cached_property
     def lessons(self) -> images.Images | images.TrainingScenes | regions.Regions:
@@ -135,63 +126,27 @@ class VitPipeline(Pipeline):
 
     def evaluate(self, subject: Subject) -> Quality:
         """Top-1 accuracy, and what is right in the map of a method that makes one."""
-        size = self.recipe.batch_size
-        predictions = []
-        starts = range(0, len(self.images.items), size)
-        with torch.no_grad(), nullcontext() if self.handle is None else self.handle.counting():
-            for start in self.progress.track(starts, "evaluating"):
-                places = range(start, min(start + size, len(self.images.items)))
-                batch = torch.stack([self.pixels(subject, self.images.open(place)) for place in places])
-                predictions.append(self.outputs(subject, batch).argmax(-1).cpu())
-        predicted, metrics = torch.cat(predictions), {}
-        if self.labels is not None:
-            metrics["accuracy"] = (predicted == self.labels).double().mean().item()
+        with nullcontext() if self.handle is None else self.handle.counting():
+            quality = self.task.evaluate(subject)
         if self.handle is not None and self.method.restores:
             mapped, self.handle.whole = segmenting.measured(self, subject, self.handle)
-            metrics |= mapped
-        return Quality(metrics, predicted, chance=None if self.labels is None else 1 / self.classes)
+            quality.metrics |= mapped
+        return quality
 
     def pixels(self, subject: Subject, image: Any) -> Tensor:
         """One image as the model's own preprocessing makes it, [3, H, W]."""
-        if subject.source.library == "timm":
-            subject.processor = subject.processor or loaders.timm_transform(subject.model)
-            return subject.processor(image)
-        if subject.processor is None:
-            raise UserError(
-                f"{subject.source.name} has no preprocessor_config.json; copy it from the model's origin"
-            )
-        size = {}
-        if detects(subject.model):
-            # Its processor would keep an image's proportions; a batch has one size, the model's.
-            _, rows, columns = input_size(subject.model)
-            size = {"size": {"height": rows, "width": columns}}
-        return subject.processor(images=image, return_tensors="pt", **size)["pixel_values"][0]
+        return image_encoder.pixels(subject, image)
 
     def outputs(self, subject: Subject, batch: Tensor) -> Tensor:
         """Logits [B, C], of a detector's queries [B, Q, C], or pooled features where there is no classifier [B, D]."""
-        parameter = next(subject.model.parameters())
-        found = subject.model(batch.to(parameter.device, parameter.dtype))
-        if isinstance(found, Tensor):
-            return found.float()
-        for name in ("logits", "image_embeds", "pooler_output"):
-            if getattr(found, name, None) is not None:
-                return getattr(found, name).float()
-        return found.last_hidden_state.mean(1).float()
+        return image_encoder.answers(subject.model, batch)
 
     def workload(self, subject: Subject) -> Workload:
         """One batch of noise images; of evaluation images where what they show decides how many tokens are kept."""
-        size = self.recipe.batch_size
-        if self.asked().varies():
-            places = range(min(size, len(self.images.items)))
-            batch = torch.stack([self.pixels(subject, self.images.open(place)) for place in places])
-        else:
-            batch = self.noise(subject, size)
+        if not self.asked().varies():
+            return self.task.workload(subject)
+        batch = self.task.batch(subject, range(min(self.recipe.batch_size, len(self.task.images.items))))
         return Workload(lambda: self.outputs(subject, batch), len(batch), "images")
-
-    def noise(self, subject: Subject, count: int) -> Tensor:
-        """Images drawn from the seed, [count, 3, H, W]."""
-        generator = torch.Generator().manual_seed(self.recipe.seed)
-        return torch.randn(count, *input_size(subject.model), generator=generator)
 
     def apply(self, subject: Subject, work: Path | None, state: dict[str, Tensor] | None = None) -> VitHandle:
         """Put the method in place."""
@@ -238,13 +193,11 @@ class VitPipeline(Pipeline):
 
     def probe(self, subject: Subject) -> dict[str, Tensor]:
         """Two noise images and their outputs."""
-        batch = self.noise(subject, 2)
-        with torch.no_grad():
-            return {"input": batch, "output": self.outputs(subject, batch).cpu()}
+        return image_task.probe(subject, self.recipe.seed)
 
     def describe_data(self) -> dict[str, Any]:
         """Which images."""
-        return self.images.protocol
+        return self.task.protocol
 
     def pictures(self, subject: Subject, handle: Handle, sample: Sample) -> list[Any]:
         """The image with what is left of its patches after every site."""
@@ -257,7 +210,7 @@ class VitPipeline(Pipeline):
         if self.stage.fit is None:
             shape = dissect(subject.model).shape
             self.method = for_timing(self.method, shape, self.recipe.seed, subject.device)
-        batch = self.noise(subject, self.recipe.batch_size)
+        batch = image_encoder.noise(subject.model, self.recipe.batch_size, self.recipe.seed)
         found = self.beside_dense(subject, lambda one: self.outputs(one, batch), rounds)
         return found | {"items": len(batch), "unit": "images"}
 
@@ -271,17 +224,6 @@ class VitPipeline(Pipeline):
             for _ in range(rounds):
                 watch.lap(call)
         return {"scoring": watch.seconds}
-
-
-def input_size(model: nn.Module) -> tuple[int, int, int]:
-    """Channels, rows, columns of an input image."""
-    if hasattr(model, "config"):
-        config = getattr(model.config, "vision_config", model.config)
-        size = config.image_size
-        rows, columns = size if isinstance(size, tuple | list) else (size, size)
-        return getattr(config, "num_channels", 3), rows, columns
-    rows, columns = model.patch_embed.img_size
-    return model.patch_embed.proj.in_channels, rows, columns
 
 
 PIPELINE = VitPipeline
