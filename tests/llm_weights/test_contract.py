@@ -14,7 +14,7 @@ from tprune.pipelines import prune_weights
 from tprune.pipelines.stream import grouped_axis
 
 NAMED = [fact.id for fact in registry.facts("llm-weights") if fact.learns == "no"]
-METHODS = [name for name in NAMED if not registry.load(name, "llm-weights").teacher]
+METHODS = [name for name in NAMED if registry.load(name, "llm-weights").runs_on != ("encoder",)]
 """But those that are trained, of which test_movement.py tells: they change all that they may, at any sparsity."""
 MASKING = [name for name in METHODS if registry.load(name, "llm-weights").scope == "block"]
 STRUCTURED = [name for name in METHODS if registry.load(name, "llm-weights").scope == "model"]

@@ -109,7 +109,7 @@ def prune(model, method, sparsity, ids, classes=None, **settings):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
-    "method", ["kcm", "mbert-heads", "flap", "wanda-sp", "llm-pruner", "shortgpt", "wanda"]
+    "method", ["kcm", "mbert-heads", "optin", "flap", "wanda-sp", "llm-pruner", "shortgpt", "wanda"]
 )
 def test_methods_of_all_kinds_prune_every_encoder_near_the_budget(method, name):
     model, ids = encoder(name), tokens(4, 20)
@@ -222,7 +222,7 @@ def test_k_prune_keeps_the_authors_units_with_the_authors_weights(case):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("method", ["k-prune", "kcm"])
+@pytest.mark.parametrize("method", ["k-prune", "kcm", "optin"])
 def test_what_is_stored_makes_an_encoder_the_same_again(method, name):
     model, ids = encoder(name), tokens(12, 20)
     dense = copy.deepcopy(model)

@@ -1,4 +1,4 @@
-"""How a budget of sparsity is shared out among the matrices of a model."""
+"""How a budget of sparsity is shared out among the matrices of a model, or between kinds of unit."""
 
 from __future__ import annotations
 
@@ -191,3 +191,27 @@ def widths_by_importance(importance: Sequence[float], sparsity: float, sharpness
     if most / mean * (1 - sparsity) >= 1 and most > mean:
         weight = mean + (weight - mean) * (mean * sparsity / (1 - sparsity)) / (most - mean) / 1.05
     return (weight / weight.mean() * (1 - sparsity)).tolist()
+
+
+def two_lists(
+    first: Tensor, second: Tensor, costs: tuple[int, int], budget: float, least: int = 1
+) -> tuple[int, int]:
+    """How many units of two kinds to keep, from the heads of their lists, so that their scores sum to the most.
+
+    For every number of the first kind that the budget allows, as many of the second as fit; of equals the fewest of the
+    first (OPTIN).
+
+    Args:
+        first, second: scores [U] and [V], in the order in which units are kept.
+        costs: of a unit of each kind.
+        budget: what the kept units may cost.
+        least: how many of each kind stay; the budget must allow them.
+    """
+    one, other = (
+        torch.cat([scores.new_zeros(1), scores.cumsum(0)]) for scores in (first.double(), second.double())
+    )
+    most = min(len(first), int((budget - least * costs[1]) / costs[0] + 1e-9))
+    counts = torch.arange(least, most + 1, device=one.device)
+    fit = ((budget - counts * costs[0]) / costs[1] + 1e-9).long().clamp_max(len(second))
+    best = int((one[counts] + other[fit]).argmax())
+    return least + best, int(fit[best])

@@ -185,6 +185,19 @@ class Sublayer:
 
 
 @dataclass(eq=False)
+class Trajectory:
+    """What an encoder computes on its way.
+
+    Attributes:
+        features: float32 [T, D], by block, what its MLP makes of every token before the residual stream is added.
+        answers: logits [N, C]; None of an encoder without classes.
+    """
+
+    features: dict[int, Tensor]
+    answers: Tensor | None
+
+
+@dataclass(eq=False)
 class ModelView:
     """All blocks with their statistics, for methods that decide over the whole model.
 
@@ -195,6 +208,9 @@ class ModelView:
             `made` and those of each candidate in turn; for methods with `measures`. Edits of one block add up.
         seen_with: edits -> all blocks with the statistics that they have under these edits; for methods with
             `measures` that read statistics. Units and weights are those of the whole model.
+        strayed_with: (candidates, measure) -> float64 [C, ...], of an encoder: what `measure` says of the dense model's
+            trajectory and that with the edits of each candidate in turn; for methods with `measures`. The latter begins
+            at the first block that is edited.
         teacher: sequences per pass -> the dense model (`models.teacher.Teacher`), for methods with `teacher`.
         seed: of all that a method draws.
     """
@@ -203,5 +219,9 @@ class ModelView:
     uniform: bool = False
     losses_with: Callable[[Sequence[StructureEdit], Sequence[Sequence[StructureEdit]]], Tensor] | None = None
     seen_with: Callable[[Sequence[StructureEdit]], list[BlockView]] | None = None
+    strayed_with: (
+        Callable[[Sequence[Sequence[StructureEdit]], Callable[[Trajectory, Trajectory], Tensor]], Tensor]
+        | None
+    ) = None
     teacher: Callable[[int], Any] | None = None
     seed: int = 0

@@ -65,7 +65,8 @@ class WeightMethod(Method):
     units: ClassVar[tuple[str, ...]] = ()
     """The kinds of unit that a method of scope "model" looks at: "heads", "channels", "experts", "halves" of blocks."""
     measures: ClassVar[bool] = False
-    """Whether a method of scope "model" asks for losses of the edited model (`ModelView.losses_with`)."""
+    """Whether a method of scope "model" searches: asks for losses of the edited model (`ModelView.losses_with`), or how
+    far an edited encoder strays (`ModelView.strayed_with`)."""
     uniform: ClassVar[bool] = True
     """Whether a method of scope "model" can choose shapes that stock transformers loads (`--loadable plain`)."""
     part: ClassVar[str] = "all"

@@ -46,11 +46,14 @@ class Questions:
             self.journal.write(self.asked, known)
             self.measured += 1
             self.progress.say(
-                f"{self.step}: the best of {len(known['losses'])} has a {self.asks_for} of "
-                f"{known['losses'].min():.4f}, {self._minutes():.1f} minutes so far"
+                f"{self.step}: {self.told(known['losses'])}, {self._minutes():.1f} minutes so far"
             )
         self.asked += 1
         return known["losses"]
+
+    def told(self, found: Tensor) -> str:
+        """An answer in words."""
+        return f"the best of {len(found)} has a {self.asks_for} of {found.min():.4f}"
 
     @property
     def step(self) -> str:

@@ -24,6 +24,7 @@ from tprune.models.halves import half_sizes, masked
 from tprune.models.teacher import Teacher
 from tprune.pipelines.journal import Journal
 from tprune.pipelines.removal import Removal
+from tprune.pipelines.straying import Straying
 from tprune.progress import Progress
 
 KEEP, BIAS, WEIGHT, SHARED, REMOVED = "keep/", "bias/", "weight/", "shared/", "removed"
@@ -77,8 +78,7 @@ class StructurePruner:
         kinds = self._kinds()
         view = ModelView([], self.plain, seed=self.seed)
         if self.method.measures:
-            view.losses_with = self._losses(journal)
-            view.seen_with = self._seen_with if self.gathers else None
+            self._open_to_search(view, journal)
         if self.method.teacher:
             view.teacher = partial(Teacher, self.decoder, self.stream.tokens)
         edits: list[StructureEdit] = []
@@ -119,9 +119,12 @@ class StructurePruner:
             self.stream.advance(view.blocks[0].index)
         return edits
 
-    def _losses(self, journal: Journal) -> Removal:
+    def _open_to_search(self, view: ModelView, journal: Journal) -> None:
+        """Let the view answer what a search asks."""
         start = self.stream.again() if self.gathers else self.stream
-        return Removal(start, journal.part("losses"), self.progress, self.max_minutes)
+        view.losses_with = Removal(start, journal.part("losses"), self.progress, self.max_minutes)
+        view.strayed_with = Straying(start, journal.part("strays"), self.progress, self.max_minutes)
+        view.seen_with = self._seen_with if self.gathers else None
 
     def _gathered(self, index: int, kinds: list[str], journal: Journal) -> BlockView:
         """One block with its statistics, from the journal or from the stream, which then stands behind it."""

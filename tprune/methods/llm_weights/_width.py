@@ -10,7 +10,7 @@ from torch import Tensor
 from tprune.core.select import floor_count, keep_by_cost, top
 from tprune.core.weights import StructureEdit
 from tprune.errors import BudgetError
-from tprune.methods.weight_view import BlockView, UnitView
+from tprune.methods.weight_view import BlockView, Place, UnitView
 
 
 def sums(columns: Tensor, unit: UnitView) -> Tensor:
@@ -87,11 +87,23 @@ def one_budget(
     check_reach(sparsity, sum(int(cost[1:].sum()) for cost in costs) / total)
     pooled = torch.cat([scores[place] for place in units])
     keep = keep_by_cost(pooled.cpu(), torch.cat(costs), spent - sparsity * total, strict)
-    edits = {block.index: StructureEdit(block.index) for block in blocks}
-    parts = keep.to(pooled.device).split([unit.count for unit in units.values()])
-    for (index, kind), part in zip(units, parts, strict=True):
-        best = scores[index, kind].argmax().unsqueeze(0)
-        edits[index].keep[kind] = part.nonzero().flatten() if bool(part.any()) else best
+    return keep_marked({place: scores[place] for place in units}, keep.to(pooled.device))
+
+
+def keep_marked(scores: dict[Place, Tensor], keep: Tensor) -> list[StructureEdit]:
+    """The edits that keep what `keep` marks, or the best unit of a kind where it marks none in a block.
+
+    Args:
+        scores: [U], by block and kind.
+        keep: bool, of the units of all places in turn.
+    """
+    edits: dict[int, StructureEdit] = {}
+    for ((index, kind), score), part in zip(
+        scores.items(), keep.split([len(score) for score in scores.values()]), strict=True
+    ):
+        best = score.argmax().unsqueeze(0)
+        edit = edits.setdefault(index, StructureEdit(index))
+        edit.keep[kind] = part.nonzero().flatten() if bool(part.any()) else best
     return list(edits.values())
 
 
