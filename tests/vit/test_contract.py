@@ -150,3 +150,14 @@ def test_images_of_another_size_are_refused():
     with tprune.prune(model, "vit/tome", keep=0.6):
         with pytest.raises(UserError, match="planned for 16"):
             model(torch.zeros(1, 3, 16, 16))
+
+
+def test_a_second_method_is_refused_until_the_first_is_removed(vit, images):
+    dense = vit(images)
+    first = tprune.prune(vit, "vit/tome", keep=0.6)
+    with pytest.raises(UserError, match=r"tome is at work in this model; remove\(\) its handle before evit"):
+        tprune.prune(vit, "vit/evit", keep=0.6)
+    first.remove()
+    with tprune.prune(vit, "vit/evit", keep=0.6):
+        assert not torch.equal(vit(images), dense)
+    assert torch.equal(vit(images), dense)

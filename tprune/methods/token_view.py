@@ -26,6 +26,7 @@ class TokenView:
         depth: how many blocks the model has.
         has_cls: whether the first token is a class token.
         grid: rows and columns of the prunable tokens before any left, where they form an image.
+        video: their frames, rows and columns, where they form a video.
         window: rows and columns of the windows that attention stays in; 0 where it does not.
         whole: whether all tokens behind the prefix are prunable (no host sync is needed to know it).
         position: int64 [B, N], every token's place in the original sequence.
@@ -49,6 +50,7 @@ class TokenView:
     depth: int = 0
     has_cls: bool = False
     grid: tuple[int, int] | None = None
+    video: tuple[int, int, int] | None = None
     window: int = 0
     whole: bool = True
     position: Tensor | None = None

@@ -28,6 +28,8 @@ class Anatomy:
         model: the whole; its `forward_intermediates`, where it has one, gives full-length features.
         dense: whether a head reads every patch, so that blocks must always give full-length outputs.
         suffix: how many of the `shape.prefix` tokens come last in the model's own sequence (YOLOS's queries).
+        by_rows: whether blocks lay out what they give token by token, however their input lies: those of transformers
+            that add it to the attention's output, not the other way round.
     """
 
     entrance: nn.Module
@@ -37,6 +39,7 @@ class Anatomy:
     model: nn.Module
     dense: bool = False
     suffix: int = 0
+    by_rows: bool = False
 
 
 def anatomy(model: nn.Module) -> Anatomy:
@@ -84,6 +87,11 @@ def detects(model: nn.Module) -> bool:
     return getattr(getattr(model, "config", None), "num_detection_tokens", 0) > 0
 
 
+def clip_length(model: nn.Module) -> int:
+    """How many frames of a video the model sees at once; 0 for a model of images."""
+    return getattr(getattr(model, "config", None), "num_frames", 0)
+
+
 def _transformers(model: nn.Module) -> Anatomy:
     """A vision tower of transformers: the module list of blocks that hold an attention."""
     lists = [
@@ -98,25 +106,47 @@ def _transformers(model: nn.Module) -> Anatomy:
     size = config.image_size if isinstance(config.image_size, tuple | list) else (config.image_size,) * 2
     patch = config.patch_size if isinstance(config.patch_size, tuple | list) else (config.patch_size,) * 2
     grid = size[0] // patch[0], size[1] // patch[1]
+    frames = _frames(model)
     has_cls = any(name.endswith(("cls_token", "class_embedding")) for name, _ in model.named_parameters())
     registers = getattr(config, "num_register_tokens", 0) or 0
     distilled = any(name.endswith("distillation_token") for name, _ in model.named_parameters())
     queries = getattr(config, "num_detection_tokens", 0)
     shape = Shape(
         depth=len(blocks),
-        tokens=grid[0] * grid[1],
+        tokens=grid[0] * grid[1] * (frames or 1),
         prefix=has_cls + registers + distilled + queries,
         heads=config.num_attention_heads,
         has_cls=has_cls,
-        grid=grid,
+        grid=None if frames else grid,
+        video=(frames, *grid) if frames else None,
         width=config.hidden_size,
         classes=classes(model),
-        patch=(getattr(config, "num_channels", 3), *patch),
+        patch=(0, 0, 0) if frames else (getattr(config, "num_channels", 3), *patch),
     )
     entrance = next(module for name, module in model.named_modules() if name.endswith("embeddings"))
     # A detector's encoder adds positions between its blocks, and its head looks for the queries at the end.
     dense = type(model).__name__.endswith(DENSE_HEADS) or queries > 0
-    return Anatomy(entrance, blocks, [_attention_of(block) for block in blocks], shape, model, dense, queries)
+    by_rows = hasattr(blocks[0], "layernorm_before")
+    attentions = [_attention_of(block) for block in blocks]
+    return Anatomy(entrance, blocks, attentions, shape, model, dense, queries, by_rows)
+
+
+def _frames(model: nn.Module) -> int:
+    """How many frames the tokens of a VideoMAE hold, several of the video in each; 0 for a model of images.
+
+    Raises:
+        UserError: a video transformer of another make, or a head that reads the first patch.
+    """
+    name, config = type(model).__name__, model.config
+    if not clip_length(model):
+        return 0
+    if config.model_type != "videomae":
+        raise UserError(f"{name} is a video transformer of a make that tprune does not know; use a VideoMAE")
+    if classes(model) and not config.use_mean_pooling:
+        raise UserError(
+            f"the head of this {name} reads its first patch, which may leave; use one with use_mean_pooling"
+        )
+    return config.num_frames // config.tubelet_size
 
 
 def _attention_of(block: nn.Module) -> nn.Module | None:

@@ -22,10 +22,12 @@ from tprune.errors import UserError
 from tprune.methods.token_view import TokenView
 from tprune.methods.tokens import TokenMethod
 from tprune.models.anatomy import Anatomy, halves
+from tprune.models.claim import claim
 from tprune.models.dense import Canvas
+from tprune.models.forwards import Forwards
 from tprune.models.inward import Inward
 from tprune.models.ragged import Ragged, check_head
-from tprune.models.sight import attend_to
+from tprune.models.seeds import content_seeds
 from tprune.models.watch import Watch
 
 
@@ -37,7 +39,7 @@ class Trace:
     reductions: list[tuple[Site, Reduction]] = field(default_factory=list)
 
 
-class TokenDriver:
+class TokenDriver(Forwards):
     """Runs a token method inside a vision transformer until removed.
 
     Args:
@@ -64,7 +66,7 @@ class TokenDriver:
         if self.ragged is not None and not method.restores:
             check_head(parts.model, method.id)
         self.undo = ExitStack()
-        self._attach()
+        self._start()
 
     def remove(self) -> None:
         """Leave the model exactly as it was."""
@@ -77,7 +79,7 @@ class TokenDriver:
         try:
             yield
         finally:
-            self._attach()
+            self._start()
 
     @property
     def entering(self) -> list[float]:
@@ -85,6 +87,10 @@ class TokenDriver:
         measured = None if self.ragged is None else self.ragged.means()
         planned = counts_entering(self.stages, self.parts.shape.tokens, self.parts.shape.depth)
         return planned if measured is None else measured
+
+    def _start(self) -> None:
+        self.undo.callback(claim(self.parts.model, self.method.id))
+        self._attach()
 
     def _attach(self) -> None:
         parts, edited = self.parts, self._edited()
@@ -122,16 +128,6 @@ class TokenDriver:
         if "attention" in self.method.reads:
             return {site.layer if site.between else site.layer - 1 for site in self.counts}
         return set()
-
-    def _densely(self, forward: Callable) -> Callable:
-        def forward_intermediates(*args: Any, **kwargs: Any) -> Any:
-            self.dense = True
-            try:
-                return forward(*args, **kwargs)
-            finally:
-                self.dense = False
-
-        return forward_intermediates
 
     def _hook(self, handle: Any) -> None:
         self.undo.callback(handle.remove)
@@ -187,7 +183,7 @@ class TokenDriver:
                 self.ragged.count(2 * layer, x)
                 if Site(layer, between=True) not in self.counts:
                     self.ragged.count(2 * layer + 1, x)
-            return (x,), self._fitted(named, x)
+            return (x.contiguous() if self.parts.by_rows else x,), self._fitted(named, x)
 
         return before
 
@@ -209,46 +205,6 @@ class TokenDriver:
 
     def _look(self, view: TokenView) -> None:
         self.method.finish(view, self.memory)
-
-    def _halves(self, block: nn.Module) -> tuple[Callable, Callable]:
-        """What `_stopping_between` runs of a block: its attention half and its MLP half."""
-        return halves(block)
-
-    def _stopping_between(self, layer: int, attend: Callable, feed: Callable) -> Callable:
-        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            x = hidden_states + attend(hidden_states, *args, **kwargs)
-            x = self._reduce(Site(layer, between=True), x)
-            if self.ragged is not None:
-                self.ragged.count(2 * layer + 1, x)
-            return x + feed(x)
-
-        return forward
-
-    def _blend(self, layer: int) -> tuple[float, float] | None:
-        """(a, b) where block `layer` makes a·x + b·attention(x) of its input instead of x + attention(x)."""
-        return (self.skip_scale, 0.0) if layer in self.skipped else None
-
-    def _blending(self, layer: int, attend: Callable, feed: Callable) -> Callable:
-        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            own, share = self._blend(layer)
-            x = own * hidden_states
-            if share:
-                x = x + share * attend(hidden_states, *args, **kwargs)
-            return x + feed(x)
-
-        return forward
-
-    def _seeing(self, attend: Callable, feed: Callable) -> Callable:
-        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            sight, self.sight = self.sight, None
-            if sight is None:
-                x = hidden_states + attend(hidden_states, *args, **kwargs)
-            else:
-                x = attend_to(attend, hidden_states, sight, self.parts.shape.prefix, *args, **kwargs)
-                x = hidden_states + x if sight.adds else x
-            return x + feed(x)
-
-        return forward
 
     def _entering(self, x: Tensor) -> int:
         """How many prunable tokens the attention of the next block works on, as queries or as keys."""
@@ -299,6 +255,7 @@ class TokenDriver:
             depth=shape.depth,
             has_cls=shape.has_cls,
             grid=shape.grid,
+            video=shape.video,
             window=shape.window,
             whole=real is None,
             real=real,
@@ -333,10 +290,3 @@ class TokenDriver:
         if self.record:
             self.trace.reductions.append((site, reduction))
         return reduction.apply(x)
-
-
-def content_seeds(pixels: Tensor, seed: int) -> Tensor:
-    """A seed per image from its own content, int64 [B] on the CPU: the same image draws the same in any batch."""
-    flat = pixels.detach().float().contiguous().flatten(1).view(torch.int32).to(torch.int64)
-    weight = torch.arange(flat.shape[1], device=flat.device) * 2654435761 % 1000003 + 1
-    return ((flat * weight).sum(1) + 7919 * seed).abs().cpu() % (2**62)

@@ -35,6 +35,7 @@ class BAViT(TokenMethod):
         "and initial values are ours. The detector is not fine-tuned.",
     )
     kind = "trained"
+    needs_image = True
     reads = ()
     native = ("threshold",)
     under_keep: ClassVar[dict[str, Any]] = {"threshold": None}

@@ -42,6 +42,7 @@ class DToP(TokenMethod):
         "tokens by confidence.",
     )
     kind = "trained"
+    needs_image = True
     reads = ()
     native = ("threshold",)
     under_keep: ClassVar[dict[str, Any]] = {"threshold": None}

@@ -31,39 +31,45 @@ class STA(TokenMethod):
         arxiv="2308.04549",
         code="Mark12Ding/STA",
         checked="code",
-        notes="The authors fix 8, 4 and 2 groups (16 frames, two per token); here `frames` says how many the tokens "
-        "hold, 1 for an image: a single group only loses the tokens most similar to another of it. --keep spreads a "
-        "fractional r over the stages.",
+        notes="The authors fix 8, 4 and 2 groups (16 frames, two per token); here the model says how many its tokens "
+        "hold, or `frames` does. A single group, an image, only loses the tokens most similar to another of it. --keep "
+        "spreads a fractional r over the stages.",
     )
     native = ("r",)
 
     r: int = param(64, "tokens dropped per group and stage, at 196 tokens per frame", low=0)
-    frames: int = param(
-        1, "frames (pairs of frames for VideoMAE: 8) that the tokens hold, one after the other", low=1
+    frames: int | None = param(
+        None, "frames that the tokens hold, one after the other; none: the model's (VideoMAE: 8 pairs)", low=1
     )
 
     def check(self, shape):
         """The frames divide the tokens."""
-        if shape.tokens % self.frames:
+        super().check(shape)
+        if shape.tokens % self.groups(shape.video):
             raise UserError(
                 f"--set frames={self.frames}: {shape.tokens} tokens do not divide into as many frames; "
                 "give the number of frames the model was built for"
             )
 
-    def places(self, depth: int) -> list[tuple[int, int]]:
+    def groups(self, video: tuple[int, int, int] | None) -> int:
+        """How many groups the tokens are in at first, one per frame; `video` as `Shape` has it."""
+        return self.frames or (1 if video is None else video[0])
+
+    def places(self, depth: int, frames: int) -> list[tuple[int, int]]:
         """(block, groups) of the stages: after the first block, a third and two thirds of the depth."""
         blocks = [block for block in dict.fromkeys((0, depth // 3, 2 * depth // 3)) if block + 1 < depth]
-        groups = [self.frames]
+        groups = [frames]
         for _ in blocks[1:]:
             groups.append(groups[-1] // 2 if groups[-1] % 2 == 0 else groups[-1])
         return list(zip(blocks, groups, strict=True))
 
     def stages(self, shape, knob):
         """Every stage drops r tokens of every group, of which there are ever fewer."""
-        places, alive, stages = self.places(shape.depth), shape.tokens, []
-        each = self.r * shape.tokens / self.frames / 196
+        frames = self.groups(shape.video)
+        places, alive, stages = self.places(shape.depth, frames), shape.tokens, []
+        each = self.r * shape.tokens / frames / 196
         if knob is not None:
-            each = (1 - knob) * shape.tokens / self.frames
+            each = (1 - knob) * shape.tokens / frames
         # What rounding leaves over is due in the next stage.
         due = [int(sum_ + 0.5) for sum_ in accumulate([each] * len(places), initial=0.0)]
         for (block, groups), (before, after) in zip(places, pairwise(due), strict=True):
@@ -79,7 +85,7 @@ class STA(TokenMethod):
             return Reduction.identity(batch, length, view.hidden.device)
         stage, (_, groups) = next(
             (place, found)
-            for place, found in enumerate(self.places(view.depth))
+            for place, found in enumerate(self.places(view.depth, self.groups(view.video)))
             if found[0] + 1 == site.layer
         )
         metric = score.cosine_normalise(view.attention.key.mean(1)[:, prefix:]).unflatten(1, (groups, -1))

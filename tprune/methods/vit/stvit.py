@@ -45,6 +45,7 @@ class STViT(TokenMethod):
         "thrown away.",
     )
     kind = "trained"
+    needs_image = True
     reads = ()
     native = ("cells", "window_cells")
     learns = "required"
@@ -69,6 +70,7 @@ class STViT(TokenMethod):
 
     def check(self, shape):
         """There are blocks enough."""
+        super().check(shape)
         least = PERIOD if shape.kind == "windows" else 2
         if blocks(shape) < least:
             raise UserError(f"stvit needs {least} blocks of one kind, and this model has {blocks(shape)}")
