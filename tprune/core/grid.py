@@ -131,3 +131,35 @@ def best_near(score: Tensor, size: Size, reach: int) -> Tensor:
     """The largest score among the cells of a grid within `reach` rows and columns of each: [B, rows · columns]."""
     pooled = functional.max_pool2d(score.view(-1, 1, *size), 2 * reach + 1, stride=1, padding=reach)
     return pooled.flatten(1)
+
+
+def voted_tiles(cells: Tensor, crops: Tensor, votes: Tensor) -> Tensor:
+    """Which tokens lie in a tile that a token of the image as a whole votes for: bool [B, N].
+
+    An image is there twice: as a whole, in a coarse grid, and cut into tiles of one size, whose outer borders may lack
+    cells (padding). A token of the whole at row r of h votes for the tile of row floor(r · H / h) of the H that there
+    are; for columns likewise (LRS-VQA, `get_next_level_fea`, which has no padding in front).
+
+    Args:
+        cells: int64 [B, N, 3], every token's crop, and its row and column there; -1 for none.
+        crops: int64 [C, 3] on the CPU, every crop's image, and the row and column of the tile it is; -1 for a whole.
+        votes: bool [B, N], tokens of wholes whose images have tiles.
+    """
+    images, rows, columns = (crops.amax(0) + 1).tolist()
+    crop, cell = cells[..., 0], cells[..., 1:]
+    image, tile = crops.to(cells.device)[crop.clamp_min(0)].split([1, 2], dim=2)
+    image, tiled = image[..., 0], (crop >= 0) & (tile[..., 0] >= 0)
+    side = cell.flatten(0, 1).amax(0) + 1
+    # Rows and columns of all tiles together, from the first to the last that has tokens.
+    place, bound = tile * side + cell, 1 << 30
+    index = image.where(tiled, images).flatten().unsqueeze(1).expand(-1, 2)
+    first, last = (
+        place.new_full((images + 1, 2), start).scatter_reduce(0, index, place.flatten(0, 1), kind)[image]
+        for start, kind in ((bound, "amin"), (-bound, "amax"))
+    )
+    wanted = (first + cell * (last - first + 1) // side) // side
+    numbers = [(image * rows + part[..., 0]) * columns + part[..., 1] for part in (tile, wanted)]
+    nobody = images * rows * columns
+    own, wish = (number.where(there, nobody) for number, there in zip(numbers, (tiled, votes), strict=True))
+    called = torch.zeros(nobody + 1, dtype=torch.bool, device=cells.device)
+    return tiled & called.index_fill(0, wish.flatten(), True)[own]

@@ -198,6 +198,17 @@ def min_max(x: Tensor, there: Tensor | None = None) -> Tensor:
     return scaled if there is None else torch.where(there, scaled, 0.0)
 
 
+def quantile_scaled(x: Tensor, there: Tensor, low: float = 0.05, high: float = 0.95) -> Tensor:
+    """`x` [..., N] scaled linearly so that these quantiles of each row become 0 and 1, and cut off there.
+
+    Over the entries that are `there`, bool [..., N], alone; all others become 0.
+    """
+    known = x.float().masked_fill(~there, torch.nan)
+    below, above = (known.nanquantile(part, dim=-1, keepdim=True) for part in (low, high))
+    scaled = ((x - below) / (above - below).clamp_min(torch.finfo(torch.float32).tiny)).clamp(0, 1)
+    return torch.where(there, scaled, 0.0)
+
+
 def page_rank(attention: Tensor, start: Tensor, steps: int, present: Tensor | None = None) -> Tensor:
     """Weighted page rank: `steps` times, every token hands its worth to the tokens it attends to.
 

@@ -205,6 +205,38 @@ def packed_crops(outer: nn.Module, config: Any, inputs: Inputs) -> list[Packed]:
     ]
 
 
+def crop_table(outer: nn.Module, config: Any, inputs: Inputs, crops: Sequence[Unit]) -> Tensor:
+    """Every crop's image, and its row and column among the tiles that the image was cut into: int64 [C, 3].
+
+    -1 where a crop shows the whole image, is several crops resized into one mosaic, or the model does not say.
+
+    Args:
+        outer, config: of the model.
+        inputs: what the model was called with.
+        crops: of the batch.
+    """
+    table, sizes = [], inputs.get("image_sizes")
+    packs = hasattr(outer, "pack_image_features") and sizes is not None
+    for unit in crops:
+        place = (-1, -1)
+        if packs and unit.before > 0 and unit.crops == 1:
+            shape_of = sys.modules[type(outer).__module__].get_anyres_image_grid_shape
+            _, wide = shape_of(
+                sizes[unit.image % len(sizes)], config.image_grid_pinpoints, config.vision_config.image_size
+            )
+            place = divmod(unit.before - 1, wide)
+        table.append((unit.image, *place))
+    return torch.tensor(table)
+
+
+def newlines(crops: Sequence[Unit], mask: Tensor) -> Tensor:
+    """The image tokens, bool [B, N], that belong to none of their `crops`: bool [B, N] on the CPU."""
+    between = mask.cpu().clone()
+    for unit in crops:
+        between[unit.row, unit.slot[unit.slot >= 0]] = False
+    return between
+
+
 def pack(
     outer: nn.Module, config: Any, inputs: Inputs, images: Sequence[int], features: list[Tensor]
 ) -> list[Tensor]:

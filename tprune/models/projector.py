@@ -19,7 +19,7 @@ from tprune.methods.tokens import TokenMethod
 from tprune.models.clip import Clip
 from tprune.models.encoder import Sight, Watch
 from tprune.models.image_view import ImageViews, check
-from tprune.models.layout import Unit, real_crops, token_count, unit_seeds, units
+from tprune.models.layout import Unit, crop_table, newlines, real_crops, token_count, unit_seeds, units
 from tprune.models.patch_site import PatchSite
 from tprune.models.run import Inputs, Run
 from tprune.models.tower import TowerSite
@@ -149,6 +149,13 @@ class Projector:
                 cells = [torch.full_like(place, crop), place // grid[1], place % grid[1]]
                 found[unit.row, unit.slot[place]] = torch.stack(cells, 1)
         return found
+
+    def crops(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """The crops that `cells` counts (`crop_table`), and the image tokens of none, bool [B, N]: on the CPU."""
+        mask, sight = image_tokens(self.model, inputs), self._ahead(inputs) or self.latest
+        found = self._units(sight.inputs, mask, by_crop=True)
+        table = crop_table(self.parts.outer, self.model.config, sight.inputs, found)
+        return table, newlines(found, mask)
 
     def encoded(self, inputs: Inputs) -> list[Tensor]:
         """What image tokens are made of behind each block of `TokenMethod.encoder_blocks`: [B, N, C] each.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,67 +12,14 @@ from tprune.core.budget import Site
 from tprune.core.reduction import gather_tokens
 from tprune.errors import UserError
 from tprune.methods.attention import Attention
+from tprune.models.ahead import attention_ahead, attention_of, rotated_ones, unrotated
 from tprune.models.beside import Beside
-from tprune.models.layer_inputs import CACHES, LayerInputs
+from tprune.models.copies import Copies
+from tprune.models.layer_inputs import LayerInputs
 from tprune.models.run import Inputs, Run, here
-from tprune.models.taps import AttentionCall, Tap
 
 NORMS = ("norm", "final_layer_norm", "ln_f", "final_layernorm")
 FEED_FORWARDS = ("mlp", "feed_forward", "block_sparse_moe")
-
-
-class _SeenError(Exception):
-    """Carries the attention out of a layer that shall go no further."""
-
-    def __init__(self, call: AttentionCall):
-        self.call = call
-
-
-def attention_of(layer: nn.Module) -> nn.Module:
-    """The attention module of a decoder layer.
-
-    Raises:
-        UserError: there is none (a recurrent or convolutional layer).
-    """
-    for module in layer.modules():
-        if module is not layer and hasattr(module, "config") and type(module).__name__.endswith("Attention"):
-            return module
-    raise UserError(f"{type(layer).__name__} has no attention that can be watched")
-
-
-def attention_ahead(layer: nn.Module, given: Inputs) -> Attention:
-    """The queries and keys that `layer` makes of its inputs `given`: it runs up to its attention and no further.
-
-    Its norm, projections and rotation are the model's own, whatever they are; its cache is not touched.
-    """
-
-    def stop(call: AttentionCall) -> None:
-        raise _SeenError(call)
-
-    with Tap([attention_of(layer)], stop, first=True):
-        try:
-            layer.forward(**{name: None if name in CACHES else value for name, value in given.items()})
-        except _SeenError as seen:
-            return seen.call.view()
-    raise UserError(f"the attention of {type(layer).__name__} does not go through transformers' interface")
-
-
-def unrotated(given: Inputs) -> Inputs:
-    """The inputs of a layer with rotary embeddings that turn nothing."""
-    rope = given.get("position_embeddings")
-    if not isinstance(rope, tuple):
-        return given
-    return given | {"position_embeddings": (torch.ones_like(rope[0]), torch.zeros_like(rope[1]))}
-
-
-def rotated_ones(layer: nn.Module, given: Inputs) -> Tensor:
-    """A query of ones at the positions that `layer` was given, rotated by the model's own function: [B, N, d]."""
-    module, rope = attention_of(layer), given.get("position_embeddings")
-    rotate = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
-    if rotate is None or not isinstance(rope, tuple):
-        raise UserError(f"{type(module).__name__} has no rotary embeddings, which this method reads")
-    ones = rope[0].new_ones(*given["hidden_states"].shape[:2], rope[0].shape[-1]).unsqueeze(1)
-    return rotate(ones, ones, *rope)[0].squeeze(1)
 
 
 def watch(layers: Sequence[nn.Module], reads: Sequence[str], current: Callable[[], Run | None]) -> list[Any]:
@@ -139,12 +85,15 @@ class Signals:
     - "cells": int64 [B, N, 3], every image token's crop, row and column in it; -1 where it has none;
     - "encoded": [B, N, C], one for each block in the order of `TokenMethod.encoder_blocks`, what image tokens are made
       of behind it, zeros for all others;
-    - "beside": `models.beside.Behind`, tokens of the method's own behind the prompt.
+    - "crops": int64 [C, 3] on the CPU and bool [B, N], the crops that "cells" counts: each one's image, and its row and
+      column among the tiles of it, -1 where it is none; and which image tokens belong to no crop (newlines);
+    - "beside": `models.beside.Behind`, tokens of the method's own behind the prompt;
+    - "copies": `models.copies.Copies`, copies of layers that read the prompt; before the first layer alone.
 
     Args:
         core, layers: the decoder and its layers.
         inputs: fits what a layer is given to the tokens that are left.
-        images: tells of a prompt's images, from its inputs: `cells` and `encoded` of all its tokens (`Projector`).
+        images: tells of a prompt's images, from its inputs: `cells`, `crops` and `encoded` (`Projector`).
     """
 
     def __init__(
@@ -193,6 +142,10 @@ class Signals:
                 self.inputs.fit(run, place, kept, fitted)
             return attention_ahead(self.layers[place], fitted)
 
+        def crops() -> tuple[Tensor, Tensor]:
+            table, between = self.images.crops(run.inputs)
+            return table, between.to(hidden.device).gather(1, position)
+
         return {
             "final_norm": lambda: self.norm(hidden),
             "next_attention": ahead,
@@ -203,6 +156,8 @@ class Signals:
             "hidden": lambda: _hidden(run, place, slots, position),
             "embeddings": lambda: gather_tokens(run.embeddings, slots),
             "cells": lambda: gather_tokens(self.images.cells(run.inputs).to(hidden.device), position),
+            "crops": crops,
+            "copies": lambda: Copies(self.core, self.layers, run, given),
             "encoded": lambda: [gather_tokens(one, position) for one in self.images.encoded(run.inputs)],
             "beside": lambda: self.beside.of(
                 run.heard, here(run.real, position, run.track.valid(place, slots))

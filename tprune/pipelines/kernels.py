@@ -116,6 +116,9 @@ def _prompt(device: torch.device | str, blocks: Sequence[int] = ()) -> TokenView
             "hidden": lambda: torch.zeros_like(prunable),
             "cells": lambda: cells,
             "encoded": lambda: [_noise(1, length, PATCH_WIDTH, device=device) for _ in blocks],
+            "crops": lambda: (torch.tensor([[0, -1, -1]]), torch.zeros_like(prunable)),
+            # Copies of layers, as if they had run.
+            "copies": lambda: SimpleNamespace(read=lambda *given: [attention]),
             # A token of the method's own, as if it had run through the layers: that is the decoder's time.
             "beside": lambda: SimpleNamespace(look=lambda added: replace(attention, query=heads[:, :, -1:])),
         },
