@@ -1,9 +1,13 @@
+import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from tprune.evaluate.cost import flops, peak_tensors
+from tprune.evaluate.cost import flops, peak_heap, peak_tensors
 
 MEGABYTE = 2**18
 """Float32 entries of one."""
@@ -26,6 +30,19 @@ def test_tensors_mapped_from_files_of_the_journal_are_no_memory(tmp_path):
 
     assert abs(peak_tensors(run, "cpu") - 4) < 0.01
     assert abs(peak_tensors(run, "cpu", tmp_path) - 1) < 0.01
+
+
+def test_the_peak_of_the_heap_counts_every_thread():
+    def hold(worker):
+        held = torch.empty(10 * MEGABYTE)
+        met.wait()
+        torch.ones(1024, 1024).matmul(torch.ones(1024, 1024))
+        return len(held)
+
+    met = threading.Barrier(2)
+    with ThreadPoolExecutor(2) as pool:
+        peak = peak_heap(lambda: list(pool.map(hold, range(2))))
+    assert math.isnan(peak) or peak > 19
 
 
 @pytest.mark.parametrize(("name", "products"), [("deit_small", 4.61e9), ("vit_base", 17.58e9)])

@@ -1,12 +1,16 @@
 """Calibration holds one buffer of activations, and no statistics longer than they are read."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
 from tests.decoders import decoder, tokens
-from tests.llm_weights.tiny import prune
+from tests.llm_weights.tiny import EXPERTS, NAMES, prune
 from tprune.core.statistics import Inputs
-from tprune.models.blocks import find_decoder
+from tprune.models import pieces
+from tprune.models.blocks import find_decoder, is_linear
 from tprune.models.calibrate import Stream, _united, rows_at_once, workers_at_once
 from tprune.models.threads import side_by_side
 
@@ -61,6 +65,42 @@ def test_workers_gather_what_one_gathers_and_send_on_the_same(name):
         for stream in (alone, several):
             stream.advance(index)
         assert torch.allclose(several.hidden, alone.hidden, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_workers_take_the_feed_forward_network_in_pieces(name, monkeypatch):
+    monkeypatch.setattr(pieces, "TOKENS_IN_PIECE", 8)
+    model = decoder(name)
+    found, ids = find_decoder(model), tokens(3, 20)
+    alone, several = Stream(found, ids, 1), Stream(found, ids, 1)
+    alone.workers, several.workers = 1, 2
+    seen = set()
+    for _, module in model.named_modules():
+        if is_linear(module):
+            module.register_forward_pre_hook(lambda module, given: seen.add(given[0].shape[-2]))
+    expected, given = (stream.gather(0, ("norm",)) for stream in (alone, several))
+    for inputs, same in zip(given.values(), expected.values(), strict=True):
+        assert (inputs.tokens, inputs.sequences) == (same.tokens, same.sequences)
+        assert torch.allclose(inputs.result()["norm"], same.result()["norm"], rtol=1e-5)
+    seen.clear()
+    for stream in (alone, several):
+        stream.advance(0)
+    assert torch.allclose(several.hidden, alone.hidden, atol=1e-5)
+    # OPT's network is no module of its own, experts take the tokens that are sent to them.
+    assert (seen >= {8, 4}) == (name not in (*EXPERTS, "opt"))
+
+
+def test_a_stopped_pass_holds_nothing_of_what_it_computed():
+    stream = Stream(find_decoder(decoder()), tokens(4, 20), 1)
+    stream.workers = 2
+    stream.gather(0, ("norm",))
+    held = weakref.ref(stream.hidden)
+    gc.disable()
+    try:
+        del stream
+        assert held() is None
+    finally:
+        gc.enable()
 
 
 def test_the_same_sequences_once_more_go_by_as_many_workers(monkeypatch):

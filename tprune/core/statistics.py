@@ -214,12 +214,16 @@ class Inputs:
         self._result: dict[str, Tensor] | None = None
         self.parts = [KINDS[kind]() for kind in kinds if kind in KINDS]
 
-    def add(self, x: Tensor) -> None:
-        """Take in x [N, L, C] or [T, C]; nothing happens where T is 0."""
+    def add(self, x: Tensor, goes_on: bool = False) -> None:
+        """Take in x [N, L, C] or [T, C]; nothing happens where T is 0.
+
+        `goes_on`: these are further tokens of the sequences before, for kinds in `PER_CHANNEL` only.
+        """
         count = x.numel() // x.shape[-1]
         if count:
             self.tokens += count
-            self.sequences += 1 if x.dim() == 2 else x.shape[0]
+            if not goes_on:
+                self.sequences += 1 if x.dim() == 2 else x.shape[0]
             for part in self.parts:
                 part.add(x)
 

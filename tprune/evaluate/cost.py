@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import statistics
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
@@ -15,7 +17,7 @@ from torch import nn
 from torch.autograd.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from tprune.models.memory import give_back
+from tprune.models.memory import give_back, in_use
 from tprune.pipelines.base import Workload
 
 
@@ -97,6 +99,33 @@ def peak_tensors(run: Callable[[], Any], device: torch.device | str, mapped: Pat
     ordered = (event.nbytes() for event in sorted(found, key=lambda event: event.start_ns()))
     changes = (change for change in ordered if abs(change) not in files)
     return max(accumulate(changes, initial=0)) / 2**20
+
+
+def peak_heap(run: Callable[[], Any]) -> float:
+    """Peak MB that one call, with all its threads, held of the C library's memory; NaN where that does not tell.
+
+    Looked at every half millisecond or so: what is held for less may be missed. Scratch that BLAS and numpy take for
+    themselves counts, unless an earlier call left it.
+    """
+    ended = threading.Event()
+
+    def watch() -> int:
+        most = in_use()
+        while not ended.wait(0.0005):
+            most = max(most, in_use())
+        return most
+
+    try:
+        before = in_use()
+    except (OSError, AttributeError):
+        return float("nan")
+    with ThreadPoolExecutor(1) as pool:
+        most = pool.submit(watch)
+        try:
+            run()
+        finally:
+            ended.set()
+    return (most.result() - before) / 2**20
 
 
 def timed(run: Callable[[], Any], device: torch.device | str) -> float:

@@ -32,6 +32,7 @@ class Watch:
         self._leader: dict[str, str] = {}
         self._seen: list[tuple[weakref.ref[Tensor], str]] = []
         self._last: str | None = None
+        self._begun: set[str] = set()
         self._stop = False
         self._sequences = 1
         self._thread: int | None = None
@@ -55,6 +56,7 @@ class Watch:
         self._stop = stop and self._last is not None
         self._thread = get_ident()
         self._seen.clear()
+        self._begun.clear()
 
     def end(self) -> None:
         """No more batches; what the thread does next is not looked at."""
@@ -74,7 +76,9 @@ class Watch:
             if self._leader[name] == name:
                 # OPT flattens its tokens before the MLP.
                 x = x.detach()
-                self.inputs[name].add(x if x.dim() == 3 else x.unflatten(0, (self._sequences, -1)))
+                x = x if x.dim() == 3 else x.unflatten(0, (self._sequences, -1))
+                self.inputs[name].add(x, goes_on=name in self._begun)
+                self._begun.add(name)
             self._done(name)
 
         return look

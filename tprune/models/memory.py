@@ -37,6 +37,29 @@ def keep_freed() -> None:
         library.mallopt(MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)
 
 
+class _Mallinfo(ctypes.Structure):
+    """`struct mallinfo2`, as glibc's malloc.h has it."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
+        )
+    ]  # fmt: skip
+
+
+def in_use() -> int:
+    """Bytes that all threads were given by the C library and have not freed.
+
+    Raises:
+        AttributeError: where the library does not tell (not glibc, or one before 2.33).
+    """
+    ask = ctypes.CDLL(None).mallinfo2
+    ask.restype = _Mallinfo
+    told = ask()
+    return told.uordblks + told.hblkhd
+
+
 def as_bytes(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor on the CPU, for files to be read into and written from.
 
