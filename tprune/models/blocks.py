@@ -30,6 +30,11 @@ CHANNELS = (
     ("", ("fc1",), "fc2"),
     ("", ("intermediate.dense",), "output.dense"),
     ("ffn", ("lin1",), "lin2"),
+    *(
+        (f"layer.{place}.DenseReluDense", feeds, "wo")
+        for place in (1, 2)
+        for feeds in (("wi_0", "wi_1"), ("wi",))
+    ),
 )
 """MLPs: the submodule of a block, the projections that feed the channels, the one that reads them."""
 READERS = {feed: reader for _, feeds, reader in CHANNELS for feed in feeds}
@@ -136,6 +141,10 @@ class Decoder:
         """The full name of a block."""
         return f"{self.name}.{index}"
 
+    def send(self, tokens: Tensor) -> None:
+        """Send texts int64 [B, L] through the blocks, without the head."""
+        self.core(input_ids=tokens.to(next(self.core.parameters()).device), use_cache=False)
+
     def matrices(self, index: int) -> list[Matrix]:
         """The prunable matrices of one block, in the order of its modules."""
         found = []
@@ -181,6 +190,8 @@ class Decoder:
         if last == "query_key_value" and self.config.model_type in INTERLEAVED:
             heads = rows.view(-1, 3, self.config.hidden_size // self.config.num_attention_heads)
             return [(f".{part}", heads[:, place].flatten()) for place, part in enumerate("qkv")]
+        if last == "qkv":
+            return list(zip((".q", ".k", ".v"), rows.chunk(3), strict=True))
         if last == "gate_up_proj":
             return list(zip((".gate", ".up"), rows.chunk(2), strict=True))
         return [("", None)]
@@ -252,12 +263,31 @@ def _experts(name: str, module: nn.Module, index: int) -> Iterator[Matrix]:
         )
 
 
+def has_encoder(model: nn.Module) -> bool:
+    """Whether a language model has an encoder of text beside its decoder (T5, BART)."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def check_no_encoder(model: nn.Module) -> None:
+    """Refuse a decoder with an encoder beside it.
+
+    Raises:
+        UserError: naming what can be pruned of such a model.
+    """
+    if has_encoder(model):
+        raise UserError(
+            f"{type(model).__name__} has an encoder beside its decoder: such models lose weights one by one or in "
+            "patterns (tprune llm-weights with wanda, sparsegpt and their kin), and nothing else"
+        )
+
+
 def find_decoder(model: nn.Module) -> Decoder:
     """The decoder of a transformers language model.
 
     Raises:
-        UserError: no list of blocks, or blocks without a plain linear layer (quantised ones).
+        UserError: an encoder beside it, no list of blocks, or blocks without a plain linear layer (quantised ones).
     """
+    check_no_encoder(model)
     if not hasattr(model, "get_decoder") or not hasattr(model, "config"):
         raise UserError(
             f"{type(model).__name__} is no transformers language model: no decoder blocks to prune"

@@ -8,18 +8,21 @@ statistics gathered at the inputs of its linear layers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from math import pi
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from tprune.core.statistics import KINDS, PER_CHANNEL, Inputs, token_cosine
 from tprune.models.blocks import Decoder
+from tprune.models.feed import Feed, Tokens
 from tprune.models.inputs import LastInput, Watch
 from tprune.models.pages import at_hand
+from tprune.models.pieces import in_pieces
 from tprune.models.spill import Spilled
 from tprune.models.subject import pages_of
 from tprune.models.threads import side_by_side
@@ -54,9 +57,10 @@ class Stream:
 
     Attributes:
         decoder: the model they go through.
-        tokens: int64 [N, L], the sequences themselves.
-        hidden: [N, L, D], inputs of the coming block; `Spilled` where they are in a file.
-        rows: how many sequences go through a block together.
+        feed: the sequences themselves, before the model.
+        hidden: [N, L, D], inputs of the coming block; `Spilled` where they are in a file. What lies behind the length
+            of a shorter sequence is never read.
+        rows: how many sequences go through a block together; one, where they are not alike.
         workers: how many threads send sequences through a block at the same time.
         join: what is called with the statistics of a pass, where other processes have the rest of the sequences.
     """
@@ -64,73 +68,105 @@ class Stream:
     join: Callable[[Iterable[Inputs]], None] | None = None
     workers = 1
 
-    def __init__(self, decoder: Decoder, tokens: Tensor, batch_size: int, spill: Path | None = None):
-        """Embed `tokens` int64 [N, L]; runs no block. `spill` is a folder for activations that leave memory."""
-        self.decoder, self.tokens = decoder, tokens
-        device = next(decoder.core.parameters()).device
-        self.rows = rows_at_once(batch_size, tokens.shape[1], device)
+    def __init__(
+        self, decoder: Decoder, sequences: Tensor | Feed, batch_size: int, spill: Path | None = None
+    ):
+        """Embed `sequences`, tokens int64 [N, L] or a feed; runs no block. `spill` is a folder for activations that
+        leave memory.
+        """
+        self.decoder = decoder
+        self.feed = Tokens(sequences) if isinstance(sequences, Tensor) else sequences
+        device, shape = next(decoder.core.parameters()).device, self.feed.shape
+        self.rows = rows_at_once(batch_size, shape[1], device) if self.feed.alike else 1
         # Accelerate's hooks, pages and a file serve one at a time.
         hooked = any(hasattr(module, "_hf_hook") for module in decoder.blocks.modules())
         if spill is None and pages_of(decoder.model) is None and not hooked:
-            self.workers = workers_at_once(batch_size, self.rows, tuple(tokens.shape), device)
-        self._arguments: dict[tuple[int, int], tuple[tuple, dict[str, Any]]] = {}
+            self.workers = workers_at_once(batch_size, self.rows, shape, device)
+        self._arguments: dict[tuple[int, int, int], tuple[tuple, dict[str, Any]]] = {}
         self.hidden: Tensor | Spilled = torch.empty(0)
-        parts: list[Tensor] = []
-        with _noting(decoder, parts, self._arguments), torch.no_grad():
-            for place, chunk in enumerate(tokens.split(self.rows)):
-                decoder.core(input_ids=chunk.to(device), use_cache=False)
-                part = parts.pop()
-                if place == 0:
-                    shape = torch.Size((len(tokens), *part.shape[1:]))
-                    self.hidden = (
-                        part.new_empty(shape)
-                        if spill is None
-                        else Spilled(spill, shape, part.dtype, part.device)
-                    )
-                self._keep(place, part)
+        for first in range(0, shape[0], self.rows):
+            part = self._enter(slice(first, min(first + self.rows, shape[0])))
+            if first == 0:
+                size = torch.Size((shape[0], part.shape[1] if self.feed.alike else shape[1], part.shape[2]))
+                self.hidden = (
+                    part.new_zeros(size) if spill is None else Spilled(spill, size, part.dtype, part.device)
+                )
+            self._keep(first, part)
+
+    @property
+    def tokens(self) -> Tensor:
+        """The sequences, int64 [N, L], where they are of tokens alone."""
+        return self.feed.ids
 
     def again(self) -> Stream:
         """The same sequences before the first block, in a stream of their own."""
-        return Stream(self.decoder, self.tokens, self.rows * self.workers)
+        return type(self)(self.decoder, self.feed, self.rows * self.workers)
 
-    def arguments(self, index: int, size: int) -> tuple[tuple, dict[str, Any]]:
-        """What block `index` is called with beside the hidden states of `size` sequences."""
-        if (index, size) not in self._arguments:
-            device = next(self.decoder.core.parameters()).device
-            with _noting(self.decoder, [], self._arguments), torch.no_grad():
-                self.decoder.core(input_ids=self.tokens[:size].to(device), use_cache=False)
-        return self._arguments[index, size]
+    @torch.no_grad()
+    def _enter(self, part: slice) -> Tensor:
+        """What some sequences, one batch, enter the first block as; what all blocks are called with is noted."""
+        parts: list[Tensor] = []
+        with _noting(self.decoder, parts, self._arguments, 0 if self.feed.alike else part.start):
+            self.feed.call(self.decoder, part)
+        return parts.pop()
 
-    def run(self, index: int, x: Tensor) -> Tensor:
-        """Block `index` on the hidden states x [b, L, D]."""
-        positional, named = self.arguments(index, x.shape[0])
+    def arguments(self, index: int, size: int, first: int = 0) -> tuple[tuple, dict[str, Any]]:
+        """What block `index` is called with beside the hidden states of `size` sequences from number `first` on."""
+        first = 0 if self.feed.alike else first
+        if (index, size, first) not in self._arguments:
+            self._enter(slice(first, first + size))
+        return self._arguments[index, size, first]
+
+    def run(self, index: int, x: Tensor, first: int = 0) -> Tensor:
+        """Block `index` on the hidden states x [b, L, D] of the sequences from number `first` on."""
+        positional, named = self.arguments(index, x.shape[0], first)
         out = self.decoder.blocks[index](x, *positional, **named)
         return out[0] if isinstance(out, tuple) else out
 
-    def _keep(self, place: int, hidden: Tensor) -> None:
-        """Put the hidden states of the batch at `place` where they belong."""
+    def batches(self, chosen: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
+        """What goes through a block together: the number of the first sequence, and hidden states [b, L, D].
+
+        `chosen`, int64, says which sequences; all by default.
+        """
+        hidden = self.hidden if chosen is None else self.hidden[chosen]
+        numbers = range(len(hidden)) if chosen is None else chosen.tolist()
+
+        def batch(at: tuple[int, Tensor]) -> tuple[int, Tensor]:
+            first, x = numbers[at[0] * self.rows], at[1]
+            return first, x if self.feed.alike else x[:, : self.feed.lengths[first]]
+
+        return map(batch, enumerate(hidden.split(self.rows)))  # no generator: several threads take from it
+
+    def _keep(self, first: int, hidden: Tensor) -> None:
+        """Put the hidden states of the batch from sequence `first` on where they belong."""
         if isinstance(self.hidden, Spilled):
-            self.hidden.write(place * self.rows, hidden)
+            missing = self.hidden.shape[1] - hidden.shape[1]
+            self.hidden.write(first, functional.pad(hidden, (0, 0, 0, missing)))
         else:
-            self.hidden[place * self.rows :][: len(hidden)] = hidden
+            self.hidden[first:][: len(hidden), : hidden.shape[1]] = hidden
 
     @torch.no_grad()
     def advance(self, index: int) -> None:
         """Send all sequences through block `index` as it stands."""
-        coming = enumerate(self.hidden.split(self.rows))
+        coming = self.batches()
 
         def work(worker: int) -> None:
-            for place, x in coming:  # whoever is free takes the next
-                self._keep(place, self.run(index, x))
+            for first, x in coming:  # whoever is free takes the next
+                self._keep(first, self.run(index, x, first))
 
-        with at_hand(self.decoder, index):
+        with at_hand(self.decoder, index), self._small(index, self.workers):
             self._know(index, len(self.hidden))
             side_by_side(work, self.workers)
 
+    def _small(self, index: int, workers: int) -> AbstractContextManager[None]:
+        """Inside, several workers in block `index` hold hardly more at once than a single one would."""
+        return in_pieces(self.decoder.blocks[index]) if workers > 1 else nullcontext()
+
     def _know(self, index: int, sequences: int) -> None:
         """Note the arguments of block `index` for batches of so many sequences, before workers ask for them."""
-        for size in {min(self.rows, sequences), sequences % self.rows or self.rows}:
-            self.arguments(index, size)
+        if self.feed.alike:
+            for size in {min(self.rows, sequences), sequences % self.rows or self.rows}:
+                self.arguments(index, size)
 
     @torch.no_grad()
     def gather(
@@ -151,22 +187,22 @@ class Stream:
         Returns:
             By the name of a matrix's `input`; modules with the same input share one object.
         """
-        hidden = self.hidden if chosen is None else self.hidden[chosen]
+        sequences = len(self.hidden) if chosen is None else len(chosen)
         # What is as large as a matrix is not gathered by several.
         count = self.workers if set(kinds) & KINDS.keys() <= PER_CHANNEL else 1
-        count = min(count, -(-len(hidden) // self.rows))
-        with at_hand(self.decoder, index), ExitStack() as stack:
+        count = min(count, -(-sequences // self.rows))
+        with at_hand(self.decoder, index), self._small(index, count), ExitStack() as stack:
             watches = [stack.enter_context(Watch(self.decoder, index, kinds, names)) for _ in range(count)]
 
             def work(worker: int) -> None:
-                for place, x in enumerate(hidden.split(self.rows)):
+                for place, (first, x) in enumerate(self.batches(chosen)):
                     if place % count == worker:  # always the same ones: sums depend on their order
                         watches[worker].begin(len(x), stop=True)
                         with suppress(LastInput):
-                            self.run(index, x)
+                            self.run(index, x, first)
                 watches[worker].end()
 
-            self._know(index, len(hidden))
+            self._know(index, sequences)
             side_by_side(work, count)
         return self._joined(_united([watch.inputs for watch in watches]))
 
@@ -186,31 +222,34 @@ class Stream:
             The statistics as in `gather`; and where `kinds` has them, means over all tokens between before and after
             the block: "similarity", of their cosine, and "angle", of their angle as a part of π.
         """
-        turned = {kind: 0.0 for kind in ("similarity", "angle") if kind in kinds}
+        turned, tokens = {kind: 0.0 for kind in ("similarity", "angle") if kind in kinds}, 0
         with at_hand(self.decoder, index), Watch(self.decoder, index, kinds, names) as watch:
-            for place, x in enumerate(self.hidden.split(self.rows)):
+            for first, x in self.batches():
                 watch.begin(len(x), stop=False)
-                out = self.run(index, x)
+                out = self.run(index, x, first)
                 if turned:
                     cosine = token_cosine(x, out)
                     parts = {"similarity": cosine, "angle": cosine.clamp(-1, 1).acos() / pi}
                     turned = {kind: total + parts[kind].double().sum() for kind, total in turned.items()}
-                self._keep(place, out)
-        tokens = self.hidden.shape[0] * self.hidden.shape[1]
+                    tokens += cosine.numel()
+                self._keep(first, out)
         return self._joined(watch.inputs), {kind: total.item() / tokens for kind, total in turned.items()}
 
 
 def _noting(
-    decoder: Decoder, parts: list[Tensor], arguments: dict[tuple[int, int], tuple[tuple, dict[str, Any]]]
+    decoder: Decoder,
+    parts: list[Tensor],
+    arguments: dict[tuple[int, int, int], tuple[tuple, dict[str, Any]]],
+    first: int,
 ) -> AbstractContextManager[None]:
-    """Every block answers with its own input and notes what it was called with, per batch size.
+    """Every block answers with its own input and notes what it was called with, per batch size and first sequence.
 
-    All sequences have the same length and no padding, so the arguments depend on nothing else.
+    Sequences that are alike have the same length and no padding, so the arguments depend on the size alone.
     """
 
     def stand_in(index: int) -> Callable[..., Tensor]:
         def forward(hidden_states: Tensor, *positional: Any, **named: Any) -> Tensor:
-            arguments.setdefault((index, hidden_states.shape[0]), (positional, named))
+            arguments.setdefault((index, hidden_states.shape[0], first), (positional, named))
             if index == 0:
                 parts.append(hidden_states)
             return hidden_states

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tprune.models.blocks import Decoder
+from tprune.models.encoder_decoder import fed, foretold
 
 POWERS = {"gradient": 2, "gradient_mean": 1, "gradient_square": 2}
 """To which power gradients are summed."""
@@ -24,13 +25,19 @@ def gradient_norms(decoder: Decoder, sequences: Iterable[Tensor]) -> dict[str, T
 
 
 def losses(model: nn.Module, sequences: Iterable[Tensor], classes: Tensor | None = None) -> Iterator[Tensor]:
-    """The loss of each sequence int64 [L], with its graph: of its tokens, or of its class in `classes` int64 [N]."""
-    device = model.get_input_embeddings().weight.device
+    """The loss of each sequence int64 [L], with its graph: of what is `foretold` of it, or of its class in `classes`
+    int64 [N]; or what each computes of the model itself, as those of a `Feed` do.
+    """
     for place, sequence in enumerate(sequences):
-        ids = sequence.to(device).unsqueeze(0)
-        labels = ids if classes is None else classes[place : place + 1].to(device)
         with torch.enable_grad():
-            loss = model(input_ids=ids, labels=labels, use_cache=False).loss
+            if callable(sequence):
+                loss = sequence(model)
+            else:
+                ids = sequence.to(model.get_input_embeddings().weight.device).unsqueeze(0)
+                labels = (
+                    foretold(model, ids) if classes is None else classes[place : place + 1].to(ids.device)
+                )
+                loss = model(**fed(model, ids), labels=labels, use_cache=False).loss
         yield loss
 
 

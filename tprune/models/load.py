@@ -19,14 +19,25 @@ from tprune.errors import UserError
 from tprune.models.source import PACKAGED, Source, cache_folder
 from tprune.models.subject import Subject
 from tprune.models.text_encoder import classifies, is_encoder
+from tprune.models.vision_blocks import is_vision
 
 T = TypeVar("T")
 
 AUTO_CLASSES = {
-    "vit": ("AutoModelForImageClassification", "AutoModelForObjectDetection", "AutoModel"),
+    "vit": (
+        "AutoModelForImageClassification",
+        "AutoModelForVideoClassification",
+        "AutoModelForObjectDetection",
+        "AutoModel",
+    ),
     "vlm": ("AutoModelForImageTextToText",),
     "llm-context": ("AutoModelForCausalLM",),
-    "llm-weights": ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModel"),
+    "llm-weights": (
+        "AutoModelForCausalLM",
+        "AutoModelForImageTextToText",
+        "AutoModelForImageClassification",
+        "AutoModel",
+    ),
 }
 TEXT_FAMILIES = ("llm-context", "llm-weights")
 """Where text encoders come with the head they were saved with, or bare."""
@@ -64,6 +75,13 @@ def _timm(source: Source, seed: int) -> Subject:
     return Subject(model, timm_transform(model), source)
 
 
+def in_timm(name: str) -> bool:
+    """Whether timm knows a model of this name."""
+    import timm
+
+    return timm.is_model(name)
+
+
 def timm_transform(model: nn.Module) -> Callable[[Any], torch.Tensor]:
     """What a timm model's evaluation makes of an image, [3, H, W], of the size the model was built for."""
     from timm.data import create_transform, resolve_model_data_config
@@ -97,7 +115,7 @@ def _transformers(source: Source, family: str, dtype: torch.dtype, seed: int) ->
     model.__class__ = getattr(type(model), "stock", type(model))
     if source.weights:
         _replace_weights(model, source.weights)
-    return Subject(model, _processor(transformers, family, source.base or folder, revision), source)
+    return Subject(model, _processor(transformers, family, model, source.base or folder, revision), source)
 
 
 def load_paged(source: Source, family: str, *, device: str, dtype: str) -> Subject:
@@ -127,13 +145,18 @@ def load_paged(source: Source, family: str, *, device: str, dtype: str) -> Subje
     config = _guard(source, lambda: transformers.AutoConfig.from_pretrained(folder))
     if hasattr(config.get_text_config(decoder=True), "tprune"):
         raise UserError(f"--max-memory: {source.name} has shapes of its own; leave --max-memory out")
+    if config.is_encoder_decoder:
+        raise UserError(
+            f"--max-memory: {source.name} has an encoder beside its decoder, and blocks are read from files for one "
+            "stack alone; leave --max-memory out"
+        )
     kind = _auto_class(transformers, family, config, source)
     build = getattr(kind, "from_config", None) or kind._from_config
     precision = getattr(torch, dtype)
     with init_empty_weights(include_buffers=False):
         model = build(config, dtype=precision).requires_grad_(False).eval()
     Pages(find_decoder(model), Shards(files), device, precision)
-    return Subject(model, _processor(transformers, family, folder, {}), source)
+    return Subject(model, _processor(transformers, family, model, folder, {}), source)
 
 
 def _downloaded(source: Source) -> str:
@@ -167,6 +190,9 @@ def _auto_class(transformers: Any, family: str, config: Any, source: Source) -> 
     names = AUTO_CLASSES[family]
     if family in TEXT_FAMILIES and is_encoder(config):
         names = ("AutoModelForSequenceClassification" if classifies(config) else "AutoModel",)
+    if family in TEXT_FAMILIES and config.is_encoder_decoder:
+        # BART's decoder without its encoder would be loaded else.
+        names = ("AutoModelForSeq2SeqLM",) if family == "llm-weights" else ()
     for name in names:
         kind = getattr(transformers, name)
         if type(config) in kind._model_mapping:
@@ -174,12 +200,24 @@ def _auto_class(transformers: Any, family: str, config: Any, source: Source) -> 
     raise UserError(f"{source.name} is a {config.model_type} model, which tprune {family} does not prune")
 
 
-def _processor(transformers: Any, family: str, folder: str, revision: dict[str, str]) -> Any:
+def _processor(
+    transformers: Any, family: str, model: nn.Module, folder: str, revision: dict[str, str]
+) -> Any:
+    """What makes inputs of text, images or both for a model; None where its folder has none."""
     name = {"vit": "AutoImageProcessor", "vlm": "AutoProcessor"}.get(family, "AutoTokenizer")
+    if family == "llm-weights" and is_vision(model):
+        name = "AutoImageProcessor"
+    if family == "llm-weights" and hasattr(model.config, "image_token_id"):
+        found = _processor(transformers, "vlm", model, folder, revision)
+        if found is not None:
+            return found
     try:
-        return getattr(transformers, name).from_pretrained(folder, **revision)
+        found = getattr(transformers, name).from_pretrained(folder, **revision)
     except (OSError, ValueError):
         return None
+    # Of a folder without its files transformers may make one that knows no letter (Mamba).
+    empty = name == "AutoTokenizer" and not found("a", add_special_tokens=False)["input_ids"]
+    return None if empty else found
 
 
 def _replace_weights(model: torch.nn.Module, file: str) -> None:

@@ -16,7 +16,8 @@ from tprune.core.mask import count_true
 from tprune.core.weights import WeightEdit, pack_bits, unpack_bits
 from tprune.errors import UserError
 from tprune.models import factored
-from tprune.models.blocks import Matrix, find_decoder
+from tprune.models.blocks import Matrix
+from tprune.models.encoder_decoder import find_blocks
 
 MASK, WEIGHT = "mask/", "weight/"
 
@@ -89,7 +90,7 @@ def matched(model: nn.Module, masks: Mapping[str, Tensor]) -> list[tuple[Matrix,
     Raises:
         UserError: the masks are of another model, or its weights are not whole in this process.
     """
-    decoder = find_decoder(model)
+    decoder = find_blocks(model)
     blocks = range(len(decoder.blocks))
     matrices = {matrix.name: matrix for index in blocks for matrix in decoder.matrices(index)}
     held = []
@@ -105,7 +106,7 @@ def matched(model: nn.Module, masks: Mapping[str, Tensor]) -> list[tuple[Matrix,
 
 def zeros(model: nn.Module) -> list[tuple[Matrix, Tensor]]:
     """The matrices of `model` that have zeros, whoever put them there, each with where they are, bool [out, in]."""
-    decoder = find_decoder(model)
+    decoder = find_blocks(model)
     matrices = (matrix for index in range(len(decoder.blocks)) for matrix in decoder.matrices(index))
     found = ((matrix, matrix.read() == 0) for matrix in matrices)
     return [(matrix, mask) for matrix, mask in found if count_true(mask)]

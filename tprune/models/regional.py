@@ -24,7 +24,7 @@ class BlockStream(Stream):
     """
 
     def __init__(self, stream: Stream, index: int):
-        self.decoder, self.tokens, self.rows = stream.decoder, stream.tokens, stream.rows
+        self.decoder, self.feed, self.rows = stream.decoder, stream.feed, stream.rows
         self.hidden, self.sequences = stream.hidden.float(), len(stream.hidden)
         self.index, self.matrices = index, stream.decoder.matrices(index)
         self._stream, self._dtypes = stream, {}
@@ -43,9 +43,17 @@ class BlockStream(Stream):
         block = self.decoder.blocks[self.index]
         return [tensor for tensor in chain(block.parameters(), block.buffers()) if tensor.is_floating_point()]
 
-    def arguments(self, index: int, size: int) -> tuple[tuple, dict[str, Any]]:
+    def arguments(self, index: int, size: int, first: int = 0) -> tuple[tuple, dict[str, Any]]:
         """What the block is called with, in float32."""
-        return _wide(self._stream.arguments(index, size))
+        return _wide(self._stream.arguments(index, size, first))
+
+    def _one(self, place: int) -> Tensor:
+        """What the block makes of one sequence, float32 [1, L, D]."""
+        return self.run(self.index, self._cut(self.hidden, place), place)
+
+    def _cut(self, values: Tensor, place: int) -> Tensor:
+        """One sequence of [N, L, D], as long as it is: [1, l, D]."""
+        return values[place : place + 1, : self.feed.lengths[place]]
 
     def parameters(self) -> list[nn.Parameter]:
         """The parameters that hold prunable matrices."""
@@ -54,15 +62,18 @@ class BlockStream(Stream):
     @torch.no_grad()
     def outputs(self) -> Tensor:
         """What the block makes of all sequences, float32 [N, L, D]."""
-        return torch.cat([self.run(self.index, x) for x in self.hidden.split(1)])
+        found = torch.zeros_like(self.hidden)
+        for place in range(self.sequences):
+            self._cut(found, place).copy_(self._one(place))
+        return found
 
     def gradients(self) -> dict[str, Tensor]:
         """sqrt(mean over sequences of the squared gradient of ‖output‖), float32 [out, in] by matrix."""
         held = {matrix.parameter_name: matrix.parameter for matrix in self.matrices}
         with summing_squares(self.decoder.blocks[self.index], held, self.hidden.device) as sums:
-            for x in self.hidden.split(1):
+            for place in range(self.sequences):
                 with torch.enable_grad():
-                    torch.linalg.vector_norm(self.run(self.index, x)).backward()
+                    torch.linalg.vector_norm(self._one(place)).backward()
         for total in sums.values():
             total.div_(self.sequences).sqrt_()
         return {matrix.name: matrix.cut(sums[matrix.parameter_name]) for matrix in self.matrices}
@@ -71,10 +82,8 @@ class BlockStream(Stream):
         """One step for each of the sequences `chosen`, in turn, against Σ (output - target)²."""
         with asking_for(self.decoder.blocks[self.index], self.parameters()):
             for place in chosen.tolist():
-                one = slice(place, place + 1)
                 with torch.enable_grad():
-                    output = self.run(self.index, self.hidden[one])
-                    (output - target[one]).square().sum().backward()
+                    (self._one(place) - self._cut(target, place)).square().sum().backward()
                 optimiser.step()
                 optimiser.zero_grad()
 

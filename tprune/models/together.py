@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tprune.core.statistics import Inputs
 from tprune.errors import UserError
+from tprune.models.feed import Feed
 
 T = TypeVar("T")
 
@@ -36,8 +37,8 @@ class Together:
 
             self.rank = PartialState(cpu=torch.device(device).type == "cpu", timeout=PATIENCE).process_index
 
-    def share(self, tokens: Tensor) -> Tensor:
-        """The sequences of this process, of int64 [N, L]: consecutive ones, in the order of the ranks.
+    def share(self, tokens: Tensor | Feed) -> Tensor | Feed:
+        """The sequences of this process: consecutive ones, in the order of the ranks.
 
         Raises:
             UserError: there are fewer than processes.
@@ -46,7 +47,8 @@ class Together:
             raise UserError(
                 f"--calibration {len(tokens)}: {self.count} processes share the sequences; give at least as many"
             )
-        return tokens.tensor_split(self.count)[self.rank]
+        first, last = (len(tokens) * rank // self.count for rank in (self.rank, self.rank + 1))
+        return tokens[first:last]
 
     def agree(self, value: T) -> T:
         """What the first process has, in all of them."""

@@ -11,12 +11,23 @@ from tprune.methods.weights import WeightMethod
 from tprune.models import text_encoder
 from tprune.models.gradients import MEASURED
 from tprune.models.subject import Subject
+from tprune.pipelines import text_task
+from tprune.progress import Progress
 from tprune.recipe import Recipe, Stage
 
 LENGTH = 32
 """Tokens of a calibration sequence."""
 CALIBRATION = 128
 """How many of them."""
+
+Task = text_task.TextTask
+probe = text_task.probe
+
+
+def admits(subject: Subject, recipe: Recipe) -> bool:
+    """Whether this is a text encoder."""
+    config = getattr(subject.model, "config", None)
+    return config is not None and text_encoder.is_encoder(config)
 
 
 def check(stage: Stage, method: WeightMethod, recipe: Recipe) -> None:
@@ -25,7 +36,7 @@ def check(stage: Stage, method: WeightMethod, recipe: Recipe) -> None:
     Raises:
         UserError: naming the option or the method.
     """
-    if method.measures or method.scope == "whole":
+    if (method.measures and method.runs_on != ("encoder",)) or method.scope == "whole":
         raise UserError(
             f"{stage.method} measures how well a language model foretells text, and {recipe.model.name} is an "
             "encoder; choose kcm, or another method that does not search"
@@ -34,7 +45,9 @@ def check(stage: Stage, method: WeightMethod, recipe: Recipe) -> None:
         raise UserError(f"--recover {stage.recover}: {recipe.model.name} is an encoder; leave it out")
 
 
-def calibration(recipe: Recipe, subject: Subject, method: WeightMethod) -> tuple[Tensor, Tensor | None]:
+def calibration(
+    recipe: Recipe, subject: Subject, method: WeightMethod, progress: Progress
+) -> tuple[Tensor, Tensor | None]:
     """Passages that fill a sequence, cut to its length, so that none has padding; drawn from the seed.
 
     Returns:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,19 @@ from tprune.evaluate.perplexity import perplexity, score_windows
 from tprune.methods.allocate import Allocation, parse
 from tprune.methods.weights import WeightBudget
 from tprune.models import factored, save
-from tprune.models.blocks import Decoder, find_decoder
+from tprune.models.blocks import Decoder
 from tprune.models.calibrate import Stream
+from tprune.models.encoder_decoder import EncoderDecoder, fed, find_blocks
+from tprune.models.feed import Feed
+from tprune.models.load import in_timm
+from tprune.models.source import Source
 from tprune.models.subject import Subject
 from tprune.models.text_encoder import is_encoder
-from tprune.pipelines import encoder_weights, learned_masks, memory, prune_weights, recover, stream
+from tprune.pipelines import learned_masks, memory, pair_weights, prune_weights, recover
+from tprune.pipelines import stream as streaming
 from tprune.pipelines.base import Handle, Pipeline, Quality, Sample, Workload
 from tprune.pipelines.journal import Journal
-from tprune.pipelines.text_task import TextTask, probe
+from tprune.pipelines.weights_kinds import Kind, Task, kind_of
 
 LENGTH = 512
 """Tokens per sequence, of calibration and evaluation."""
@@ -38,10 +44,12 @@ class LlmWeights(Pipeline):
 
     family = "llm-weights"
     default_limit = 16
-    text: TextTask | None = None
-    """What an encoder is measured by, once `prepare` has seen one."""
+    kind: Kind | None = None
+    """What is particular about a model that is not measured by text which it foretells, once `prepare` has seen one."""
+    task: Task | None = None
+    """What such a one is measured by."""
     classes: Tensor | None = None
-    """int64 [N], of the calibration sequences of an encoder that tells texts apart."""
+    """int64 [N], of the calibration samples of a model that tells classes apart."""
 
     @property
     def length(self) -> int:
@@ -73,38 +81,44 @@ class LlmWeights(Pipeline):
         if self.recipe.max_memory is not None:
             memory.check(self.recipe, self.method)
 
+    def source(self) -> Source:
+        """Where the model comes from; a name without an owner may be one of timm's."""
+        found = super().source()
+        if found.kind == "hub" and "/" not in found.name and in_timm(found.name):
+            return replace(found, kind="timm", library="timm")
+        return found
+
     def load(self) -> Subject:
-        """The dense model and its tokenizer."""
+        """The dense model, and what makes inputs for it."""
         return save.load_as(self.recipe, self.source(), self.family)
 
     def prepare(self, subject: Subject) -> None:
         """Cut the evaluation windows; refuse a model or a budget that does not fit before anything is measured."""
         decoder = self.decoder(subject.model)
-        if is_encoder(decoder.config):
-            encoder_weights.check(self.stage, self.method, self.recipe)
-            self.text = TextTask(self.recipe, subject, self.progress)
+        self.kind = self.kind_of(subject)
+        if self.kind is not None:
+            streaming.check_pattern(decoder, self.budget().pattern, self.method.groups_outputs)
+            self.task = self.kind.Task(self.recipe, subject, self.progress)
             return
         if subject.model.get_output_embeddings() is None:
             raise UserError(f"{self.recipe.model.name} has no language-modelling head: perplexity needs one")
         self.check_length(decoder)
         if self.stage.pattern:
-            stream.check_pattern(decoder, self.budget().pattern, self.method.groups_outputs)
+            streaming.check_pattern(decoder, self.budget().pattern, self.method.groups_outputs)
         self.evaluation = text.read(self.recipe.data, "evaluation")
         limit = self.recipe.limit or self.default_limit
         self.windows = text.windows(self.evaluation, self.tokenizer(subject), self.length, limit)
+        self.halves = pair_weights.protocol(decoder, self.length)
 
     def decoder(self, model: torch.nn.Module) -> Decoder:
-        """The model's decoder, with the matrices that the method is about.
+        """The model's blocks, with the matrices that the method is about.
 
         Raises:
-            UserError: a model with an encoder beside its decoder, without blocks to prune, or not for the method.
+            UserError: a model without blocks to prune, or not for the method.
         """
-        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-            raise UserError(
-                f"{type(model).__name__} has an encoder beside its decoder, and calibration follows one stack of "
-                "blocks alone; give a decoder, such as smollm2-135m, or an encoder, such as minilm-topics"
-            )
-        found = find_decoder(model)
+        found = find_blocks(model)
+        if isinstance(found, EncoderDecoder):
+            pair_weights.check(self.stage, self.method, model)
         if self.method.runs_on == ("encoder",) and not is_encoder(found.config):
             raise UserError(
                 f"{self.method.id} prunes text encoders such as minilm-topics, and this is a "
@@ -113,9 +127,22 @@ class LlmWeights(Pipeline):
         found.part = self.method.part
         return found
 
+    def kind_of(self, subject: Subject) -> Kind | None:
+        """The model's kind, where it is one with data of its own.
+
+        Raises:
+            UserError: the method, or an option, does not go with it.
+        """
+        found = kind_of(subject, self.recipe)
+        if found is not None:
+            found.check(self.stage, self.method, self.recipe)
+        return found
+
     def check_length(self, decoder: Decoder) -> None:
         """Refuse sequences longer than the model's positions."""
         longest = getattr(decoder.config, "max_position_embeddings", None)
+        if isinstance(decoder, EncoderDecoder) and longest is not None:
+            longest *= len(decoder.entrances)  # each stack has half of a sequence
         if longest is not None and self.length > longest:
             raise UserError(f"--length {self.length}: this model has {longest} positions; give at most that")
 
@@ -172,9 +199,9 @@ class LlmWeights(Pipeline):
         return found
 
     def evaluate(self, subject: Subject) -> Quality:
-        """Perplexity on the windows, and what is predicted for every token; of an encoder as `TextTask` has it."""
-        if self.text is not None:
-            return self.text.evaluate(subject)
+        """Perplexity on the windows, and what is predicted for every token; or as the model's kind has it."""
+        if self.task is not None:
+            return self.task.evaluate(subject)
         if self.recipe.max_memory is not None:
             windows = self.calibration(self.decoder(subject.model), self.windows)
             losses, predictions = memory.score_paged(windows, self.progress)
@@ -188,30 +215,31 @@ class LlmWeights(Pipeline):
         return Quality({"perplexity": perplexity(losses)}, predictions)
 
     def workload(self, subject: Subject) -> Workload:
-        """One window, or batch of passages, through the whole model."""
-        if self.text is not None:
-            return self.text.workload(subject)
+        """One window, or batch of other samples, through the whole model."""
+        if self.task is not None:
+            return self.task.workload(subject)
         window = self.windows[:1].to(subject.device)
-        return Workload(lambda: subject.model(input_ids=window, use_cache=False), window.numel(), "tokens")
+        given = fed(subject.model, window)
+        return Workload(lambda: subject.model(**given, use_cache=False), window.numel(), "tokens")
 
-    def calibration_tokens(self, subject: Subject, decoder: Decoder) -> Tensor | None:
-        """The calibration sequences, int64 [N, L]; None where the method reads nothing."""
+    def calibration_tokens(self, subject: Subject, decoder: Decoder) -> Tensor | Feed | None:
+        """The calibration sequences, tokens int64 [N, L] or other samples; None where the method reads nothing."""
+        kind = self.kind_of(subject)
         allocation = self.allocation()
         shared = allocation is not None and allocation.needs(self.method)
         reads = self.method.stats or self.method.measures or self.method.teacher or shared
         if not reads:
             return None
-        if is_encoder(decoder.config):
-            encoder_weights.check(self.stage, self.method, self.recipe)
-            tokens, self.classes = encoder_weights.calibration(self.recipe, subject, self.method)
-            return tokens
+        if kind is not None:
+            samples, self.classes = kind.calibration(self.recipe, subject, self.method, self.progress)
+            return samples
         self.check_length(decoder)
         source = text.read(self.recipe.data, "calibration")
         count = self.recipe.calibration or CALIBRATION
         return text.sample(source, self.tokenizer(subject), self.length, count, self.recipe.seed)
 
-    def calibration(self, decoder: Decoder, tokens: Tensor, folder: Path | None = None) -> Stream:
-        """Sequences int64 [N, L] before the first block."""
+    def calibration(self, decoder: Decoder, tokens: Tensor | Feed, folder: Path | None = None) -> Stream:
+        """Sequences, tokens int64 [N, L] or other samples, before the first block."""
         return memory.calibration(decoder, self.method, tokens, self.recipe, folder)
 
     def apply(self, subject: Subject, work: Path | None, state: dict[str, Tensor] | None = None) -> Handle:
@@ -220,12 +248,13 @@ class LlmWeights(Pipeline):
         if state is not None:
             return prune_weights.reload(self, decoder, state)
         self.check()
+        self.kind_of(subject)
         if factored.sizes(decoder) and (self.method.wraps or self.method.scope != "block"):
             raise UserError(
                 f"matrices stand around those of this model already; {self.stage.method} does not go with that"
             )
         budget = self.budget()
-        stream.check_pattern(decoder, budget.pattern, self.method.groups_outputs)
+        streaming.check_pattern(decoder, budget.pattern, self.method.groups_outputs)
         if self.method.scope != "model" and budget.pattern is None:
             self.progress.say("unstructured masks: no speed-up is to be expected from dense kernels")
         if self.method.scope == "trained":
@@ -247,14 +276,16 @@ class LlmWeights(Pipeline):
         return recover.recover(self, subject, handle, work)
 
     def probe(self, subject: Subject) -> dict[str, Tensor]:
-        """Random tokens, and the logits after the last two of each row; of an encoder its answers."""
-        if is_encoder(subject.model.config):
-            return probe(subject, self.recipe.seed)
+        """Random tokens, and the logits after the last two of each row; or as the model's kind has it."""
+        kind = kind_of(subject, self.recipe)
+        if kind is not None:
+            return kind.probe(subject, self.recipe.seed)
         vocabulary = subject.model.get_input_embeddings().weight.shape[0]
         seeded = torch.Generator().manual_seed(self.recipe.seed)
         tokens = torch.randint(vocabulary, PROBE, generator=seeded)
         with torch.no_grad():
-            logits = subject.model(input_ids=tokens.to(subject.device), use_cache=False).logits
+            given = fed(subject.model, tokens.to(subject.device))
+            logits = subject.model(**given, use_cache=False).logits
         return {"input": tokens, "output": logits[:, -2:].float().cpu()}
 
     def pictures(self, subject: Subject, handle: Handle, sample: Sample) -> list[Any]:
@@ -274,15 +305,14 @@ class LlmWeights(Pipeline):
 
     def describe_data(self) -> dict[str, Any]:
         """The evaluation text, its windows, and what methods that calibrate are given beside it."""
-        if self.text is not None:
-            return self.text.passages.protocol | {
-                "length": self.recipe.length,
-                "calibration_sequences": self.recipe.calibration or encoder_weights.CALIBRATION,
-            }
+        if self.task is not None:
+            count = self.recipe.calibration or self.kind.CALIBRATION
+            return self.task.protocol | {"calibration_sequences": count}
         return self.evaluation.protocol | {
             "windows": len(self.windows),
             "length": self.length,
             "calibration_sequences": self.recipe.calibration or CALIBRATION,
+            **self.halves,
         }
 
 

@@ -16,6 +16,7 @@ from tprune.methods.weights import WeightMethod
 from tprune.models.blocks import Decoder
 from tprune.models.calibrate import Stream, answering
 from tprune.models.gradients import POWERS
+from tprune.models.pair_stream import stream_of
 from tprune.progress import Progress
 from tprune.recipe import Recipe, size
 
@@ -63,7 +64,7 @@ def calibration(
 ) -> Stream:
     """The sequences int64 [N, L] before the first block, within `--max-memory`; `folder` takes what does not fit."""
     if recipe.max_memory is None:
-        return Stream(decoder, tokens, recipe.batch_size)
+        return stream_of(decoder, tokens, recipe.batch_size)
     found = room(decoder, method, tuple(tokens.shape), recipe.batch_size, recipe.max_memory)
     return Stream(
         decoder, tokens, found.rows, (folder or Path(tempfile.gettempdir())) if found.spill else None

@@ -13,6 +13,7 @@ from tprune.methods.region import RegionMethod
 from tprune.methods.weights import WeightMethod
 from tprune.models.blocks import Decoder
 from tprune.models.calibrate import Stream
+from tprune.models.feed import Feed
 from tprune.models.gradients import POWERS
 from tprune.models.together import Together
 from tprune.pipelines.journal import Journal
@@ -22,9 +23,9 @@ if TYPE_CHECKING:
 
 
 def begin(
-    driver: LlmWeights, decoder: Decoder, tokens: Tensor | None, journal: Journal
+    driver: LlmWeights, decoder: Decoder, tokens: Tensor | Feed | None, journal: Journal
 ) -> tuple[Callable[[], Stream], Journal]:
-    """What puts the sequences int64 [N, L] before the first block, and the journal, for this process.
+    """What puts the sequences before the first block, and the journal, for this process.
 
     Statistics that are sums over tokens are gathered in parts and joined after every pass, so that all processes prune
     alike. What else a method reads (gradients, the order of sequences, losses) every process works out by itself.
@@ -33,7 +34,7 @@ def begin(
     read = {*driver.method.stats, *(() if rule is None else rule.needs(driver.method))}
     if tokens is None or not in_parts(driver.method, read):
         return partial(driver.calibration, decoder, tokens, journal.folder), journal
-    together = Together(decoder.model.get_input_embeddings().weight.device)
+    together = Together(next(decoder.core.parameters()).device)
 
     def start() -> Stream:
         stream = driver.calibration(decoder, together.share(tokens), journal.folder)

@@ -68,6 +68,11 @@ def look(
         view.gradient = matrix.cut(gradients[matrix.parameter_name]).to(weight.device)
     if inputs is None:
         return view
+    if matrix.input not in inputs:
+        raise UserError(
+            f"the inputs of {matrix.name} are not seen, since its module multiplies by the weight itself; choose a "
+            "method that reads no inputs, such as magnitude"
+        )
     seen = inputs[matrix.input]
     known = _result(seen, kinds, matrix.shape[1], weight.device)
     view.tokens, view.sequences, view.shared = seen.tokens, seen.sequences, seen.shared

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,11 @@ class TextTask:
             self.progress.say(
                 "no labels that fit this model: only agreement with the dense model is measured"
             )
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """Which passages, and their length."""
+        return self.passages.protocol | {"length": self.recipe.length}
 
     def batch(self, subject: Subject, texts: Sequence[str]) -> dict[str, Tensor]:
         """Texts as the model wants them."""

@@ -1,0 +1,26 @@
+"""What is said of models that only methods which mask weights go with."""
+
+from __future__ import annotations
+
+from tprune.errors import UserError
+from tprune.methods.weights import WeightMethod
+from tprune.recipe import Stage
+
+
+def check_masks_only(stage: Stage, method: WeightMethod, said: str) -> None:
+    """Refuse all but methods that mask weights matrix by matrix; and recovery, which is by text.
+
+    Args:
+        stage, method: what was asked.
+        said: of the model, as the error begins.
+
+    Raises:
+        UserError: naming the method or the option.
+    """
+    if method.scope != "block" or method.wraps:
+        raise UserError(
+            f"{said}, and {stage.method} is made for a decoder of text as a whole; choose a method that needs a matrix "
+            "and its inputs, such as magnitude, wanda, sparsegpt or alps"
+        )
+    if stage.recover is not None:
+        raise UserError(f"--recover {stage.recover}: {said}, and text is what recovers; leave it out")
