@@ -174,11 +174,3 @@ def test_compensation_is_exact_where_removed_inputs_are_constant():
     keep = edit.keep["channels"]
     assert keep.tolist() == [4, 5, 6, 7]
     assert torch.allclose(x[:, keep] @ weight[:, keep].T + edit.bias["channels"], x @ weight.T, atol=1e-5)
-
-
-def test_an_encoder_beside_a_decoder_is_refused_in_one_line(text):
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    small = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 1, "num_heads": 4, "vocab_size": 40}
-    with pytest.raises(UserError, match="T5ForConditionalGeneration has an encoder beside its decoder"):
-        prune(T5ForConditionalGeneration(T5Config(**small)), "wanda", text, sparsity=0.5)

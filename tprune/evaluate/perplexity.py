@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tprune.models.blocks import has_encoder
+from tprune.models.encoder_decoder import fed
+
 LOGITS_AT_ONCE = 1 << 24
 """Logits held in memory at a time, 64 MB in float32: a vocabulary of 50,000 makes as many of 340 tokens."""
 TOKENS_AT_ONCE = 4096
@@ -34,7 +37,9 @@ def score_windows(
     batch_size: int,
     track: Callable[[list[Tensor]], object] = lambda chunks: chunks,
 ) -> tuple[Tensor, Tensor]:
-    """How a causal language model does on windows of text, every token predicted from those before it.
+    """How a language model does on windows of text, every token predicted from those before it.
+
+    Where an encoder reads the first half of a window, T are the tokens of the second; elsewhere all but the first.
 
     Args:
         model: a transformers model with a language-modelling head.
@@ -43,7 +48,7 @@ def score_windows(
         track: wraps the batches, for a progress bar.
 
     Returns:
-        losses float32 [W, L - 1] and top-1 predictions int64 [W, L - 1], on the CPU.
+        losses float32 [W, T] and top-1 predictions int64 [W, T], on the CPU.
     """
     device = next(model.parameters()).device
     rows = max(1, min(batch_size, TOKENS_AT_ONCE // windows.shape[1]))
@@ -56,7 +61,7 @@ def score_windows(
 
 
 def score_batch(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses float32 [B, L - 1] and top-1 predictions int64 [B, L - 1] of tokens int64 [B, L], on the CPU."""
+    """Losses float32 [B, T] and top-1 predictions int64 [B, T] of tokens int64 [B, L], on the CPU."""
     parts = []
     for first, logits in logits_in_parts(model, tokens):
         targets = tokens[:, first + 1 : first + 1 + logits.shape[1]]
@@ -65,7 +70,7 @@ def score_batch(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def logits_in_parts(model: nn.Module, tokens: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """The logits of all tokens but the last, a run of positions at a time.
+    """The logits behind all tokens but the last, or those that an encoder reads, a run of positions at a time.
 
     The decoder runs once; its output is handed to the model's own forward again for every further part, so that
     what comes behind it (scaling, soft caps) is the model's own. A model without `logits_to_keep` gives all at once.
@@ -77,6 +82,10 @@ def logits_in_parts(model: nn.Module, tokens: Tensor) -> Iterator[tuple[int, Ten
     Yields:
         The first position of the part, and its logits [B, positions, V].
     """
+    if has_encoder(model):
+        first = tokens.shape[1] // 2 - 1
+        yield first, model(**fed(model, tokens), use_cache=False).logits
+        return
     count, vocabulary = tokens.shape[1] - 1, model.get_output_embeddings().weight.shape[0]
     width = max(1, LOGITS_AT_ONCE // (len(tokens) * vocabulary))
     if width >= count or "logits_to_keep" not in signature(model.forward).parameters:

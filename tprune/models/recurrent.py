@@ -22,6 +22,7 @@ from tprune.methods import registry
 from tprune.methods.base import Method
 from tprune.methods.token_view import TokenView
 from tprune.methods.tokens import TokenMethod
+from tprune.models.blocks import check_no_encoder
 from tprune.models.decoder import DecoderDriver
 from tprune.models.run import Inputs, Run
 from tprune.models.text_encoder import is_encoder
@@ -49,6 +50,7 @@ def admit(method: Method, model: nn.Module) -> None:
     Raises:
         UserError: naming what does.
     """
+    check_no_encoder(model)
     recurrent, name = is_recurrent(model), type(model).__name__
     if is_encoder(model.config):
         able = ", ".join(registry.running_on("encoder", method.family))

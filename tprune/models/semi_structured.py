@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tprune.models.blocks import find_decoder
+from tprune.models.encoder_decoder import find_blocks
 
 MULTIPLES = (32, 64)
 """What the (outputs, inputs) of a layer must be multiples of, in float16 and bfloat16."""
@@ -19,7 +19,7 @@ def convert(model: nn.Module) -> dict[str, int]:
     Returns:
         How many layers are `converted`, and how many `left`.
     """
-    decoder = find_decoder(model)
+    decoder = find_blocks(model)
     counts = {"converted": 0, "left": 0}
     for index in range(len(decoder.blocks)):
         for module in decoder.inputs(index).values():

@@ -13,14 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tprune.evaluate.cost import PeakMemory, peak_tensors, quartiles, timed
+from tprune.evaluate.cost import PeakMemory, peak_heap, peak_tensors, quartiles, timed
 from tprune.methods.weights import WeightBudget
 from tprune.models import masks
-from tprune.models.blocks import find_decoder
 from tprune.models.calibrate import MANY_TOKENS, rows_at_once, workers_at_once
 from tprune.models.memory import give_back
 from tprune.models.subject import Subject
-from tprune.models.threads import threads
 from tprune.pipelines import prune_weights
 from tprune.pipelines.base import Handle
 from tprune.pipelines.journal import Journal
@@ -38,39 +36,40 @@ def bench(driver: LlmWeights, subject: Subject, rounds: int) -> dict[str, Any]:
     counted.
 
     Memory is told twice, both in MB above the loaded model: `tensors_above_model_mb` is what was alive at the worst
-    moment (`peak_tensors`; one more run, not timed, on one thread since it sees no other: every further of the
-    `workers` has a batch of its own inside a block); `resident_above_model_mb` is what the process grew by, the most of
-    the timed runs, with the BLAS's buffers for every thread and what the C library has not yet given back (on a GPU:
-    the same as the first). `activations_mb` and `largest_block_mb` are what to measure them by; `masks_mb` is what the
-    journal holds of the outcome, a bit per weight.
+    moment of one more run, not timed (`peak_tensors`; of several `workers` `peak_heap`, since the other sees one thread
+    alone); `resident_above_model_mb` is what the process grew by, the most of the timed runs, with the BLAS's buffers
+    for every thread and what the C library has not yet given back (on a GPU: the same as the first). `activations_mb`
+    and `largest_block_mb` are what to measure them by; `masks_mb` is what the journal holds of the outcome, a bit per
+    weight.
 
     Returns:
         `times` per part, the `ratios` to form, the quartiles of a run's time over that of the pass before it, and the
         memory.
     """
-    decoder = find_decoder(subject.model)
+    decoder = driver.decoder(subject.model)
     budget, tokens = driver.budget(), driver.calibration_tokens(subject, decoder)
     sequences = torch.zeros(1, driver.length, dtype=torch.int64) if tokens is None else tokens
     rows = max(1, min(driver.recipe.batch_size, MANY_TOKENS // driver.length))
 
     def plain() -> None:
         for chunk in sequences.split(rows):
-            decoder.core(input_ids=chunk.to(subject.device), use_cache=False)
+            decoder.send(chunk)
 
+    together = rows_at_once(driver.recipe.batch_size, driver.length, subject.device)
+    workers = workers_at_once(driver.recipe.batch_size, together, tuple(sequences.shape), subject.device)
     times: dict[str, list[float]] = {"plain pass": [], "pruning": []}
     above = 0.0
     with torch.no_grad():
         plain()
-        alive, kept = _tensors(driver, subject, budget, tokens)
         for _ in range(rounds):
             times["plain pass"].append(timed(plain, subject.device))
             seconds, memory = _time(driver, subject, budget, tokens)
             times["pruning"].append(seconds)
             above = max(above, memory)
+        alive, kept = _tensors(driver, subject, budget, tokens, workers)
     paired = [over / under for over, under in zip(times["pruning"], times["plain pass"], strict=True)]
     low, _, high = quartiles(paired)
     size = next(decoder.core.parameters()).element_size() if tokens is not None else 0
-    together = rows_at_once(driver.recipe.batch_size, driver.length, subject.device)
     return {
         "times": times,
         "ratios": {"plain_passes": ["pruning", "plain pass"]},
@@ -81,9 +80,7 @@ def bench(driver: LlmWeights, subject: Subject, rounds: int) -> dict[str, Any]:
         "resident_above_model_mb": above,
         "activations_mb": sequences.numel() * decoder.config.hidden_size * size / 2**20,
         "largest_block_mb": max(_bytes(block) for block in decoder.blocks) / 2**20,
-        "workers": workers_at_once(
-            driver.recipe.batch_size, together, tuple(sequences.shape), subject.device
-        ),
+        "workers": workers,
         "calibration": f"{sequences.shape[0]} x {sequences.shape[1]} tokens",
     }
 
@@ -105,12 +102,15 @@ def _on_a_copy(
 
 
 def _tensors(
-    driver: LlmWeights, subject: Subject, budget: WeightBudget, tokens: Tensor | None
+    driver: LlmWeights, subject: Subject, budget: WeightBudget, tokens: Tensor | None, workers: int
 ) -> tuple[float, float]:
     """Peak memory of tensors while a copy is pruned, and the size of the masks on disk, in MB."""
     handles: list[Handle] = []
-    with _on_a_copy(driver, subject, budget, tokens) as (prune, folder), threads(1):
-        peak = peak_tensors(lambda: handles.append(prune()), subject.device, folder)
+    with _on_a_copy(driver, subject, budget, tokens) as (prune, folder):
+        if workers > 1:
+            peak = peak_heap(lambda: handles.append(prune()))
+        else:
+            peak = peak_tensors(lambda: handles.append(prune()), subject.device, folder)
         recorded = masks.only_masks(handles[0].tensors(by_reference=True))
         return peak, sum(mask.nbytes for mask in recorded.values()) / 2**20
 

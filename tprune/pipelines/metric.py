@@ -15,8 +15,8 @@ from tprune.core.expression import Expression
 from tprune.data import text
 from tprune.errors import UserError
 from tprune.methods import registry
-from tprune.models.calibrate import Stream
 from tprune.models.gradients import gradient_norms
+from tprune.models.pair_stream import stream_of
 from tprune.pipelines.journal import Journal
 from tprune.pipelines.run import check_device, pipeline
 from tprune.pipelines.stream import BlockPruner
@@ -124,7 +124,7 @@ class MetricSearch:
         method = registry.build("pruner-zero", "llm-weights", self.recipe.stage.set | {"metric": metric})
         reads = "norm" in method.stats
         try:
-            stream = Stream(self.decoder, self.tokens, self.recipe.batch_size) if reads else None
+            stream = stream_of(self.decoder, self.tokens, self.recipe.batch_size) if reads else None
             pruner = BlockPruner(
                 self.decoder,
                 method,

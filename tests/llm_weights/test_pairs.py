@@ -1,0 +1,311 @@
+"""Encoders with a decoder beside them (T5, BART) as subjects: both stacks are calibrated and pruned."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from click.testing import CliRunner
+from transformers import AutoModelForSeq2SeqLM
+
+import tprune
+from tests.decoders import tokens
+from tests.llm_weights.test_contract import MASKING, METHODS
+from tests.llm_weights.tiny import prune, tokenizer
+from tests.pairs import NAMES, pair
+from tprune.cli import command
+from tprune.errors import UserError
+from tprune.evaluate.perplexity import perplexity, score_windows
+from tprune.methods import registry
+from tprune.methods.region import RegionMethod
+from tprune.models.encoder_decoder import fed, find_blocks, foretold
+from tprune.models.gradients import gradient_norms
+from tprune.models.pair_stream import PairStream
+from tprune.pipelines import journal
+from tprune.pipelines.llm_weights import LlmWeights
+from tprune.pipelines.run import execute
+from tprune.progress import Progress
+from tprune.recipe import ModelSource, Recipe, Stage, read
+
+QUIET = Progress(quiet=True)
+KINDS = {name: registry.load(name, "llm-weights") for name in METHODS}
+ABLE = [
+    name
+    for name in MASKING
+    if not KINDS[name].wraps
+    and not issubclass(KINDS[name], RegionMethod)
+    and "triples" not in KINDS[name].stats
+]
+
+
+def logits(model, ids):
+    """Of the second half of texts int64 [B, L], the first half of which the encoder reads."""
+    with torch.no_grad():
+        return model(**fed(model, ids), use_cache=False).logits
+
+
+def inputs_of(model, ids, index):
+    """What enters every matrix of one block when the model runs plainly, [T, in] by name."""
+    seen = {}
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda module, args, name=name: seen.update({name: args[0].flatten(0, -2)})
+        )
+        for name, module in find_blocks(model).inputs(index).items()
+    ]
+    logits(model, ids)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_weight_of_both_stacks_is_in_one_matrix_except_norms_biases_and_positions(name):
+    model = pair(name)
+    found = find_blocks(model)
+    held = {}
+    for index in range(len(found.blocks)):
+        for matrix in found.matrices(index):
+            assert model.get_parameter(matrix.parameter_name) is matrix.parameter
+            held[id(matrix.parameter)] = held.get(id(matrix.parameter), 0) + 1
+    for parameter_name, parameter in found.blocks.named_parameters():
+        free = parameter.dim() == 1 or "relative_attention_bias" in parameter_name
+        assert held.get(id(parameter), 0) == (0 if free else 1), parameter_name
+    assert [found.block_name(0).split(".")[-3], found.block_name(found.entrances[1])] == [
+        "encoder",
+        f"{found.names[1]}.0",
+    ]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_stream_through_both_stacks_equals_the_model(name, rows):
+    model, ids = pair(name), tokens(3, 21)
+    found, caught = find_blocks(model), []
+    hook = found.blocks[-1].register_forward_hook(lambda module, args, out: caught.append(out))
+    read = model(**fed(model, ids)).encoder_last_hidden_state
+    hook.remove()
+    stream = PairStream(found, ids, rows)
+    for index in range(len(found.blocks)):
+        stream.advance(index)
+    last = caught[0][0] if isinstance(caught[0], tuple) else caught[0]
+    assert torch.allclose(stream.hidden, torch.cat([read, last], 1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_statistics_are_those_of_a_plain_run_with_hooks_and_shared_inputs_are_gathered_once(name):
+    model, ids = pair(name), tokens(4, 20)
+    found = find_blocks(model)
+    stream = PairStream(found, ids, 2)
+    for index in range(len(found.blocks)):
+        gathered = stream.gather(index, ("norm", "gram"))
+        expected = inputs_of(model, ids, index)
+        assert gathered.keys() == expected.keys()
+        for key, x in expected.items():
+            result = gathered[key].result()
+            assert torch.allclose(result["norm"], x.norm(dim=0), rtol=1e-4, atol=1e-4), key
+            assert torch.allclose(result["gram"], x.T @ x / 2, rtol=1e-3, atol=1e-3), key
+            assert gathered[key].tokens == len(x) == 4 * 10
+        # q, k and v of a self-attention read the same; a cross-attention's k and v read the encoder.
+        groups = 4 if index < found.entrances[1] else 7
+        assert len(set(gathered.values())) == groups
+        stream.advance(index)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_wanda_removes_what_a_plain_computation_over_pruned_blocks_says(name, text, monkeypatch):
+    model, naive = pair(name), pair(name)
+    taken = []
+    take = LlmWeights.calibration_tokens
+    monkeypatch.setattr(
+        LlmWeights, "calibration_tokens", lambda *given: taken.append(take(*given)) or taken[-1]
+    )
+    assert prune(model, "wanda", text, sparsity=0.5).achieved().value == 0.5
+    found = find_blocks(naive)
+    for index in range(len(found.blocks)):
+        seen = inputs_of(naive, taken[0], index)
+        for matrix in found.matrices(index):
+            weight = matrix.parameter
+            order = (weight.abs() * seen[matrix.input].norm(dim=0)).argsort(dim=1, stable=True)
+            weight.data.scatter_(1, order[:, : weight.shape[1] // 2], 0)
+    pruned = {key: value == 0 for key, value in model.state_dict().items()}
+    assert all(torch.equal(pruned[key], value == 0) for key, value in naive.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ABLE)
+@pytest.mark.parametrize("name", ["t5-gated", "bart"])
+def test_methods_remove_exactly_what_was_asked_in_both_stacks_and_embeddings_stay(method, name, text):
+    model = pair(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    assert prune(model, method, text, sparsity=0.25).achieved().value == 0.25
+    found, inside = find_blocks(model), set()
+    found.part = KINDS[method].part
+    for index in range(len(found.blocks)):
+        for matrix in found.matrices(index):
+            inside.add(matrix.parameter_name)
+            assert (matrix.read() == 0).sum() == matrix.shape[0] * matrix.shape[1] / 4
+    assert all(
+        torch.equal(value, before[key]) for key, value in model.state_dict().items() if key not in inside
+    )
+    assert logits(model, tokens(2, 12)).isfinite().all()
+
+
+@pytest.mark.parametrize("allocate", ["owl", "erk", "global", "tamp-das"])
+def test_a_budget_is_shared_out_among_both_stacks(allocate, text):
+    handle = prune(pair("t5-gated"), "wanda", text, sparsity=0.5, allocate=allocate)
+    assert handle.achieved().value == pytest.approx(0.49, abs=0.01)  # short rows
+    shares = [row["sparsity"] for row in handle.per_layer()]
+    assert len(shares) == 5
+    assert max(shares) > min(shares)
+
+
+def test_a_pattern_holds_in_both_stacks(text):
+    handle = prune(pair(), "sparsegpt", text, pattern="2:4")
+    assert handle.achieved().details["groups_within_pattern"] == 1
+
+
+def test_gradients_are_of_the_second_half_alone():
+    model, ids = pair("bart"), tokens(2, 16)
+    name = "model.decoder.layers.1.encoder_attn.k_proj.weight"
+    weight = model.get_parameter(name).requires_grad_()
+    squares = 0
+    for row in ids.split(1):
+        weight.grad = None
+        said = model(**fed(model, row)).logits.flatten(0, 1)
+        torch.nn.functional.cross_entropy(said, foretold(model, row).flatten()).backward()
+        squares = squares + weight.grad.square()
+    weight.requires_grad_(False)
+    assert torch.allclose(gradient_norms(find_blocks(model), ids)[name], squares.sqrt(), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_perplexity_is_of_the_second_half_and_its_own_tokens_are_not_seen_before_they_are_foretold(name):
+    model, ids = pair(name), tokens(3, 15)
+    losses, predictions = score_windows(model, ids, 2)
+    said = logits(model, ids)
+    expected = said.log_softmax(-1).gather(2, ids[:, 7:, None])[..., 0]
+    assert torch.allclose(losses, -expected, atol=1e-4)
+    assert torch.equal(predictions, said.argmax(-1))
+    assert perplexity(losses) == pytest.approx(float((-expected.double()).mean().exp()), rel=1e-4)
+    changed = ids.clone()
+    changed[:, -1] = (changed[:, -1] + 1) % 90 + 2
+    assert torch.allclose(logits(model, changed), said, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "method", ["flap", "shortgpt", "armor", "wanda-pp", "llm-surgeon", "movement", "kcm"]
+)
+def test_methods_that_would_see_one_stack_alone_are_refused_in_one_line(method, text):
+    fitted = {"fit": "built-in"} if method == "movement" else {}
+    with pytest.raises(
+        UserError, match="T5ForConditionalGeneration has an encoder beside its decoder"
+    ) as said:
+        prune(pair(), method, text, sparsity=0.5, **fitted)
+    assert "\n" not in str(said.value)
+
+
+def test_cache_methods_and_recovery_are_refused_in_one_line(text):
+    with pytest.raises(UserError, match="BartForConditionalGeneration has an encoder beside its decoder"):
+        tprune.prune(pair("bart"), "snapkv", keep=0.5)
+    with pytest.raises(UserError, match="--recover full: T5ForConditionalGeneration has an encoder beside"):
+        prune(pair(), "wanda", text, sparsity=0.5, recover="full")
+
+
+def test_a_decoder_whose_first_token_is_not_known_is_refused(text):
+    with pytest.raises(UserError, match="T5ForConditionalGeneration has no decoder_start_token_id"):
+        prune(pair(decoder_start_token_id=None), "wanda", text, sparsity=0.5)
+
+
+@pytest.fixture(scope="module", params=["t5", "bart"])
+def source(request, tmp_path_factory):
+    """A model with its tokenizer on disk."""
+    folder = tmp_path_factory.mktemp("pairs") / request.param
+    pair(request.param).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def recipe(folder, text, method="sparsegpt", **stage):
+    return Recipe(
+        ModelSource(str(folder)),
+        (Stage("llm-weights", method, sparsity=0.5, **stage),),
+        data=str(text),
+        limit=2,
+        calibration=4,
+        length=24,
+        batch_size=2,
+    )
+
+
+def weights(folder):
+    return {file.name: file.read_bytes() for file in sorted(folder.glob("*.safetensors"))}
+
+
+def test_an_artifact_is_loaded_by_stock_transformers_and_its_recipe_gives_the_same_bytes(
+    source, text, tmp_path
+):
+    report = execute(recipe(source, text), QUIET, out=str(tmp_path / "one"))
+    assert report["kind"] == "masked"
+    assert {"perplexity", "agreement", "flops"} <= report["dense"].keys() == report["pruned"].keys()
+    execute(read(tmp_path / "one" / "recipe.yaml"), QUIET, out=str(tmp_path / "two"), evaluate=False)
+    assert weights(tmp_path / "one") == weights(tmp_path / "two")
+    stock, ids = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "one").eval(), tokens(2, 20)
+    assert torch.equal(logits(stock, ids), logits(tprune.load(str(tmp_path / "one")), ids))
+    assert not torch.equal(logits(stock, ids), logits(AutoModelForSeq2SeqLM.from_pretrained(source), ids))
+    plain = replace(recipe(source, text), stages=recipe(source, text, loadable="plain").stages)
+    assert execute(plain, QUIET, out=str(tmp_path / "plain"), evaluate=False)["kind"] == "plain"
+    execute(recipe(source, text), QUIET, out=str(tmp_path / "small"), evaluate=False, by_reference=True)
+    assert torch.equal(logits(tprune.load(str(tmp_path / "small")), ids), logits(stock, ids))
+
+
+@pytest.mark.parametrize("block", [1, 3])
+def test_a_run_interrupted_in_either_stack_goes_on_there_and_ends_with_the_same_bytes(
+    block, source, text, tmp_path, monkeypatch
+):
+    asked = recipe(source, text)
+    execute(asked, QUIET, out=str(tmp_path / "whole"), evaluate=False)
+    write = journal.Journal.write
+
+    def interrupted(self, index, tensors):
+        stored = write(self, index, tensors)
+        if index == block:
+            raise KeyboardInterrupt
+        return stored
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(journal.Journal, "write", interrupted)
+        execute(asked, QUIET, out=str(tmp_path / "out"), evaluate=False)
+    execute(asked, QUIET, out=str(tmp_path / "out"), evaluate=False)
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["llm-context", "--method", "snapkv", "--keep", "0.5"],
+            "model, which tprune llm-context does not prune",
+        ),
+        (
+            ["llm-weights", "--method", "wanda", "--sparsity", "0.5", "--max-memory", "1GB"]
+            + ["--out", "nowhere"],
+            "has an encoder beside its decoder, and blocks are read from files for one stack alone",
+        ),
+    ],
+)
+def test_what_does_not_go_with_two_stacks_is_said_in_one_line(arguments, message, source):
+    with pytest.raises(UserError, match=message) as said:
+        CliRunner().invoke(command, [*arguments, str(source)], catch_exceptions=False)
+    assert "\n" not in str(said.value)
+
+
+def test_the_command_says_what_it_did(source, text):
+    run = CliRunner().invoke(
+        command,
+        ["llm-weights", "--method", "wanda", "--sparsity", "0.5", "--data", str(text), "--length", "24"]
+        + ["--calibration", "2", "--limit", "2", "--json", str(source)],
+    )
+    assert run.exit_code == 0, run.stderr
+    said = json.loads(run.stdout)
+    assert said["budget"]["achieved"] == 0.5
+    assert said["protocol"]["data"]["foretold"] == 12
