@@ -10,7 +10,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 import tprune
 from tests.decoders import tokens
-from tests.llm_weights.test_contract import MASKING, METHODS
+from tests.llm_weights.test_contract import MASKING
 from tests.llm_weights.tiny import prune, tokenizer
 from tests.pairs import NAMES, pair
 from tprune.cli import command
@@ -28,13 +28,11 @@ from tprune.progress import Progress
 from tprune.recipe import ModelSource, Recipe, Stage, read
 
 QUIET = Progress(quiet=True)
-KINDS = {name: registry.load(name, "llm-weights") for name in METHODS}
+BUILT = {name: registry.build(name, "llm-weights") for name in MASKING}
 ABLE = [
     name
-    for name in MASKING
-    if not KINDS[name].wraps
-    and not issubclass(KINDS[name], RegionMethod)
-    and "triples" not in KINDS[name].stats
+    for name, built in BUILT.items()
+    if not (built.wraps or isinstance(built, RegionMethod) or "triples" in built.stats)
 ]
 
 
@@ -139,7 +137,7 @@ def test_methods_remove_exactly_what_was_asked_in_both_stacks_and_embeddings_sta
     before = {key: value.clone() for key, value in model.state_dict().items()}
     assert prune(model, method, text, sparsity=0.25).achieved().value == 0.25
     found, inside = find_blocks(model), set()
-    found.part = KINDS[method].part
+    found.part = BUILT[method].part
     for index in range(len(found.blocks)):
         for matrix in found.matrices(index):
             inside.add(matrix.parameter_name)
