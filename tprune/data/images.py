@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from PIL import Image, UnidentifiedImageError
 
-from tprune.data.labelled import Labelled
+from tprune.data.labelled import Labelled, data_folder, dealt, describe, folders
 from tprune.errors import UserError
 
 BUILT_IN = "built-in"
@@ -113,27 +113,15 @@ def read(source: str | None, limit: int | None, option: str = "--data") -> Image
     """
     if source is None:
         return built_in(limit)
-    root = Path(source)
-    if not root.is_dir():
-        raise UserError(
-            f"{option} {source}: no such folder; give a folder of images, or of one folder per class"
-        )
-    try:
-        classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
-        groups = [_images(root / name) for name in classes] or [_images(root)]
-    except PermissionError:
-        raise UserError(f"{option} {source}: no permission to read it") from None
+    with data_folder(source, option, "a folder of images, or of one folder per class") as root:
+        classes = folders(root)
+        groups = [in_folder(one) for one in classes] or [in_folder(root)]
     if not any(groups):
         raise UserError(f"{option} {source}: no images ({', '.join(ENDINGS)}) in it")
-    deepest = max(len(group) for group in groups)
-    order = [
-        (label, group[i]) for i in range(deepest) for label, group in enumerate(groups) if i < len(group)
-    ]
-    chosen = order[:limit]
-    digest = hashlib.sha256("\0".join(str(file.relative_to(root)) for _, file in chosen).encode()).hexdigest()
+    chosen = dealt(groups, limit)
+    files = tuple(file for _, file in chosen)
     labels = tuple(label for label, _ in chosen) if classes else None
-    protocol = {"source": source, "samples": len(chosen), "sha256": digest}
-    return Images(tuple(file for _, file in chosen), labels, protocol)
+    return Images(files, labels, describe(source, root, files, len(files)))
 
 
 def built_in(limit: int) -> Images:
@@ -146,5 +134,6 @@ def built_in(limit: int) -> Images:
     return Images(tuple(scene.image for scene in scenes), tuple(scene.label for scene in scenes), protocol)
 
 
-def _images(folder: Path) -> list[Path]:
+def in_folder(folder: Path) -> list[Path]:
+    """The image files in a folder, by name."""
     return sorted(file for file in folder.iterdir() if file.suffix.lower() in ENDINGS)

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from tprune.errors import UserError
-from tprune.models.anatomy import detects
+from tprune.models.anatomy import clip_length, detects
 from tprune.models.load import timm_transform
 from tprune.models.subject import Subject
 
 
 def pixels(subject: Subject, image: Any) -> Tensor:
-    """One image as the model's own preprocessing makes it, [3, H, W].
+    """One image as the model's own preprocessing makes it, [3, H, W]; the frames of a clip, [F, 3, H, W].
 
     Raises:
         UserError: a model of transformers without a processor.
@@ -29,7 +29,7 @@ def pixels(subject: Subject, image: Any) -> Tensor:
     size = {}
     if detects(subject.model):
         # Its processor would keep an image's proportions; a batch has one size, the model's.
-        _, rows, columns = input_size(subject.model)
+        *_, rows, columns = input_size(subject.model)
         size = {"size": {"height": rows, "width": columns}}
     return subject.processor(images=image, return_tensors="pt", **size)["pixel_values"][0]
 
@@ -47,17 +47,18 @@ def answers(model: nn.Module, batch: Tensor) -> Tensor:
 
 
 def noise(model: nn.Module, count: int, seed: int) -> Tensor:
-    """Images drawn from the seed, [count, 3, H, W]."""
+    """Images drawn from the seed, [count, 3, H, W]; clips, [count, F, 3, H, W]."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(count, *input_size(model), generator=generator)
 
 
-def input_size(model: nn.Module) -> tuple[int, int, int]:
-    """Channels, rows, columns of an input image."""
+def input_size(model: nn.Module) -> tuple[int, ...]:
+    """Channels, rows, columns of an input image; frames before them where it is a clip."""
     if hasattr(model, "config"):
         config = getattr(model.config, "vision_config", model.config)
         size = config.image_size
         rows, columns = size if isinstance(size, tuple | list) else (size, size)
-        return getattr(config, "num_channels", 3), rows, columns
+        frames = clip_length(model)
+        return *((frames,) if frames else ()), getattr(config, "num_channels", 3), rows, columns
     rows, columns = model.patch_embed.img_size
     return model.patch_embed.proj.in_channels, rows, columns

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tprune.data import images
+from tprune.data import clips, images
 from tprune.models import image_encoder
-from tprune.models.anatomy import classes, detects
+from tprune.models.anatomy import classes, clip_length, detects
 from tprune.models.subject import Subject
 from tprune.pipelines.base import Quality, Workload
 from tprune.progress import Progress
@@ -18,6 +18,18 @@ from tprune.recipe import Recipe
 
 IMAGES = 500
 """How many are measured where the recipe does not say."""
+
+
+def samples(model: nn.Module, source: str | None, limit: int) -> images.Images | clips.Clips:
+    """The first `limit` images of `--data`; clips for a model of videos."""
+    frames = clip_length(model)
+    return clips.read(source, limit, frames) if frames else images.read(source, limit)
+
+
+def training(model: nn.Module, source: str) -> images.Images | images.TrainingScenes | clips.Clips:
+    """The images that `--fit` names; clips for a model of videos."""
+    frames = clip_length(model)
+    return clips.read(source, None, frames, "--fit") if frames else images.training(source)
 
 
 class ImageTask:
@@ -36,7 +48,7 @@ class ImageTask:
 
     def __init__(self, recipe: Recipe, subject: Subject, progress: Progress):
         self.recipe, self.progress = recipe, progress
-        self.images = images.read(recipe.data, recipe.limit or IMAGES)
+        self.images = samples(subject.model, recipe.data, recipe.limit or IMAGES)
         self.classes = classes(subject.model)
         known = self.images.labels
         built_in = recipe.data is None
@@ -54,7 +66,7 @@ class ImageTask:
         return self.images.protocol
 
     def batch(self, subject: Subject, places: Sequence[int]) -> Tensor:
-        """Some of the images, [B, 3, H, W]."""
+        """Some of the images, [B, 3, H, W]; clips, [B, F, 3, H, W]."""
         return torch.stack([image_encoder.pixels(subject, self.images.open(place)) for place in places])
 
     @torch.no_grad()

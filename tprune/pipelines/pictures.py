@@ -22,6 +22,7 @@ from tprune.models.run import Tally
 from tprune.models.state_space import in_front
 from tprune.models.subject import Subject
 from tprune.pipelines.base import Pipeline, Sample
+from tprune.pipelines.image_task import samples
 from tprune.pipelines.vit import VitHandle, VitPipeline
 
 
@@ -89,13 +90,15 @@ def of_vit(driver: VitPipeline, subject: Subject, handle: VitHandle, sample: Sam
     """An image with what is left of its patches after every site of a vision transformer."""
     if sample.prompt is not None:
         raise UserError("--prompt: an image model reads no text; give --image FILE or --sample N")
-    if sample.image is not None:
+    inner, shape = handle.driver, handle.driver.parts.shape
+    if sample.image is None:
+        read = opened(lambda limit: samples(subject.model, driver.recipe.data, limit), sample.place)
+        image = read.open(sample.place)
+    elif shape.video is None:
         image = images.open_file(sample.image, "--image")
     else:
-        read = opened(lambda limit: images.read(driver.recipe.data, limit), sample.place)
-        image = read.open(sample.place)
+        raise UserError("--image: this model sees videos; give --sample N")
     pixels = driver.pixels(subject, image)
-    inner, shape = handle.driver, handle.driver.parts.shape
     inner.record = True
     try:
         with torch.no_grad():
@@ -110,5 +113,11 @@ def of_vit(driver: VitPipeline, subject: Subject, handle: VitHandle, sample: Sam
         places = in_front(shape.prefix + shape.tokens, "cpu")[shape.prefix :]
     title = heading(driver, sample)
     title += f", class {int(found.argmax())}" if classes(subject.model) else ""
+    grid = shape.grid
+    if shape.video is not None:
+        # The first of the frames that each token joins, from top to bottom.
+        frames, rows, columns = shape.video
+        pixels = pixels[:: len(pixels) // frames].transpose(0, 1).flatten(1, 2)
+        grid = frames * rows, columns
     shown = as_image(pixels, subject.processor)
-    return [patches(sample.name, title, shown, shape.grid, panels(steps, places, "block"))]
+    return [patches(sample.name, title, shown, grid, panels(steps, places, "block"))]

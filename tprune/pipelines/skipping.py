@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from tprune.core.budget import Site, Stage
-from tprune.data import images
+from tprune.data.images import BUILT_IN
 from tprune.methods.tokens import TokenMethod
 from tprune.models.anatomy import Anatomy
 from tprune.models.subject import Subject
 from tprune.models.vit import TokenDriver
+from tprune.pipelines import image_task
 
 if TYPE_CHECKING:
     from tprune.pipelines.vit import VitPipeline
@@ -48,8 +49,8 @@ def read(driver: VitPipeline, subject: Subject) -> list[Tensor]:
     """The calibration images, in batches [B, 3, H, W]."""
     recipe, wanted = driver.recipe, driver.recipe.calibration or driver.method.images
     if driver.stage.fit is None and recipe.data is not None:
-        data = images.read(recipe.data, wanted)
+        data = image_task.samples(subject.model, recipe.data, wanted)
     else:
-        data = images.training(driver.stage.fit or images.BUILT_IN)
+        data = image_task.training(subject.model, driver.stage.fit or BUILT_IN)
     pixels = [driver.pixels(subject, data.sample(place)[0]) for place in range(min(wanted, len(data)))]
     return list(torch.stack(pixels).split(recipe.batch_size))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tprune.core.budget import Stage, counts_entering
-from tprune.data import images, regions
+from tprune.data import clips, images, regions
 from tprune.errors import UserError
 from tprune.evaluate.stopwatch import Stopwatch
 from tprune.methods.tokens import Shape, TokenMethod
@@ -97,6 +96,8 @@ class VitPipeline(Pipeline):
     default_limit = image_task.IMAGES
     handle: VitHandle | None = None
     fitted: dict[str, Any] | None = None
+    lessons: images.Images | images.TrainingScenes | clips.Clips | regions.Regions | None = None
+    """What `--fit` names, once it is read."""
 
     def check(self) -> None:
         """A fit is asked for where there is one to make."""
@@ -116,13 +117,16 @@ class VitPipeline(Pipeline):
         self.planned(parts.shape)
         self.task = ImageTask(self.recipe, subject, self.progress)
         if self.stage.fit is not None and self.method.state is None:
-            self.progress.say(f"{len(self.lessons):,} images to learn from")
+            self.lessons = self.read_lessons(subject)
+            self.progress.say(f"{len(self.lessons):,} samples to learn from")
 
-    @cached_property
-    def lessons(self) -> images.Images | images.TrainingScenes | regions.Regions:
+    def read_lessons(
+        self, subject: Subject
+    ) -> images.Images | images.TrainingScenes | clips.Clips | regions.Regions:
         """What `--fit` names."""
-        source = regions if self.method.labels == "patches" else images
-        return source.training(self.stage.fit)
+        if self.method.labels == "patches":
+            return regions.training(self.stage.fit)
+        return image_task.training(subject.model, self.stage.fit)
 
     def evaluate(self, subject: Subject) -> Quality:
         """Top-1 accuracy, and what is right in the map of a method that makes one."""
@@ -134,7 +138,7 @@ class VitPipeline(Pipeline):
         return quality
 
     def pixels(self, subject: Subject, image: Any) -> Tensor:
-        """One image as the model's own preprocessing makes it, [3, H, W]."""
+        """One image as the model's own preprocessing makes it, [3, H, W]; the frames of a clip, [F, 3, H, W]."""
         return image_encoder.pixels(subject, image)
 
     def outputs(self, subject: Subject, batch: Tensor) -> Tensor:
@@ -185,7 +189,7 @@ class VitPipeline(Pipeline):
         course = VitCourse(
             self.method,
             parts,
-            self.lessons,
+            self.lessons or self.read_lessons(subject),
             prepare=lambda image: self.pixels(subject, image),
             logits=lambda pixels: self.outputs(subject, pixels),
         )
@@ -208,8 +212,9 @@ class VitPipeline(Pipeline):
     def bench(self, subject: Subject, rounds: int) -> dict[str, Any]:
         """Dense and pruned batches in turn: speed-up measured, by FLOPs, and their ratio."""
         if self.stage.fit is None:
-            shape = dissect(subject.model).shape
-            self.method = for_timing(self.method, shape, self.recipe.seed, subject.device)
+            parts = dissect(subject.model)
+            admit(self.method, parts)
+            self.method = for_timing(self.method, parts.shape, self.recipe.seed, subject.device)
         batch = image_encoder.noise(subject.model, self.recipe.batch_size, self.recipe.seed)
         found = self.beside_dense(subject, lambda one: self.outputs(one, batch), rounds)
         return found | {"items": len(batch), "unit": "images"}
