@@ -26,6 +26,9 @@ class LinearView:
         output_gram: float32 [out, out], (2 / sequences) · Σ g gᵀ of the loss's gradients at the outputs, if asked for.
         gradient: float32 [out, in], the L2 norm over calibration sequences of the gradient of the dense model's loss,
             if asked for.
+        gradients: float32 [out, in] each, where "triples" were asked for: "domain_mean" and "general_mean", over batches
+            of triples of the gradients of the dense model's loss, "domain_square" and "general_square", the sum of their
+            squares over the number of triples.
         likeness: the mean of the positive cosines between its outputs for two tokens of a sequence, if asked for.
         tokens, sequences: how many calibration tokens it saw, of how many sequences.
         shared: what was computed from the statistics so far, for all matrices with the same inputs.
@@ -39,6 +42,7 @@ class LinearView:
     gram: Tensor | None = None
     output_gram: Tensor | None = None
     gradient: Tensor | None = None
+    gradients: dict[str, Tensor] = field(default_factory=dict)
     likeness: float | None = None
     tokens: int = 0
     sequences: int = 0
@@ -142,6 +146,7 @@ class BlockView:
         halves: prunable parameters of its "attention" and its "mlp", for methods with the unit "halves".
         similarity, angle: mean over tokens of the cosine, and of the angle as a part of π, between the residual stream
             before and after the block, if asked for.
+        contrast: the loss of what is read behind the block as embeddings of triples of texts, if asked for.
         sensitivity: float32 [D], of the residual stream behind the block, as `UnitView.sensitivity`.
         entering, leaving: float32 [N, D], the residual stream at the last token of each calibration sequence before
             and after the block, if statistics of dense blocks were asked for.
@@ -154,6 +159,7 @@ class BlockView:
     halves: dict[str, int] = field(default_factory=dict)
     similarity: float | None = None
     angle: float | None = None
+    contrast: float | None = None
     sensitivity: Tensor | None = None
     entering: Tensor | None = None
     leaving: Tensor | None = None

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tprune.core.weights import StructureEdit, WeightEdit
+    from tprune.methods.allocate import Allocation
     from tprune.methods.weight_view import LinearView, ModelView
 
 
@@ -58,10 +59,11 @@ class WeightMethod(Method):
     scope: ClassVar[str] = "block"
     stats: ClassVar[tuple[str, ...]] = ()
     """What is gathered at the input of every linear layer: "norm", "absolute", "gram", "moments"; in scope "whole"
-    "output_gram" at its outputs; per block "similarity", "angle", "routing" (what the router of its experts does); or
-    for every weight of the dense model, before anything is pruned, "gradient" (its norm over sequences),
-    "gradient_mean" or "gradient_square" (the mean of its square); or "sensitivity", of the loss to what units put
-    out."""
+    "output_gram" at its outputs; per block "similarity", "angle", "routing" (what the router of its experts does),
+    "contrast" (`BlockView.contrast`, by the method's `pool` and `contrast`); or for every weight of the dense model,
+    before anything is pruned, "gradient" (its norm over sequences), "gradient_mean" or "gradient_square" (the mean of
+    its square), "triples" (means and mean squares of the gradients of two sets' contrastive losses, by the method's
+    `pool` and `loss`); or "sensitivity", of the loss to what units put out."""
     units: ClassVar[tuple[str, ...]] = ()
     """The kinds of unit that a method of scope "model" looks at: "heads", "channels", "experts", "halves" of blocks."""
     measures: ClassVar[bool] = False
@@ -84,6 +86,10 @@ class WeightMethod(Method):
     """Whether a method of scope "block" puts matrices around those it prunes (`WeightEdit.around`)."""
     patterns: ClassVar[bool] = True
     """Whether n:m patterns are possible."""
+
+    def allocation(self) -> Allocation | None:
+        """How a sparsity is shared out where --allocate says nothing; None where all matrices lose the same fraction."""
+        return None
 
     def score(self, linear: LinearView) -> Tensor:
         """What the weights of one linear layer are compared by, smallest first to go: float32 [out, in].

@@ -12,7 +12,15 @@ from tprune.methods.levels import LevelMethod
 from tprune.methods.weights import WeightBudget
 from tprune.models import factored, masks, shapes, shared, units
 from tprune.models.blocks import Decoder
-from tprune.models.gradients import MEASURED, POWERS, SENSITIVITY, gradient_statistics, sensitivities
+from tprune.models.embeddings import TripleSets
+from tprune.models.gradients import (
+    MEASURED,
+    POWERS,
+    SENSITIVITY,
+    TRIPLES,
+    gradient_statistics,
+    sensitivities,
+)
 from tprune.models.subject import pages_of
 from tprune.pipelines import share
 from tprune.pipelines.allocation import Sharing
@@ -21,7 +29,7 @@ from tprune.pipelines.journal import Journal
 from tprune.pipelines.levels import LevelPruner
 from tprune.pipelines.recover import TRAINED, put_back, split
 from tprune.pipelines.regularise import matrices, regularise
-from tprune.pipelines.stream import BlockPruner
+from tprune.pipelines.stream import BlockPruner, Gradients
 from tprune.pipelines.structure import REMOVED, StructurePruner, edits_of, record
 from tprune.pipelines.weights_report import (
     WeightHandle,
@@ -31,12 +39,10 @@ from tprune.pipelines.weights_report import (
     structure_rows,
 )
 from tprune.pipelines.whole import WholePruner
+from tprune.progress import Progress
 
 if TYPE_CHECKING:
     from tprune.pipelines.llm_weights import LlmWeights
-
-Gradients = dict[str, dict[str, Tensor]]
-"""What was measured of gradients, by kind and parameter."""
 
 
 def prune(
@@ -76,7 +82,7 @@ def _block_by_block(
     """Matrix by matrix, while the model streams by."""
     method, progress = driver.method, driver.progress
     start, journal = share.begin(driver, decoder, tokens, journal)
-    gradients = _gradients(driver, decoder, tokens).get("gradient")
+    gradients = _gradients(driver, decoder, tokens)
     rule, shares = driver.allocation(), None
     if rule is not None and budget.sparsity > 0:
         sharing = Sharing(decoder, rule, method, gradients, progress)
@@ -132,7 +138,7 @@ def _structure(
     )
     edits, view = pruner.run(journal)
     after = sizes(decoder)
-    if budget.sparsity > 0 and after == before:
+    if budget.sparsity and after == before:
         costs = (
             cost
             for block in view.blocks
@@ -168,6 +174,20 @@ def _gradients(driver: LlmWeights, decoder: Decoder, tokens: Tensor | None) -> G
         readers = {place.reader_name: place.reader for place in places if place is not None}
         sequences = driver.progress.track(tokens, "gradients")
         found[SENSITIVITY] = sensitivities(decoder, sequences, driver.classes, readers)
+    if TRIPLES in stats:
+        found |= _of_triples(decoder, tokens, driver.progress)
+    return found
+
+
+def _of_triples(decoder: Decoder, sets: TripleSets, progress: Progress) -> Gradients:
+    """Means of gradients over batches, and sums of their squares over the number of triples, of both sets."""
+    found: Gradients = {}
+    for name, batches in (("domain", sets.domain), ("general", sets.general)):
+        track = progress.track(batches, f"{name} gradients")
+        known = gradient_statistics(decoder, track, ("gradient_mean", "gradient_square"))
+        for square in known["gradient_square"].values():
+            square.mul_(len(batches) / batches.triples)
+        found |= {f"{name}_mean": known["gradient_mean"], f"{name}_square": known["gradient_square"]}
     return found
 
 

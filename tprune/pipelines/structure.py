@@ -19,6 +19,7 @@ from tprune.methods.weights import WeightBudget, WeightMethod
 from tprune.models import experts, shapes, units
 from tprune.models.blocks import Decoder
 from tprune.models.calibrate import Stream
+from tprune.models.embeddings import embeddings
 from tprune.models.gradients import MEASURED, POWERS, SENSITIVITY
 from tprune.models.halves import half_sizes, masked
 from tprune.models.teacher import Teacher
@@ -154,9 +155,8 @@ class StructurePruner:
             view.halves = half_sizes(self.decoder, index)
         if experts.KIND in self.method.units:
             view.experts = self._experts(index, known)
-        view.similarity, view.angle = (
-            known[name].item() if name in known else None for name in ("similarity", "angle")
-        )
+        for name in ("similarity", "angle", "contrast"):
+            setattr(view, name, known[name].item() if name in known else None)
         view.entering, view.leaving = known.get("entering"), known.get("leaving")
         sensitivity = self.gradients.get(SENSITIVITY, {})
         view.sensitivity = sensitivity.get(self.decoder.block_name(index))
@@ -185,12 +185,14 @@ class StructurePruner:
         known = {}
         if dense:
             known["entering"] = self.stream.hidden[:, -1].float().cpu().clone()
-            watch = experts.watching_routes if "routing" in self.method.stats else _nothing
-            with watch(self.decoder, index) as routes:
+            routed = "routing" in self.method.stats
+            with experts.watching_routes(self.decoder, index) if routed else nullcontext({}) as routes:
                 inputs, turned = self.stream.gather_and_advance(index, self.method.stats, readers)
             known |= routes
             known["leaving"] = self.stream.hidden[:, -1].float().cpu().clone()
             known |= {kind: torch.tensor(mean, dtype=torch.float64) for kind, mean in turned.items()}
+            if "contrast" in self.method.stats:
+                known["contrast"] = self.method.contrast(embeddings(self.stream, self.method.pool))
         else:
             inputs = self.stream.gather(index, self.method.stats, readers)
         for kind, place in places.items():
@@ -237,11 +239,6 @@ class StructurePruner:
                 f"{', '.join(set(edit.bias) - set(stay))}; it is left out"
             )
         return replace(edit, bias=stay)
-
-
-def _nothing(decoder: Decoder, index: int) -> nullcontext[dict[str, Tensor]]:
-    """In the place of what watches a block's router."""
-    return nullcontext({})
 
 
 def _weight(place: units.Site) -> Tensor:

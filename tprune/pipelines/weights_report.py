@@ -106,6 +106,8 @@ def structure_rows(edits: list[StructureEdit], view: ModelView, after: list[int]
         row: dict[str, Any] = {"block": block.index}
         if block.similarity is not None and not block.removable():
             row["influence"] = 1 - block.similarity
+        if block.contrast is not None:
+            row["loss"] = block.contrast
         for kind, unit in block.removable().items():
             kept = len(edit.keep[kind]) if kind in edit.keep else unit.count
             row[kind] = f"{0 if HALF_OF[kind] in edit.gone else kept} of {unit.count}"

@@ -1,0 +1,86 @@
+"""Queries, each with a text that answers it and one that does not: from a file of such, or passages of any text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tprune.data import text
+from tprune.data.passages import cut
+from tprune.errors import UserError
+
+KEYS = ("query", "positive", "negative")
+
+
+@dataclass(frozen=True)
+class Triples:
+    """Triples in a fixed order.
+
+    Attributes:
+        items: query, positive and negative.
+        instructions: what stands before each query and is no part of its embedding; may be empty.
+        protocol: source, split, number and sha256, for the report.
+    """
+
+    items: tuple[tuple[str, str, str], ...]
+    instructions: tuple[str, ...]
+    protocol: dict[str, Any]
+
+
+def read(source: str | None, split: str) -> Triples:
+    """The triples of `source` that belong to `split`.
+
+    Args:
+        source: a .json or .jsonl file of objects with `query`, `positive` and `negative`, and perhaps an
+            `instruction`; of any other text that `data.text.read` reads the first half of a passage is the query, the
+            second its positive, and that of the next passage its negative.
+        split: "calibration" or "evaluation"; triples of a file are dealt out in turn.
+
+    Raises:
+        UserError: missing, unreadable, or fewer than two triples.
+    """
+    rows = _rows(source)
+    if rows is None:
+        found = text.read(source, split)
+        pairs = [_halves(passage) for document in found.documents for passage in cut(document, 0)]
+        items = [(*pair, pairs[(place + 1) % len(pairs)][1]) for place, pair in enumerate(pairs)]
+        instructions = [""] * len(items)
+    else:
+        dealt = rows[text.SPLITS.index(split) :: 2]
+        items = [tuple(row[key] for key in KEYS) for row in dealt]
+        instructions = [row.get("instruction", "") for row in dealt]
+    if len(items) < 2:
+        raise UserError(
+            f"--data {source}: {len(items)} triples to tell apart, and two are needed; give more text"
+        )
+    digest = hashlib.sha256("\0".join(part for item in items for part in item).encode()).hexdigest()
+    told = {"source": source or text.BUILT_IN, "split": split, "triples": len(items), "sha256": digest}
+    return Triples(tuple(items), tuple(instructions), told)
+
+
+def _halves(passage: str) -> tuple[str, str]:
+    words = passage.split()
+    middle = len(words) // 2
+    return " ".join(words[:middle]), " ".join(words[middle:])
+
+
+def _rows(source: str | None) -> list[dict[str, str]] | None:
+    """The objects of a file of triples; None where it is something else."""
+    if source is None or not source.endswith((".json", ".jsonl")) or not Path(source).is_file():
+        return None
+    try:
+        content = Path(source).read_text(encoding="utf-8")
+        lines = [line for line in content.splitlines() if line.strip()]
+        rows = json.loads(content) if source.endswith(".json") else [json.loads(line) for line in lines]
+    except (OSError, ValueError):
+        return None
+    if not (isinstance(rows, list) and rows and isinstance(rows[0], dict) and "query" in rows[0]):
+        return None
+    if not all(isinstance(row, dict) and all(isinstance(row.get(key), str) for key in KEYS) for row in rows):
+        raise UserError(
+            f"--data {source}: expected `query`, `positive` and `negative`, strings, in every row"
+        )
+    return rows
