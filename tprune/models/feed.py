@@ -127,11 +127,11 @@ class Prompts(Feed):
     def call(self, decoder: Decoder, part: slice) -> None:
         """Through the model without its head: its own towers, its own merging, its own positions."""
         (inputs,) = self.inputs[part]
-        getattr(decoder.model, "model", decoder.model)(**_placed(inputs, decoder.model), use_cache=False)
+        getattr(decoder.model, "model", decoder.model)(**placed(inputs, decoder.model), use_cache=False)
 
     def loss(self, place: int, model: nn.Module) -> Tensor:
         """The mean over the text's tokens, as a language model foretells them."""
-        inputs = _placed(self.inputs[place], model)
+        inputs = placed(self.inputs[place], model)
         ids = inputs["input_ids"]
         labels = ids.masked_fill(ids == self.image, NOT_LEARNED)
         return model(**inputs, labels=labels, use_cache=False).loss
@@ -142,7 +142,7 @@ class Prompts(Feed):
         return inputs["input_ids"] == self.image
 
 
-def _placed(inputs: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def placed(inputs: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """The arguments where the model is, in its precision."""
     parameter = next(model.parameters())
     return {

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import zlib
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tprune.core.budget import PROJECTOR, Stage
 from tprune.data import questions
-from tprune.errors import UserError
 from tprune.methods.tokens import Shape, TokenMethod
 from tprune.models import beside
 from tprune.models import load as loaders
@@ -26,11 +22,11 @@ from tprune.models.layer_inputs import check_positions
 from tprune.models.projector import Projector
 from tprune.models.prompts import noise_prompts
 from tprune.models.subject import Subject
-from tprune.pipelines import bench_vlm
+from tprune.pipelines import bench_vlm, question_task
 from tprune.pipelines.base import Handle, Pipeline, Quality, Sample, Workload
 from tprune.pipelines.learned import untuned
+from tprune.pipelines.question_task import QuestionTask, prefill
 from tprune.pipelines.tokens import for_timing, solve
-from tprune.pipelines.vlm_answers import LONGEST_ANSWER, plain, question_inputs, told
 from tprune.pipelines.vlm_handle import VlmHandle
 
 NOMINAL_TOKENS = 576
@@ -40,7 +36,7 @@ class VlmPipeline(Pipeline):
     """Load, measure and prune a vision-language model."""
 
     family = "vlm"
-    default_limit = 500
+    default_limit = question_task.QUESTIONS
     fitted: dict[str, Any] | None = None
 
     def check(self) -> None:
@@ -50,23 +46,14 @@ class VlmPipeline(Pipeline):
     def load(self) -> Subject:
         """A vision-language model of transformers."""
         recipe = self.recipe
-        subject = loaders.load(
+        return loaders.load(
             self.source(), self.family, device=recipe.device, dtype=recipe.dtype, seed=recipe.seed
         )
-        if getattr(subject.processor, "tokenizer", None) is not None:
-            # The answer is read behind the prompt: padding goes in front.
-            subject.processor.tokenizer.padding_side = "left"
-        return subject
 
     def prepare(self, subject: Subject) -> None:
         """Read the questions; refuse a method that does not fit the model."""
         self.admit(adapter.anatomy(subject.model))
-        if subject.processor is None:
-            raise UserError(
-                f"{subject.source.name} has no processor; copy processor_config.json and the tokenizer from the "
-                "model's origin"
-            )
-        self.questions = questions.read(self.recipe.data, self.recipe.limit or self.default_limit)
+        self.task = QuestionTask(self.recipe, subject, self.progress)
         if self.stage.fit is not None and self.method.state is None:
             self.progress.say(f"{len(self.lessons):,} questions to learn from")
 
@@ -107,44 +94,11 @@ class VlmPipeline(Pipeline):
 
     def evaluate(self, subject: Subject) -> Quality:
         """The fraction of answers given word for word, over all questions and for each kind."""
-        items, size = self.questions.items, self.recipe.batch_size
-        tokenizer = subject.processor.tokenizer
-        longest = max(len(tokenizer(item.answer, add_special_tokens=False)["input_ids"]) for item in items)
-        said: list[str] = []
-        with torch.no_grad():
-            for start in self.progress.track(range(0, len(items), size), "evaluating"):
-                places = range(start, min(start + size, len(items)))
-                said += self.answers(subject, places, min(longest, LONGEST_ANSWER))
-        right = [plain(given) == plain(item.answer) for given, item in zip(said, items, strict=True)]
-        kinds = defaultdict(list)
-        for item, good in zip(items, right, strict=True):
-            kinds[item.kind].append(good)
-        metrics: dict[str, Any] = {"accuracy": sum(right) / len(right)}
-        if set(kinds) != {None}:
-            metrics["accuracy_by_kind"] = {
-                kind or "other": sum(good) / len(good) for kind, good in sorted(kinds.items(), key=str)
-            }
-        predictions = torch.tensor([zlib.crc32(plain(given).encode()) for given in said])
-        return Quality(metrics, predictions, chance=self.questions.chance())
-
-    def answers(self, subject: Subject, places: range, longest: int) -> list[str]:
-        """What the model says to some of the questions, greedily, at most `longest` tokens."""
-        asked = [self.questions.items[place].prompt for place in places]
-        inputs = question_inputs(subject, [self.questions.open(place) for place in places], asked)
-        return told(subject, inputs, longest)
+        return self.task.evaluate(subject)
 
     def workload(self, subject: Subject) -> Workload:
         """The prefill of one batch of prompts with a noise image each."""
-        batch = self.recipe.batch_size
-        return Workload(partial(self.prefill, subject, self.noise(subject, batch)), batch, "prompts")
-
-    def noise(self, subject: Subject, count: int) -> dict[str, Any]:
-        """Prompts drawn from the seed."""
-        return noise_prompts(subject.model, count, self.recipe.seed)
-
-    def prefill(self, subject: Subject, inputs: dict[str, Any]) -> Tensor:
-        """Logits of the token behind each prompt [B, V]; the caches are filled as for generation."""
-        return subject.model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1]
+        return self.task.workload(subject)
 
     def apply(self, subject: Subject, work: Path | None, state: dict[str, Tensor] | None = None) -> VlmHandle:
         """Put the method in place."""
@@ -258,14 +212,11 @@ class VlmPipeline(Pipeline):
 
     def probe(self, subject: Subject) -> dict[str, Tensor]:
         """Two prompts with a noise image each, and the logits behind them."""
-        inputs = self.noise(subject, 2)
-        with torch.no_grad():
-            output = self.prefill(subject, inputs).float().cpu()
-        return {"input": inputs["input_ids"].cpu(), "pixels": inputs["pixel_values"].cpu(), "output": output}
+        return question_task.probe(subject, self.recipe.seed)
 
     def describe_data(self) -> dict[str, Any]:
         """Which questions."""
-        return self.questions.protocol
+        return self.task.protocol
 
     def pictures(self, subject: Subject, handle: Handle, sample: Sample) -> list[Any]:
         """The image with what is left of its tokens after every site, and what is answered with and without them."""
@@ -278,8 +229,8 @@ class VlmPipeline(Pipeline):
         if self.stage.fit is None:
             shape = self.nominal(adapter.anatomy(subject.model))
             self.method = for_timing(self.method, shape, self.recipe.seed, subject.device)
-        inputs = self.noise(subject, self.recipe.batch_size)
-        found = self.beside_dense(subject, lambda one: self.prefill(one, inputs), rounds)
+        inputs = noise_prompts(subject.model, self.recipe.batch_size, self.recipe.seed)
+        found = self.beside_dense(subject, lambda one: prefill(one, inputs), rounds)
         found["times"] |= bench_vlm.parts(lambda one: self.apply(one, None), subject, inputs, rounds)
         found["times"]["select 64 of 576"] = bench_vlm.select_alone(self.acting, subject.device, rounds)
         return found | {"items": self.recipe.batch_size, "unit": "prompts"}

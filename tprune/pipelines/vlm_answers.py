@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from tprune.models.feed import placed
 from tprune.models.subject import Subject
 
 LONGEST_ANSWER = 16
@@ -20,15 +22,34 @@ def question_inputs(subject: Subject, images: Sequence[Any], asked: Sequence[str
         images=images,
         text=[_prompt(processor, question) for question in asked],
         padding=True,
+        padding_side="left",  # the answer is read behind the prompt
         return_tensors="pt",
     )
-    parameter = next(subject.model.parameters())
-    return {
-        name: value.to(parameter.device, parameter.dtype)
-        if value.is_floating_point()
-        else value.to(parameter.device)
-        for name, value in inputs.items()
-    }
+    return placed(inputs, subject.model)
+
+
+def answered_inputs(
+    subject: Subject, images: Sequence[Any], asked: Sequence[str], answers: Sequence[str]
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """What the model is called with where answers follow: the prompts, the answers, the end, padded behind them.
+
+    Returns:
+        The inputs; the answers' tokens int64 [B, n]; and which of those are real, bool [B, n].
+    """
+    inputs = question_inputs(subject, images, asked)
+    tokenizer = subject.processor.tokenizer
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    said = [tokenizer(f" {answer}", add_special_tokens=False)["input_ids"] + end for answer in answers]
+    longest = max(map(len, said))
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in said])
+    real = torch.tensor([[True] * len(row) + [False] * (longest - len(row)) for row in said])
+    before = inputs["input_ids"]
+    ids, real = ids.to(before.device), real.to(before.device)
+    for name, value in inputs.items():
+        if value.shape == before.shape:
+            tail = {"input_ids": ids, "attention_mask": real}.get(name, torch.zeros_like(ids))
+            inputs[name] = torch.cat([value, tail.to(value.dtype)], dim=1)
+    return inputs, ids, real
 
 
 def told(subject: Subject, inputs: dict[str, Tensor], longest: int) -> list[str]:

@@ -22,7 +22,7 @@ from tprune.models.projector import Projector
 from tprune.models.subject import Subject
 from tprune.pipelines.course import Course
 from tprune.pipelines.fit_loop import Batches
-from tprune.pipelines.vlm_answers import question_inputs
+from tprune.pipelines.vlm_answers import answered_inputs
 
 if TYPE_CHECKING:
     from tprune.pipelines.vlm import VlmPipeline
@@ -102,22 +102,9 @@ class VlmCourse(Course):
     def collated(self, samples: Sequence[tuple[Any, tuple]]) -> tuple[dict[str, Tensor], Tensor]:
         """What the model is called with, `ANSWERS` beside it, and the answers' tokens int64 [n], row by row."""
         images, texts = [image for image, _ in samples], [text for _, text in samples]
-        inputs = question_inputs(self.subject, images, [prompt for prompt, *_ in texts])
-        tokenizer = self.subject.processor.tokenizer
-        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        said = [
-            tokenizer(f" {answer}", add_special_tokens=False)["input_ids"] + end for _, answer, *_ in texts
-        ]
-        longest = max(map(len, said))
-        ids = torch.tensor([row + [0] * (longest - len(row)) for row in said])
-        real = torch.tensor([[True] * len(row) + [False] * (longest - len(row)) for row in said])
-        ids, real = ids.to(self.device), real.to(self.device)
-        before = inputs["input_ids"].shape
-        for name, value in inputs.items():
-            if value.shape == before:
-                tail = {"input_ids": ids, "attention_mask": real}.get(name, torch.zeros_like(ids))
-                inputs[name] = torch.cat([value, tail.to(value.dtype)], dim=1)
-        inputs[ANSWERS] = functional.pad(real, (before[1], 0))
+        asked, answers = ([text[part] for text in texts] for part in (0, 1))
+        inputs, ids, real = answered_inputs(self.subject, images, asked, answers)
+        inputs[ANSWERS] = functional.pad(real, (inputs["input_ids"].shape[1] - real.shape[1], 0))
         if len(texts[0]) == 3:
             boxes = [torch.tensor(found, dtype=torch.float32) for *_, found in texts]
             padded = nn.utils.rnn.pad_sequence(boxes, batch_first=True, padding_value=torch.nan)
