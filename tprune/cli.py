@@ -16,6 +16,7 @@ COMMANDS = {
     "run": "Run a recipe.",
     "sweep": "Compare methods over budgets: a table, plots, a page.",
     "search": "Find the best method and budget under a constraint.",
+    "tune": "Find a method's best hyperparameters at one budget.",
     "search-metric": "Evolve a metric to prune a language model's weights by.",
     "predict-recovery": "Foretell how training recovers a pruned model.",
     "compare": "Say how two results differ, protocol first.",

@@ -32,15 +32,15 @@ class VFlowOpt(TokenMethod):
         code="sihany077/VFlowOpt",
         checked="code",
         notes="The defaults are what the authors' Bayesian optimisation found for a quarter of the tokens on "
-        "LLaVA-OneVision-7B; for others tprune search tries lists (--try hubs=…). Cells scale with the side of a "
-        "crop (27 patches), layers with the depth. Pixels are brought back to 0 .. 1 before their entropy is taken "
-        "(the authors wrap normalised ones). Where no patch is a hub all are. With --keep as many of the lowest are "
-        "recycled as make the count exact.",
+        "LLaVA-OneVision-7B; tprune tune looks for others, by the quality of answers (the authors: by the cosine of "
+        "the prompt's last token behind the last layer). --keep raises the three fractions to one power, which leaves "
+        "their proportions to be set, and recycles as many of the lowest as make the count exact (ours). Cells scale "
+        "with the side of a crop (27 patches), layers with the depth. Pixels are brought back to 0 .. 1 before their "
+        "entropy is taken (the authors wrap normalised ones). Where no patch is a hub all are.",
     )
     reads = ("encoder", "attention")
     positions = "compact"
     positions_inside = "original"
-    native = ("vision", "decoder")
     under_keep = {"counts": "keep"}
 
     vision: float = param(
