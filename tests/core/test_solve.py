@@ -93,3 +93,12 @@ def test_packed_masks_come_back(bits):
     mask = torch.tensor(bits)
     assert torch.equal(unpack_bits(pack_bits(mask), tuple(mask.shape)), mask)
     assert len(pack_bits(mask)) == (len(bits) + 7) // 8
+
+
+@pytest.mark.parametrize("tokens", [60, 7])
+def test_least_squares_are_those_of_the_pseudo_inverse_also_where_it_is_singular(tokens):
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(tokens, 20, dtype=torch.float64, generator=generator)
+    wanted = torch.randn(tokens, 3, dtype=torch.float64, generator=generator)
+    found = solve.least_squares(inputs.T @ inputs, inputs.T @ wanted)
+    assert torch.allclose(found, torch.linalg.pinv(inputs) @ wanted, atol=1e-9)

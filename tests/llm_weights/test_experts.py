@@ -150,3 +150,11 @@ def test_dern_says_what_it_needs_and_what_it_can_remove(text):
         prune(decoder(), "dern", text, sparsity=0.3)
     with pytest.raises(UserError, match=r"can lose at most 0\.6429 \(an expert of each block stays\)"):
         prune(decoder("mixtral"), "dern", text, sparsity=0.9)
+
+
+def test_merged_experts_wait_in_the_models_own_precision(text):
+    model = decoder("mixtral").bfloat16()
+    handle = prune(model, "dern", text, sparsity=0.2)
+    merged = [tensor for name, tensor in handle.edits.items() if name.startswith("weight/")]
+    assert {tensor.dtype for tensor in merged} == {torch.bfloat16}
+    assert logits(model, tokens(1, 9)).isfinite().all()

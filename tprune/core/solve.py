@@ -15,6 +15,8 @@ BLOCK = 128
 """Columns whose weights are chosen together (SparseGPT's block size)."""
 STRIP = 32
 """Columns that are solved one by one before the rest of their block is brought up to date."""
+NEARLY_SINGULAR = 1e-5
+"""Of a Cholesky factor's diagonal, the smallest entry to the largest; the condition is at least the inverse square."""
 
 
 def triangular_inverse(upper: Tensor, leaf: int = 128) -> Tensor:
@@ -135,3 +137,15 @@ def _solve_strip(work: Tensor, removed: Tensor, error: Tensor, factor: Tensor) -
         if column:
             work[column].addmv_(error[:column].t(), incoming[column, :column], alpha=-1)
         torch.mul(work[column], share[column], out=error[column])
+
+
+def least_squares(gram: Tensor, cross: Tensor) -> Tensor:
+    """X [C, R] with the least |A X - B|², and of those the least |X|²: of AᵀA = `gram` [C, C] and AᵀB = `cross`.
+
+    By a Cholesky decomposition where the Gram matrix is far from singular, else by a pseudo-inverse, which is slow.
+    """
+    lower, failed = torch.linalg.cholesky_ex(gram)
+    low, high = lower.diagonal().aminmax()
+    if bool(failed) or not bool(low > NEARLY_SINGULAR * high):
+        return torch.linalg.pinv(gram, hermitian=True) @ cross
+    return torch.cholesky_solve(cross, lower)

@@ -56,8 +56,8 @@ class StructureEdit:
         halves: which of its `HALVES` go.
         keep: per kind of unit ("heads", "channels", "experts"), the ascending indices of the units that stay.
         bias: per kind, float32 [out], what the output projection adds from now on.
-        weight: per kind, float32, new weights of what stays: of the output projection [out, in], of experts their
-            neurons [E, m, 3 D] (rows of gate and up, column of down).
+        weight: per kind new weights of what stays: of the output projection float32 [out, in]; of experts their
+            neurons [E, m, 3 D] (rows of gate and up, column of down), in the model's dtype.
         shared: from whom it borrows all its matrices, instead of having its own.
     """
 

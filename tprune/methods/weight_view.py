@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tprune.core.weights import StructureEdit
@@ -26,9 +27,9 @@ class LinearView:
         output_gram: float32 [out, out], (2 / sequences) · Σ g gᵀ of the loss's gradients at the outputs, if asked for.
         gradient: float32 [out, in], the L2 norm over calibration sequences of the gradient of the dense model's loss,
             if asked for.
-        gradients: float32 [out, in] each, where "triples" were asked for: "domain_mean" and "general_mean", over batches
-            of triples of the gradients of the dense model's loss, "domain_square" and "general_square", the sum of their
-            squares over the number of triples.
+        gradients: float32 [out, in] each, where "triples" were asked for: "domain_mean" and "general_mean", over
+            batches of triples, of the gradients of the dense model's loss; "domain_square" and "general_square", the
+            sum of their squares over the number of triples.
         likeness: the mean of the positive cosines between its outputs for two tokens of a sequence, if asked for.
         tokens, sequences: how many calibration tokens it saw, of how many sequences.
         shared: what was computed from the statistics so far, for all matrices with the same inputs.
@@ -79,7 +80,7 @@ class UnitView:
 
     Attributes:
         kind: "heads" (whole key-value groups) or "channels" (neurons of the MLP).
-        weight: float32 [out, in] of the output projection.
+        stored: [out, in] of the output projection, as the model has it.
         width: consecutive inputs per unit: r·e for a group of r query heads of width e, 1 for a channel.
         heads: query heads per unit (r); 1 for channels.
         cost: parameters of one unit.
@@ -95,7 +96,7 @@ class UnitView:
     """
 
     kind: str
-    weight: Tensor
+    stored: Tensor
     width: int
     heads: int
     cost: int
@@ -109,9 +110,14 @@ class UnitView:
     members: Callable[[], Iterator[MemberView]] = lambda: iter(())
 
     @property
+    def weight(self) -> Tensor:
+        """float32 [out, in] of the output projection; in low precision made anew whenever it is asked for."""
+        return self.stored.float()
+
+    @property
     def count(self) -> int:
         """U, how many units."""
-        return self.weight.shape[1] // self.width
+        return self.stored.shape[1] // self.width
 
 
 @dataclass(eq=False)
@@ -125,6 +131,7 @@ class ExpertView:
         worth: float64 [E], the sum of their routing weights.
         neurons: of some experts, read when they are asked for: float32 [experts, M, 3 D], a neuron's row of gate, its
             row of up and its column of down.
+        dtype: that the model has them in.
     """
 
     count: int
@@ -132,6 +139,7 @@ class ExpertView:
     uses: Tensor
     worth: Tensor
     neurons: Callable[[Sequence[int]], Tensor]
+    dtype: torch.dtype
 
 
 @dataclass(eq=False)

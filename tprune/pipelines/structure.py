@@ -161,16 +161,16 @@ class StructurePruner:
         sensitivity = self.gradients.get(SENSITIVITY, {})
         view.sensitivity = sensitivity.get(self.decoder.block_name(index))
         for kind, place in places.items():
-            weight = _weight(place)
+            stored = _stored(place)
             own = {
-                name: known[f"{kind}.{name}"].to(weight.device)
+                name: known[f"{kind}.{name}"].to(stored.device)
                 for name in ("norm", "absolute", "gram", "mean", "variance", "fluctuation")
                 if f"{kind}.{name}" in known
             }
             own["sensitivity"] = sensitivity.get(place.reader_name)
             members = partial(self._members, index, place)
             view.units[kind] = UnitView(
-                kind, weight, place.width, place.heads, place.cost, **own, members=members
+                kind, stored, place.width, place.heads, place.cost, **own, members=members
             )
         return view
 
@@ -211,7 +211,8 @@ class StructurePruner:
         def neurons(chosen: Sequence[int]) -> Tensor:
             return torch.stack([found.neurons(expert) for expert in chosen])
 
-        return ExpertView(found.count, found.cost, known["experts.uses"], known["experts.worth"], neurons)
+        used = known["experts.uses"], known["experts.worth"]
+        return ExpertView(found.count, found.cost, *used, neurons, found.matrices[0][0].parameter.dtype)
 
     def _members(self, index: int, place: units.Site) -> Iterator[MemberView]:
         """The matrices of a dependency group as methods see them, read one by one."""
@@ -241,10 +242,10 @@ class StructurePruner:
         return replace(edit, bias=stay)
 
 
-def _weight(place: units.Site) -> Tensor:
-    """float32 [out, in] of the projection that reads the units."""
+def _stored(place: units.Site) -> Tensor:
+    """[out, in] of the projection that reads the units."""
     weight = place.reader.weight.data
-    return (weight.t() if units.is_transposed(place.reader) else weight).float()
+    return weight.t() if units.is_transposed(place.reader) else weight
 
 
 def record(edits: list[StructureEdit]) -> dict[str, Tensor]:

@@ -71,4 +71,6 @@ class DERN(WeightMethod):
             self.least,
             self.by_part,
         )
-        return StructureEdit(block.index, keep={"experts": keep}, weight={"experts": merged})
+        return StructureEdit(
+            block.index, keep={"experts": keep}, weight={"experts": merged.to(experts.dtype)}
+        )

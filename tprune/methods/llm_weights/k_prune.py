@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tprune.core.select import threshold_by_cost
+from tprune.core.solve import least_squares
 from tprune.core.units import columns_of
 from tprune.core.weights import HALF_OF, StructureEdit
 from tprune.methods.base import Paper, param
@@ -32,8 +33,8 @@ class KPrune(WeightMethod):
         code="snudm-starlab/K-prune",
         checked="code",
         notes="The budget and the cost of a unit are weights, not FLOPs. A model without classes is compared by the "
-        "squared error of its embeddings. Normal equations are solved by a pseudo-inverse, where the code leaves a "
-        "sublayer untuned if they are singular.",
+        "squared error of its embeddings. Singular normal equations are solved by a pseudo-inverse, where the code "
+        "leaves a sublayer untuned.",
     )
     kind = "calibrated"
     scope = "model"
@@ -84,6 +85,6 @@ class KPrune(WeightMethod):
         if self.tune:
             columns = columns_of(keep, unit.width)
             read = seen.features[:, columns].double()
-            fitted = torch.linalg.pinv(read.T @ read, hermitian=True) @ (read.T @ seen.target.double())
+            fitted = least_squares(read.T @ read, read.T @ seen.target.double())
             weight = {**weight, kind: fitted.T.float()}
         return replace(edit, keep={**edit.keep, kind: keep}, weight=weight)
