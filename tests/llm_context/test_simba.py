@@ -224,3 +224,11 @@ def test_a_recipe_is_run_saved_loaded_and_timed(tmp_path):
     found = driver.bench(subject, rounds=1)
     assert found["prefill_speedup_flops"] > 1.3
     json.dumps(found)
+
+
+def test_a_folder_without_tokenizer_files_is_said_to_lack_them(tmp_path):
+    """transformers makes a tokenizer of nothing for it."""
+    mamba().save_pretrained(tmp_path)
+    stage = Stage("llm-context", "simba", keep=0.5)
+    with pytest.raises(UserError, match="comes without a tokenizer; add its files"):
+        execute(Recipe(ModelSource(str(tmp_path)), (stage,), length=24), Progress())
