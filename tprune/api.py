@@ -43,8 +43,8 @@ def prune(
         positions: "original" or "compact" position ids, for vlm also "gap" (original ids, tokens in their order); the
             paper's by default.
         loadable: "plain" for widths that stock transformers can load, "any" otherwise.
-        allocate: how `sparsity` is shared out among matrices, as `--allocate`: "uniform", "global", "owl", "erk",
-            "tamp-das".
+        allocate: how `sparsity` is shared out among matrices, as `--allocate`: "uniform", "global", "block", "owl",
+            "erk", "tamp-das".
         data: calibration text, as `--data`; the built-in by default.
         tokenizer: of a language model, for calibration; its processor for a vision-language model, or for a
             vision model of transformers that is fitted.

@@ -6,8 +6,10 @@ import torch
 from tests.decoders import decoder, tokens
 from tests.golden_values import golden
 from tests.llm_weights.tiny import logits, prune
+from tprune.core import cosine
+from tprune.core.adaptive import likenesses
 from tprune.core.allocate import fill_by_score
-from tprune.core.statistics import Norm, mean_likeness
+from tprune.core.statistics import Norm
 from tprune.errors import UserError
 from tprune.methods import allocate, registry
 from tprune.methods.weight_view import LinearView
@@ -76,8 +78,9 @@ def test_matrices_lose_different_shares_that_add_up_to_the_budget(rule, method, 
 
 def test_likeness_within_text_is_the_authors():
     tensors, _ = golden("llm-weights", "tamp")
-    assert torch.allclose(mean_likeness(tensors["Y"]), tensors["likeness"], rtol=1e-5)
-    assert mean_likeness(torch.eye(3).unsqueeze(0)).item() == 0
+    found = likenesses(cosine.among(tensors["Y"]))
+    assert torch.allclose(found, tensors["likeness"].unsqueeze(1), rtol=1e-5)
+    assert likenesses(torch.eye(3).unsqueeze(0)).item() == 0
 
 
 @pytest.mark.parametrize("percent", [30, 50, 70])
@@ -97,7 +100,7 @@ def test_likeness_is_of_each_matrix_s_own_outputs_sequence_by_sequence(name):
     model, ids = decoder(name), tokens(3, 20)
     found = find_decoder(model)
     stream = Stream(found, ids, batch_size=2)
-    with watching_outputs(found, 0, 20) as likeness:
+    with watching_outputs(stream, 0) as likeness:
         stream.advance(0)
     first = found.matrices(0)[0]
     seen = {}
@@ -107,7 +110,8 @@ def test_likeness_is_of_each_matrix_s_own_outputs_sequence_by_sequence(name):
     outputs = seen["x"] @ first.read().T
     if first.module.bias is not None:
         outputs = outputs + (first.module.bias if first.rows is None else first.module.bias[first.rows])
-    assert likeness[first.name] == pytest.approx(mean_likeness(outputs).mean().item(), rel=1e-4)
+    expected = likenesses(cosine.among(outputs)).mean().item()
+    assert likeness[first.name] == pytest.approx((expected,), rel=1e-4)
     assert likeness.keys() == {matrix.name for matrix in found.matrices(0)}
 
 
@@ -146,7 +150,7 @@ def test_nothing_is_shared_out_of_nothing(text):
         ("wanda", {"pattern": "2:4"}, "owl", "--pattern 2:4 leaves nothing to share out"),
         ("flap", {"sparsity": 0.3}, "erk", "flap shares its budget out itself"),
         ("sparsegpt", {"sparsity": 0.5}, "global", "use owl or erk"),
-        ("wanda", {"sparsity": 0.5}, "owls", "expected uniform, global, owl, erk or tamp-das"),
+        ("wanda", {"sparsity": 0.5}, "owls", "expected uniform, global, block, owl, erk or tamp-das"),
         ("wanda", {"sparsity": 0.5}, "owl:width=1", "no hyperparameter 'width'"),
         ("wanda", {"sparsity": 0.5}, "owl:spread=wide", "spread=wide: expected float"),
     ],

@@ -37,7 +37,7 @@ def recorded(name):
 def removed(given, method, case, settings):
     """What is zero after a run over all blocks, by parameter."""
     built = registry.build(method, "llm-weights", settings)
-    gradients = {name: value / 100 for name, value in given.gradients.items()}
+    gradients = {"gradient": {name: value / 100 for name, value in given.gradients.items()}}
     stream = Stream(given.decoder, given.ids, 2) if "norm" in built.stats else None
     budget = WeightBudget(*BUDGETS[case])
     BlockPruner(given.decoder, built, budget, 0, stream, Progress(quiet=True), None, gradients).run(

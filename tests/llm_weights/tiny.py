@@ -17,11 +17,12 @@ QUICK = {
     "cfsp": {"multiple": 1},
     "darwinlm": SEARCH | {"training": (0, 24)},
     "flexigpt": {"rank": 1},
+    "gaprune": {"strategy": "matrix"},
     "llm-surgeon": {"shots": 2},
     "llm-surgeon-sp": {"shots": 2},
     "tyr": SEARCH | {"rounds": 2, "least": 4},
 }
-"""Hyperparameters of methods that would take long, or whose steps are wider than the models."""
+"""Hyperparameters of methods that would take long, whose steps are wider than the models, or that compare matrices."""
 TEXT = "\n\n".join(
     f"{word} {place}: " + " ".join(f"{word[:letter]}{(place * letter) % 7}" for letter in range(40))
     for place, word in enumerate(

@@ -126,7 +126,7 @@ def family_command(family: str, help: str) -> click.Command:
                 "--allocate",
                 default="uniform",
                 metavar="RULE",
-                help="How it is shared out: uniform, global, owl[:factor=5,spread=0.08], erk, tamp-das.",
+                help="How it is shared out: uniform, global, block, owl[:factor=5,spread=0.08], erk, tamp-das.",
             ),
             click.option("--loadable", default="any", help="'plain': only shapes that stock loaders read."),
             click.option(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tprune.data import text
-from tprune.data.passages import cut
+from tprune.data.passages import TOPICS, cut
 from tprune.errors import UserError
 
 KEYS = ("query", "positive", "negative")
@@ -45,8 +46,7 @@ def read(source: str | None, split: str) -> Triples:
     rows = _rows(source)
     if rows is None:
         found = text.read(source, split)
-        pairs = [_halves(passage) for document in found.documents for passage in cut(document, 0)]
-        items = [(*pair, pairs[(place + 1) % len(pairs)][1]) for place, pair in enumerate(pairs)]
+        items = _of(found.documents)
         instructions = [""] * len(items)
     else:
         dealt = rows[text.SPLITS.index(split) :: 2]
@@ -59,6 +59,22 @@ def read(source: str | None, split: str) -> Triples:
     digest = hashlib.sha256("\0".join(part for item in items for part in item).encode()).hexdigest()
     told = {"source": source or text.BUILT_IN, "split": split, "triples": len(items), "sha256": digest}
     return Triples(tuple(items), tuple(instructions), told)
+
+
+def built_in(domain: bool) -> Triples:
+    """Triples of the built-in text's calibration part: of its longest topics (`passages.TOPICS`), or of all others."""
+    from pydoc_data.topics import topics
+
+    names = [name for name in sorted(topics) if topics[name].strip()][::2]
+    items = _of([topics[name] for name in names if (name in TOPICS) == domain])
+    told = {"source": f"{text.BUILT_IN} {'topics' if domain else 'beside its topics'}", "triples": len(items)}
+    return Triples(tuple(items), ("",) * len(items), told)
+
+
+def _of(documents: Iterable[str]) -> list[tuple[str, str, str]]:
+    """Of every passage its first half, its second half, and that of the next passage."""
+    pairs = [_halves(passage) for document in documents for passage in cut(document, 0)]
+    return [(*pair, pairs[(place + 1) % len(pairs)][1]) for place, pair in enumerate(pairs)]
 
 
 def _halves(passage: str) -> tuple[str, str]:

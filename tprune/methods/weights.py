@@ -88,7 +88,7 @@ class WeightMethod(Method):
     """Whether n:m patterns are possible."""
 
     def allocation(self) -> Allocation | None:
-        """How a sparsity is shared out where --allocate says nothing; None where all matrices lose the same fraction."""
+        """How a sparsity is shared out where --allocate says nothing; None: all matrices lose the same fraction."""
         return None
 
     def score(self, linear: LinearView) -> Tensor:

@@ -128,7 +128,9 @@ class Contrast:
     def _of(self, first: int, model: nn.Module) -> Tensor:
         """The loss of the batch from triple `first` on, with its graph."""
         decoder, last = find_decoder(model), min(first + self.size, self.triples)
-        parts = (self.texts[first + start : last + start] for start in range(0, len(self.texts), self.triples))
+        parts = (
+            self.texts[first + start : last + start] for start in range(0, len(self.texts), self.triples)
+        )
         return self.loss(*(embedded(decoder, part, self.pool) for part in parts))
 
 

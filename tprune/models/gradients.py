@@ -15,7 +15,9 @@ POWERS = {"gradient": 2, "gradient_mean": 1, "gradient_square": 2}
 """To which power gradients are summed."""
 SENSITIVITY = "sensitivity"
 """What `sensitivities` measures."""
-MEASURED = (*POWERS, SENSITIVITY)
+TRIPLES = "triples"
+"""Gradients of contrastive losses, of two sets of triples (`embeddings.TripleSets`)."""
+MEASURED = (*POWERS, SENSITIVITY, TRIPLES)
 """Statistics that need backward passes of the dense model."""
 
 

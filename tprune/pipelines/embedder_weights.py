@@ -1,21 +1,24 @@
-"""Pruning a decoder that embeds texts: what it is calibrated on and measured by."""
+"""Pruning a model that embeds texts: what it is calibrated on and measured by."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from tprune.core.contrast import pooled
 from tprune.data import triples
 from tprune.errors import UserError
 from tprune.methods import registry
 from tprune.methods.weights import WeightMethod
 from tprune.models import embeddings
 from tprune.models.blocks import find_decoder
+from tprune.models.gradients import TRIPLES
 from tprune.models.subject import Subject
-from tprune.models.text_encoder import is_encoder, noise
+from tprune.models.text_encoder import is_encoder, longest, noise
 from tprune.pipelines.base import Quality, Workload
 from tprune.progress import Progress
 from tprune.recipe import Recipe, Stage
@@ -29,9 +32,11 @@ MEASURED = 64
 
 
 def admits(subject: Subject, recipe: Recipe) -> bool:
-    """Whether a stage looks at the embeddings of a decoder."""
-    config = getattr(subject.model, "config", None)
-    return hasattr(subject.model, "get_decoder") and not is_encoder(config) and _embedder(recipe) is not None
+    """Whether a stage looks at the embeddings of texts, and the model is one whose it can."""
+    method = _embedder(recipe)
+    if method is None or not hasattr(subject.model, "get_decoder"):
+        return False
+    return not is_encoder(subject.model.config) or "encoder" in method.runs_on
 
 
 def check(stage: Stage, method: WeightMethod, recipe: Recipe) -> None:
@@ -51,18 +56,47 @@ def check(stage: Stage, method: WeightMethod, recipe: Recipe) -> None:
 
 def calibration(
     recipe: Recipe, subject: Subject, method: WeightMethod, progress: Progress
-) -> tuple[embeddings.Texts, Tensor | None]:
-    """Triples drawn from the seed: all queries, then all positives, then all negatives; no classes."""
-    found = triples.read(recipe.data, "calibration")
+) -> tuple[embeddings.Texts | embeddings.TripleSets, Tensor | None]:
+    """Triples drawn from the seed: all queries, then all positives, then all negatives; no classes.
+
+    For a method that compares a domain with general text: those of both, in batches.
+    """
+    if TRIPLES not in method.stats:
+        return drawn(recipe, subject, triples.read(recipe.data, "calibration")), None
+    general = None if method.general == "built-in" else method.general
+    if recipe.data is None and general is None:
+        found = triples.built_in(domain=True), triples.built_in(domain=False)
+    else:
+        found = triples.read(recipe.data, "calibration"), triples.read(general, "calibration")
+    pool = pool_of(subject, method)
+    sets = (
+        embeddings.Contrast(drawn(recipe, subject, one), pool, method.loss, method.batch) for one in found
+    )
+    return embeddings.TripleSets(*sets), None
+
+
+def drawn(recipe: Recipe, subject: Subject, found: triples.Triples) -> embeddings.Texts:
+    """As many triples as calibration takes, by the seed."""
     order = torch.randperm(len(found.items), generator=torch.Generator().manual_seed(recipe.seed))
-    return encoded(recipe, subject, found, order[: recipe.calibration or CALIBRATION].tolist()), None
+    return encoded(recipe, subject, found, order[: recipe.calibration or CALIBRATION].tolist())
+
+
+def pool_of(subject: Subject, method: WeightMethod) -> embeddings.Pool:
+    """What makes an embedding of a text: the method of a decoder's states, the mean over all tokens of an encoder's."""
+    return partial(pooled, how="mean") if is_encoder(subject.model.config) else method.pool
 
 
 def encoded(recipe: Recipe, subject: Subject, found: triples.Triples, places: list[int]) -> embeddings.Texts:
     """Some triples as the model wants them: queries, positives, negatives."""
     texts = [found.items[place][part] for part in range(3) for place in places]
     instructions = [found.instructions[place] for place in places] + [""] * (2 * len(places))
-    return embeddings.encode(subject, texts, instructions, recipe.length or LENGTH)
+    length = recipe.length or LENGTH
+    if is_encoder(subject.model.config):
+        length = recipe.length or min(LENGTH, longest(subject))
+    made = embeddings.encode(subject, texts, instructions, length)
+    if is_encoder(subject.model.config):
+        made.begin = [0] * len(made)  # the class token counts
+    return made
 
 
 class Task:
@@ -74,7 +108,8 @@ class Task:
     """
 
     def __init__(self, recipe: Recipe, subject: Subject, progress: Progress):
-        self.recipe, self.progress, self.method = recipe, progress, _embedder(recipe)
+        self.recipe, self.progress = recipe, progress
+        self.pool = pool_of(subject, _embedder(recipe))
         found = triples.read(recipe.data, "evaluation")
         count = min(len(found.items), recipe.limit or MEASURED)
         self.texts = encoded(recipe, subject, found, list(range(count)))
@@ -86,7 +121,7 @@ class Task:
         starts = range(0, len(self.texts), size)
         found = torch.cat(
             [
-                embeddings.embed(decoder, self.texts[start : start + size], self.method.pool)
+                embeddings.embed(decoder, self.texts[start : start + size], self.pool)
                 for start in self.progress.track(starts, "evaluating")
             ]
         )
@@ -98,7 +133,7 @@ class Task:
     def workload(self, subject: Subject) -> Workload:
         """One batch of queries."""
         batch, decoder = self.texts[: self.recipe.batch_size], find_decoder(subject.model)
-        return Workload(lambda: embeddings.embed(decoder, batch, self.method.pool), len(batch), "texts")
+        return Workload(lambda: embeddings.embed(decoder, batch, self.pool), len(batch), "texts")
 
 
 def probe(subject: Subject, seed: int) -> dict[str, Tensor]:
@@ -112,4 +147,6 @@ def probe(subject: Subject, seed: int) -> dict[str, Tensor]:
 def _embedder(recipe: Recipe) -> WeightMethod | None:
     """The first method among the stages that looks at embeddings."""
     methods = (registry.build(stage.method, stage.family, stage.set) for stage in recipe.stages)
-    return next((method for method in methods if "contrast" in getattr(method, "stats", ())), None)
+    return next(
+        (method for method in methods if {"contrast", TRIPLES} & {*getattr(method, "stats", ())}), None
+    )

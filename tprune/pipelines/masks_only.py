@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tprune.errors import UserError
 from tprune.methods.weights import WeightMethod
+from tprune.models.gradients import TRIPLES
 from tprune.recipe import Stage
 
 
@@ -17,7 +18,7 @@ def check_masks_only(stage: Stage, method: WeightMethod, said: str) -> None:
     Raises:
         UserError: naming the method or the option.
     """
-    if method.scope != "block" or method.wraps:
+    if method.scope != "block" or method.wraps or TRIPLES in method.stats:
         raise UserError(
             f"{said}, and {stage.method} is made for a decoder of text as a whole; choose a method that needs a matrix "
             "and its inputs, such as magnitude, wanda, sparsegpt or alps"

@@ -96,7 +96,8 @@ class MetricSearch:
         tokenizer = self.driver.tokenizer(self.subject)
         limit = recipe.limit or WINDOWS
         self.driver.windows = text.windows(source, tokenizer, self.driver.length, limit)
-        self.gradients = gradient_norms(self.decoder, progress.track(self.tokens, "gradients"))
+        norms = gradient_norms(self.decoder, progress.track(self.tokens, "gradients"))
+        self.gradients = {"gradient": norms}
         self.matrices = [
             matrix for index in range(len(self.decoder.blocks)) for matrix in self.decoder.matrices(index)
         ]
