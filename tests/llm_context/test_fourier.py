@@ -6,8 +6,11 @@ import torch
 import tprune
 from tests.decoders import decoder, tokens
 from tests.golden_values import golden
-from tprune.core.fourier import Exact, Fourier, Mixed, Signal, errors, low_frequencies, together
-from tprune.core.stored import Stored, attend_tiles
+from tprune.core import waves
+from tprune.core.fourier import Exact, Fourier, Mixed, Signal, errors, together
+from tprune.core.stored import Stored
+from tprune.core.tiles import attend_tiles
+from tprune.core.waves import low_frequencies
 from tprune.errors import UserError
 
 
@@ -25,8 +28,9 @@ def test_the_errors_the_channels_and_what_a_query_reads_are_the_authors():
         assert torch.equal(parts[-1].order[0, : len(chosen)].long().sort().values, chosen)
         exact.append(torch.cat([whole[:, :, :first], whole[:, :, length - window :]], dim=2))
     held = Stored((Exact(*exact), Fourier(*parts, tensors["k"].shape[1])))
-    found = attend_tiles(tensors["q"], held.tiles(), tensors["q"].shape[-1] ** -0.5)
-    assert torch.allclose(found[0, :, 0], tensors["out"], atol=1e-5)
+    for seen in (held.tiles(), held.seen_by(tensors["q"])):
+        found = attend_tiles(tensors["q"], seen, tensors["q"].shape[-1] ** -0.5)
+        assert torch.allclose(found[0, :, 0], tensors["out"], atol=1e-5)
 
 
 def noise(*shape):
@@ -51,6 +55,33 @@ def test_entries_that_come_later_are_added_as_if_they_had_been_there():
     assert torch.allclose(grown.signal.coefficient, whole, atol=1e-4)
     later = grown.dense(0, 40)
     assert torch.equal(later.gather(2, order)[..., 4:], x.gather(2, order)[..., 4:])
+
+
+@pytest.mark.parametrize("table", [0, waves.TABLE])
+@pytest.mark.parametrize("period", [31, 50])
+def test_what_is_read_of_frequencies_is_what_they_make(period, table, monkeypatch):
+    """By a table and by transforms, within the period and beyond it."""
+    monkeypatch.setattr(waves, "TABLE", table)
+    x, weight, paid = noise(2, 31, 6), noise(2, 6, 3), noise(2, 3, 40)
+    held = Mixed.of(x, 4, 5, period)
+    held = held.append(noise(2, 9, 6))
+    assert torch.allclose(held.times(weight), (held.dense(0, 40) @ weight).mT, atol=1e-4)
+    assert torch.allclose(held.summed(paid), paid @ held.dense(0, 40), atol=1e-4)
+
+
+def test_what_was_read_without_gradients_is_read_with_them_later():
+    held, weight = Signal.of(noise(1, 20, 3), 2, 37), noise(1, 3, 2)
+    with torch.inference_mode():
+        held.times(weight, 20)
+    held.times(weight.requires_grad_(), 20).sum().backward()
+    assert weight.grad.isfinite().all()
+
+
+def test_a_channel_of_no_frequency_but_zero_stands_at_its_mean():
+    held = Signal.of(noise(2, 20, 5), 1, 64)
+    assert torch.allclose(
+        held.made(0, 20), noise(2, 20, 5).mean(1, keepdim=True).expand(-1, 20, -1), atol=1e-5
+    )
 
 
 def test_what_leaves_the_window_joins_the_frequencies_and_the_first_stay_exact():

@@ -9,7 +9,8 @@ from torch.nn.functional import scaled_dot_product_attention
 import tprune
 from tests.decoders import decoder, tokens
 from tprune.core.hierarchical import Hosted, descend, hierarchical_top
-from tprune.core.stored import Stored, attend_tiles, stack_stored
+from tprune.core.stored import Stored, stack_stored
+from tprune.core.tiles import attend_tiles
 from tprune.errors import UserError
 from tprune.methods import registry
 

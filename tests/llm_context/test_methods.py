@@ -104,13 +104,15 @@ def test_kvcrush_keeps_one_of_every_stretch_of_the_sorted_rest():
         assert set(kept[group].tolist()) == important | set(rest[:24:4])
 
 
-@pytest.mark.parametrize("width", [6, 8, 20])
-def test_a_bitmap_and_elements_are_the_vectors_without_their_smallest(width):
+@pytest.mark.parametrize(
+    ("width", "count"), [(6, 5), (8, 5), (20, 5), (128, 100), (256, 255), (256, 256), (300, 270)]
+)
+def test_a_bitmap_and_elements_are_the_vectors_without_their_smallest(width, count):
     x = torch.randn(2, 3, 300, width, generator=torch.Generator().manual_seed(width))
-    held = Elements.of(x, 5)
-    kept = x.abs().topk(5, dim=-1).indices
+    held = Elements.of(x, count)
+    kept = x.abs().topk(count, dim=-1).indices
     assert torch.equal(held.dense(), torch.zeros_like(x).scatter(-1, kept, x.gather(-1, kept)))
-    assert held.nbytes == 2 * 3 * 300 * (-(-width // 8) + 5 * 4)
+    assert held.nbytes == 2 * 3 * 300 * (-(-width // 8) + count * 4)
     assert torch.equal(held.join(held).dense(), torch.cat([held.dense(), held.dense()], dim=2))
 
 

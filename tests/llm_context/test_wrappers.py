@@ -10,7 +10,8 @@ import tprune
 from tests.decoders import decoder, tokens
 from tests.golden_values import golden
 from tprune.core.by_head import Ragged, shared_counts
-from tprune.core.stored import Rows, Stored, attend_tiles, stack_stored
+from tprune.core.stored import Rows, Stored, stack_stored
+from tprune.core.tiles import Tile, attend_tiles
 from tprune.errors import UserError
 from tprune.evaluate.context import cache_bytes
 from tprune.methods import registry
@@ -54,7 +55,7 @@ def test_attention_from_tile_to_tile_is_attention():
     query = torch.randn(2, 6, 3, 8, generator=torch.Generator().manual_seed(1))
     visible = torch.rand(2, 1, 3, 600, generator=torch.Generator().manual_seed(2)) < 0.3
     tiles = [
-        (key[:, :, part], value[:, :, part], visible[..., part])
+        Tile(key[:, :, part], value[:, :, part], visible[..., part])
         for part in (slice(0, 7), slice(7, 300), slice(300, 600))
     ]
     expected = scaled_dot_product_attention(query, key, value, visible, scale=0.4, enable_gqa=True)
@@ -68,7 +69,7 @@ def test_heads_of_different_lengths_are_read_as_if_the_others_were_hidden():
     ragged = Ragged.of(key, value, index, counts)
     assert ragged.nbytes == int(counts.sum()) * 2 * 8 * 4
     query = torch.randn(2, 4, 1, 8, generator=torch.Generator().manual_seed(1))
-    latest = key[:, :, :1], value[:, :, :1], None
+    latest = Tile(key[:, :, :1], value[:, :, :1])
     seen = torch.zeros(2, 2, 300, dtype=torch.bool)
     for row in range(2):
         for head in range(2):
@@ -86,9 +87,8 @@ def test_heads_of_different_lengths_are_read_as_if_the_others_were_hidden():
     assert stacked.nbytes == ragged.nbytes
     assert torch.allclose(attend_tiles(query, [latest, *stacked.tiles()], 0.4), expected, atol=1e-5)
     turned = stacked.each_row(lambda x: x.flip(0))
-    flipped = attend_tiles(
-        query.flip(0), [tuple(x.flip(0) for x in latest[:2]) + (None,), *turned.tiles()], 0.4
-    )
+    first = Tile(*(x.flip(0) for x in latest[:2]))
+    flipped = attend_tiles(query.flip(0), [first, *turned.tiles()], 0.4)
     assert torch.allclose(flipped.flip(0), expected, atol=1e-5)
 
 

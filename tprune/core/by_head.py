@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tprune.core.stored import TILE, Encode, Part, Stored, Tile
+from tprune.core.stored import TILE, Encode, Part, Stored
+from tprune.core.tiles import Tile
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +49,7 @@ class Ragged(Part):
             index = (first.unsqueeze(2) + part).where(visible, 0)
             states = zip(self.rows, index, strict=True)
             keys, values = zip(*((key[at], value[at]) for (key, value), at in states), strict=True)
-            yield torch.stack(keys), torch.stack(values), visible.unsqueeze(2)
+            yield Tile(torch.stack(keys), torch.stack(values), visible.unsqueeze(2))
 
     def each_row(self, change: Callable[[Tensor], Tensor]) -> Ragged:
         """Whole rows are exchanged."""

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from tprune.core.stored import TILE, Part, Tile
+from tprune.core.stored import TILE, Part
+from tprune.core.tiles import Seen, Tile, capped
+from tprune.core.waves import held_in, low_frequencies, made_of, waves
 
-
-def low_frequencies(x: Tensor, frequencies: int, period: int) -> Tensor:
-    """Σ_t x[t] cos(2π n t / period) and the same of sin, n < `frequencies`: [B, M, C] -> float32 [B, 2 F, C].
-
-    These are the first bins of the Fourier transform of `x` filled up with zeros to `period`, M or more and 2 F or
-    more.
-    """
-    bins = torch.fft.rfft(x.float(), n=period, dim=1)[:, :frequencies]
-    return torch.cat([bins.real, -bins.imag], dim=1)
-
-
-def waves(first: int, last: int, frequencies: int, period: int, device: torch.device) -> Tensor:
-    """cos and sin of 2π n t / period at the tokens `first` to `last` - 1: float32 [t, 2 F]."""
-    place, number = (torch.arange(a, b, device=device) for a, b in ((first, last), (0, frequencies)))
-    angle = (place.unsqueeze(1) * number % period).float() * (2 * math.pi / period)
-    return torch.cat([angle.cos(), angle.sin()], dim=1)
+ROUNDING = 1e-5
+"""Of a number's size, what is lost of it in float32 sums."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,26 +34,40 @@ class Signal:
     @classmethod
     def of(cls, x: Tensor, frequencies: int, period: int) -> Signal:
         """Of channels [B, M, n]."""
-        raw = cls(low_frequencies(x, frequencies, period), x.new_zeros(len(x), 3, x.shape[2]), period)
-        made, x = raw._waved(0, x.shape[1]), x.float()
+        count, x = x.shape[1], x.float()
+        coefficient = low_frequencies(x, frequencies, period)
+        made = waves(0, count, frequencies, period, x.device) @ coefficient / frequencies
         mean, center = x.mean(1), made.mean(1)
         spread, found = ((a - b.unsqueeze(1)).abs().amax(1) for a, b in ((x, mean), (made, center)))
-        ratio = torch.where(found > 0, spread / found, 0)
-        return replace(raw, level=torch.stack([mean, center, ratio], dim=1))
+        # A constant deviates from itself by rounding alone.
+        ratio = torch.where(found > ROUNDING * center.abs(), spread / found, 0)
+        return cls(coefficient, torch.stack([mean, center, ratio], dim=1), period)
 
     @property
     def frequencies(self) -> int:
         """F."""
         return self.coefficient.shape[1] // 2
 
-    def _waved(self, first: int, last: int) -> Tensor:
-        rows = waves(first, last, self.frequencies, self.period, self.coefficient.device)
-        return rows @ self.coefficient / self.frequencies
+    def stretched(self) -> Tensor:
+        """The coefficients of what stands for the channels, moved and stretched to where these were: [B, 2 F, n]."""
+        mean, center, ratio = self.level.unbind(1)
+        found = self.coefficient / self.frequencies
+        found[:, 0] -= center
+        found *= ratio.unsqueeze(1)
+        found[:, 0] += mean
+        return found
 
     def made(self, first: int, last: int) -> Tensor:
-        """What stands at the tokens `first` to `last` - 1, stretched and moved to where the channels were."""
-        mean, center, ratio = self.level.unsqueeze(1).unbind(2)
-        return (self._waved(first, last) - center) * ratio + mean
+        """What stands at the tokens `first` to `last` - 1: [B, t, n]."""
+        return waves(first, last, self.frequencies, self.period, self.level.device) @ self.stretched()
+
+    def times(self, weight: Tensor, length: int) -> Tensor:
+        """What stands at the first `length` tokens, times `weight` [B, n, k]: [B, k, length]; it is never made."""
+        return made_of(weight.mT @ self.stretched().mT, length, self.period)
+
+    def summed(self, weight: Tensor) -> Tensor:
+        """What stands at the first M tokens, summed by `weight` [B, k, M]: [B, k, n]; it is never made."""
+        return held_in(weight, self.frequencies, self.period) @ self.stretched()
 
     def add(self, x: Tensor, first: int) -> Signal:
         """With the channels [B, t, n] of further tokens, from the place `first` on."""
@@ -125,6 +126,17 @@ class Mixed:
         made = self.signal.made(first, last).to(self.exact.dtype)
         return _channels(torch.cat([made, self.exact[:, first:last]], dim=2), self.order.long().argsort(1))
 
+    def times(self, weight: Tensor) -> Tensor:
+        """The vectors times `weight` [B, C, k], float32: [B, k, M]."""
+        weight = weight.gather(1, self.order.long().unsqueeze(2).expand_as(weight))
+        waved, exact = weight.split([weight.shape[1] - self.exact.shape[2], self.exact.shape[2]], dim=1)
+        return self.signal.times(waved, self.length) + exact.transpose(1, 2) @ self.exact.float().mT
+
+    def summed(self, weight: Tensor) -> Tensor:
+        """The vectors, summed by `weight` [B, k, M], float32: [B, k, C]."""
+        found = torch.cat([self.signal.summed(weight), weight @ self.exact.float()], dim=2)
+        return torch.empty_like(found).scatter_(2, self.order.long().unsqueeze(1).expand_as(found), found)
+
     def append(self, x: Tensor) -> Mixed:
         """With further vectors [B, t, C]."""
         x = _channels(x, self.order.long())
@@ -165,7 +177,7 @@ class Exact(Part):
 
     def tiles(self) -> Iterator[Tile]:
         """All at once."""
-        yield self.key, self.value, None
+        yield Tile(self.key, self.value)
 
     def each_row(self, change: Callable[[Tensor], Tensor]) -> Exact:
         """Of both."""
@@ -205,7 +217,11 @@ class Fourier(Part):
                 part.dense(first, last).unflatten(2, (self.heads, -1)).transpose(1, 2)
                 for part in (self.key, self.value)
             )
-            yield key, value, None
+            yield Tile(key, value)
+
+    def seen_by(self, query: Tensor) -> Iterator[Seen]:
+        """All at once, as it is."""
+        yield Series(self)
 
     def each_row(self, change: Callable[[Tensor], Tensor]) -> Fourier:
         """Of both."""
@@ -220,3 +236,38 @@ class Fourier(Part):
         return replace(
             self, key=self.key.append(together(later.key)), value=self.value.append(together(later.value))
         )
+
+
+@dataclass(frozen=True, eq=False)
+class Series:
+    """Entries that are read without being made: a query is turned into frequencies, and so are its weights.
+
+    Attributes:
+        part: which.
+    """
+
+    part: Fourier
+
+    @property
+    def entries(self) -> int:
+        """M."""
+        return self.part.length
+
+    def logits(self, asked: Tensor, softcap: float | None) -> Tensor:
+        """As `Seen`."""
+        batch, heads, rows, width = asked.shape
+        groups = self.part.heads
+        own = asked.reshape(batch, groups, -1, width).transpose(2, 3).unsqueeze(3)  # [B, G, d, 1, r·q]
+        every = (
+            own * torch.eye(groups, device=asked.device)[:, None, :, None]
+        )  # each group reads its own channels
+        found = self.part.key.times(every.flatten(3).flatten(1, 2))  # [B, H·q, M]
+        return capped(found.view(batch, heads, rows, -1), softcap)
+
+    def read(self, weight: Tensor) -> Tensor:
+        """As `Seen`."""
+        batch, heads, rows, length = weight.shape
+        groups = self.part.heads
+        found = self.part.value.summed(weight.reshape(batch, heads * rows, length))
+        own = found.view(batch, groups, -1, groups, found.shape[2] // groups).diagonal(dim1=1, dim2=3)
+        return own.permute(0, 3, 1, 2).reshape(batch, heads, rows, -1)

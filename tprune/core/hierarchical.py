@@ -16,7 +16,8 @@ from torch import Tensor
 
 from tprune.core.cache import flat_rows
 from tprune.core.select import top
-from tprune.core.stored import TILE, Part, Tile
+from tprune.core.stored import TILE, Part
+from tprune.core.tiles import Tile
 
 Score = Callable[[Tensor], Tensor]
 """From slots int64 [B, H, C] to what the query thinks of the keys there, [B, H, C]."""
@@ -107,7 +108,7 @@ class Hosted(Part):
     def tiles(self) -> Iterator[Tile]:
         """All entries."""
         for key, value in self.pieces:
-            yield from ((*pair, None) for pair in zip(key.split(TILE, 2), value.split(TILE, 2), strict=True))
+            yield from map(Tile, key.split(TILE, 2), value.split(TILE, 2))
 
     def seen_by(self, query: Tensor) -> Iterator[Tile]:
         """The first entries, then for every query head the best of the others; of single queries [B, H, 1, d]."""
@@ -119,10 +120,10 @@ class Hosted(Part):
             return (keys.float().view(*slots.shape, -1) * asked).sum(3)
 
         slots, real = hierarchical_top(score, query.shape[:2], self.first, self.length, self.sizes, self.kept)
-        yield (*(x[:, :, : self.first].to(query.device) for x in self.pieces[0]), None)
+        yield Tile(*(x[:, :, : self.first].to(query.device) for x in self.pieces[0]))
         index = slots.reshape(len(slots), groups, -1)
         chosen = (self._at(part, index).view(*slots.shape, -1).to(query.device) for part in (0, 1))
-        yield (*chosen, real.unsqueeze(2).to(query.device))
+        yield Tile(*chosen, real.unsqueeze(2).to(query.device))
 
     def _at(self, part: int, slots: Tensor) -> Tensor:
         """Keys (0) or values (1) at `slots` [B, G, C]: [B, G, C, d]."""

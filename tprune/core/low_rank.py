@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from tprune.core.stored import TILE, Part, Tile
+from tprune.core.stored import TILE, Part
+from tprune.core.tiles import Tile
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +127,7 @@ class LowRank(Part):
             place = torch.arange(first, first + key.shape[1], device=key.device)
             maps = self.maps
             made = maps.key.decode(key), maps.value.decode(value), self.begin.unsqueeze(1) + place
-            yield *maps.finish(*made), None
+            yield Tile(*maps.finish(*made))
 
     def each_row(self, change: Callable[[Tensor], Tensor]) -> LowRank:
         """Of all tensors with a row per sample."""

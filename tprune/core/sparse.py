@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from tprune.core.stored import TILE, Part, Tile
+from tprune.core.stored import Part
+from tprune.core.tiles import Tile
+
+AT_ONCE = 2048
+"""Entries of a head that are dense together: fewer cost more in calls than in memory."""
+ONES = 0x0101010101010101
+"""Times this, every byte of a number becomes the sum of it and those below, as long as it has room for that."""
+
+
+@cache
+def _spread(device: torch.device) -> Tensor:
+    """Every byte's bits as the bytes of a number, the lowest first: int64 [256]."""
+    byte, place = torch.arange(256, device=device), torch.arange(8, device=device)
+    return ((byte.unsqueeze(1) >> place & 1) << 8 * place).sum(1)
 
 
 def bitmap_bytes(width: int) -> int:
@@ -49,9 +63,16 @@ class Elements:
     def dense(self, part: slice = slice(None)) -> Tensor:
         """[..., t, d] with zeros where nothing is stored, of the vectors `part` of the last but one axis."""
         bitmap, values = self.bitmap[..., part, :], self.values[..., part, :]
-        places = torch.arange(8, dtype=torch.uint8, device=bitmap.device)
-        there = (bitmap.unsqueeze(-1) >> places & 1).flatten(-2)[..., : self.width].bool()
-        return values.new_zeros(there.shape).masked_scatter_(there, values)
+        there = _spread(bitmap.device).take(bitmap.long())
+        if values.shape[-1] > 255:
+            there = there.view(torch.uint8)[..., : self.width].bool()
+            return values.new_zeros(there.shape).masked_scatter_(there, values)
+        # Eight bits are worked on as the bytes of one number: which of the stored elements each is, 0 for none.
+        upto = there * ONES
+        before = (upto >> 56).cumsum(-1) - (upto >> 56)
+        which = (upto & there * 255) + there * before
+        index = which.view(torch.uint8)[..., : self.width].long()
+        return pad(values, (1, 0)).gather(-1, index)
 
     def change(self, change: Callable[[Tensor], Tensor]) -> Elements:
         """`change` applied to bitmap and elements."""
@@ -92,9 +113,9 @@ class Sparse(Part):
 
     def tiles(self) -> Iterator[Tile]:
         """Dense, a tile at a time."""
-        for first in range(0, self.length, TILE):
-            part = slice(first, first + TILE)
-            yield self.key.dense(part), self.value.dense(part), None
+        for first in range(0, self.length, AT_ONCE):
+            part = slice(first, first + AT_ONCE)
+            yield Tile(self.key.dense(part), self.value.dense(part))
 
     def each_row(self, change: Callable[[Tensor], Tensor]) -> Sparse:
         """Of all tensors."""

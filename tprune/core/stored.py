@@ -1,13 +1,13 @@
-"""Cached keys and values in another form than two dense tensors, and attention over them.
+"""Cached keys and values in another form than two dense tensors.
 
-A `Stored` is a run of parts, each of which can show itself densely, some hundred entries at a time (a tile): attention
-goes from tile to tile, and the whole is never dense.
+A `Stored` is a run of parts, each of which can show itself densely, some hundred entries at a time (a tile), or be
+read as it is: attention goes from one to the next, and the whole is never dense.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import ClassVar
@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from tprune.core.tiles import Beside, Seen, Tile
+
 TILE = 256
 """Entries of a head in one tile."""
-
-Tile = tuple[Tensor, Tensor, Tensor | None]
-"""Keys [B, G, t, d], values [B, G, t, e], and which are visible: bool, broadcastable to [B, G, q, t]; None for all."""
 
 
 class Part(ABC):
@@ -40,7 +39,7 @@ class Part(ABC):
     def tiles(self) -> Iterator[Tile]:
         """All of it, a tile at a time."""
 
-    def seen_by(self, query: Tensor) -> Iterator[Tile]:
+    def seen_by(self, query: Tensor) -> Iterator[Seen]:
         """What queries [B, H, q, d] attend to; tiles may then hold other entries for every query head (G = H)."""
         return self.tiles()
 
@@ -92,7 +91,7 @@ class Stored:
         for part in self.parts:
             yield from part.tiles()
 
-    def seen_by(self, query: Tensor) -> Iterator[Tile]:
+    def seen_by(self, query: Tensor) -> Iterator[Seen]:
         """As `Part.seen_by`, of all parts."""
         for part in self.parts:
             yield from part.seen_by(query)
@@ -156,40 +155,6 @@ class Encode:
     codes: tuple[Tensor, Tensor] | None = None
 
 
-def attend_tiles(query: Tensor, tiles: Iterable[Tile], scale: float, softcap: float | None = None) -> Tensor:
-    """softmax(scale · q kᵀ) v over all tiles together, exactly, one after the other: [B, H, q, e] like `query`.
-
-    A running maximum and sum (online softmax) stand for the rows that are not there at once.
-
-    Args:
-        query: [B, H, q, d]; H is a multiple of each tile's G.
-        tiles: at least one.
-        scale: what the logits are multiplied with.
-        softcap: bounds the logits (Gemma 2).
-    """
-    batch, heads, rows, width = query.shape
-    asked = query.float() * scale
-    most = asked.new_full((batch, heads, rows, 1), torch.finfo(torch.float32).min)
-    total, output = torch.zeros_like(most), 0.0
-    for key, value, visible in tiles:
-        groups, shape = key.shape[1], (batch, heads, rows, -1)
-        # The heads of a group, one below the other.
-        logits = asked.reshape(batch, groups, -1, width) @ key.float().transpose(2, 3)  # [B, G, r·q, t]
-        if softcap is not None:
-            logits = logits.div_(softcap).tanh_().mul_(softcap)
-        if visible is not None:
-            hidden = ~visible.expand(batch, groups, rows, -1).repeat(1, 1, heads // groups, 1)
-            logits = logits.masked_fill_(hidden, -torch.inf)
-        logits = logits.view(shape)
-        top = torch.maximum(most, logits.amax(3, keepdim=True))
-        shrunk, weight = (most - top).exp(), (logits - top).exp_()
-        total = total * shrunk + weight.sum(3, keepdim=True)
-        read = weight.view(batch, groups, -1, key.shape[2]) @ value.float()
-        output = output * shrunk + read.view(shape)
-        most = top
-    return (output / total.clamp_min(torch.finfo(torch.float32).tiny)).to(query.dtype)
-
-
 @dataclass(frozen=True, eq=False)
 class Rows(Part):
     """Rows that hold different numbers of entries, each by itself."""
@@ -206,34 +171,18 @@ class Rows(Part):
         """What a later token reads of all rows."""
         return sum(row.nbytes_read for row in self.rows)
 
-    def tiles(self) -> Iterator[Tile]:
-        """The rows' tiles side by side, shorter ones filled up with hidden zeros."""
-        return self._side_by_side(row.tiles() for row in self.rows)
+    def tiles(self) -> Iterator[Seen]:
+        """The rows' tiles side by side."""
+        return map(Beside, zip_longest(*(row.tiles() for row in self.rows)))
 
-    def seen_by(self, query: Tensor) -> Iterator[Tile]:
+    def seen_by(self, query: Tensor) -> Iterator[Seen]:
         """The same of what each row's query attends to."""
-        return self._side_by_side(
-            row.seen_by(one) for row, one in zip(self.rows, query.split(1), strict=True)
-        )
-
-    def _side_by_side(self, rows: Iterable[Iterator[Tile]]) -> Iterator[Tile]:
-        for tiles in zip_longest(*rows):
-            widest = max((tile for tile in tiles if tile), key=lambda tile: tile[0].shape[2])
-            filled = [_widened(tile, widest) for tile in tiles]
-            yield tuple(torch.cat(parts) for parts in zip(*filled, strict=True))
+        pairs = zip(self.rows, query.split(1), strict=True)
+        return map(Beside, zip_longest(*(row.seen_by(one) for row, one in pairs)))
 
     def each_row(self, change: Callable[[Tensor], Tensor]) -> Rows:
         """Whole rows are exchanged."""
         return Rows(tuple(self.rows[row] for row in change(torch.arange(len(self.rows))).tolist()))
-
-
-def _widened(tile: Tile | None, like: Tile) -> Tile:
-    """A tile of one row with as many entries as `like`; None is an empty one."""
-    key, value, visible = tile or (like[0][:, :, :0], like[1][:, :, :0], None)
-    held, missing = key.shape[2], like[0].shape[2] - key.shape[2]
-    visible = key.new_ones(1, key.shape[1], 1, held, dtype=torch.bool) if visible is None else visible
-    key, value = (pad(x, (0, 0, 0, missing)) for x in (key, value))
-    return key, value, pad(visible.expand(1, key.shape[1], 1, held), (0, missing))
 
 
 def widened(rows: Sequence[Tensor]) -> list[Tensor]:

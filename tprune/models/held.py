@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tprune.core.score import attend
-from tprune.core.stored import attend_tiles
+from tprune.core.tiles import Tile, attend_tiles
 from tprune.methods.attention import Attention
 from tprune.models.cache_layer import PrunedLayer
 from tprune.models.storing import store
@@ -37,9 +37,12 @@ def attend_held(
 
 def attend_stored(layer: PrunedLayer, call: AttentionCall, query: Tensor) -> Tensor:
     """Attention [B, q, H, d] over dense entries and stored ones; what then shall not stay dense is stored."""
-    tiles = chain([(layer.keys, layer.values, layer.visible(query.shape[2]))], layer.stored.seen_by(query))
-    output = attend_tiles(query, tiles, call.scale, call.softcap).transpose(1, 2)
-    store(layer)
+    latest = Tile(layer.keys, layer.values, layer.visible(query.shape[2]))
+    tiles = chain([latest], layer.stored.seen_by(query))
+    read = layer.stored.nbytes_read // layer.keys.element_size()
+    with FewThreads(query.shape[2] * read, layer.keys.device):
+        output = attend_tiles(query, tiles, call.scale, call.softcap).transpose(1, 2)
+        store(layer)
     return output
 
 

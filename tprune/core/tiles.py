@@ -1,0 +1,122 @@
+"""Attention over entries that come a tile at a time, each in a form of its own, and are never there all at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Seen(Protocol):
+    """Some entries as queries see them."""
+
+    @property
+    def entries(self) -> int:
+        """t, how many of a head."""
+
+    def logits(self, asked: Tensor, softcap: float | None) -> Tensor:
+        """`asked` [B, H, q, d] times each key, within `softcap`, -inf where one is hidden: float32 [B, H, q, t]."""
+
+    def read(self, weight: Tensor) -> Tensor:
+        """Values, summed by `weight` [B, H, q, t]: float32 [B, H, q, e]."""
+
+
+class Tile(NamedTuple):
+    """Entries that are dense.
+
+    Attributes:
+        key: [B, G, t, d].
+        value: [B, G, t, e].
+        visible: bool, broadcastable to [B, G, q, t]; None for all.
+    """
+
+    key: Tensor
+    value: Tensor
+    visible: Tensor | None = None
+
+    @property
+    def entries(self) -> int:
+        """t."""
+        return self.key.shape[2]
+
+    def logits(self, asked: Tensor, softcap: float | None) -> Tensor:
+        """As `Seen`."""
+        batch, heads, rows, width = asked.shape
+        groups = self.key.shape[1]
+        # The heads of a group, one below the other.
+        logits = asked.reshape(batch, groups, -1, width) @ self.key.float().transpose(2, 3)  # [B, G, r·q, t]
+        logits = capped(logits, softcap)
+        if self.visible is not None:
+            hidden = ~self.visible.expand(batch, groups, rows, -1).repeat(1, 1, heads // groups, 1)
+            logits = logits.masked_fill_(hidden, -torch.inf)
+        return logits.view(batch, heads, rows, -1)
+
+    def read(self, weight: Tensor) -> Tensor:
+        """As `Seen`."""
+        batch, groups, length, _ = self.value.shape
+        return (weight.reshape(batch, groups, -1, length) @ self.value.float()).view(*weight.shape[:3], -1)
+
+
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """Logits within `softcap` (Gemma 2), in place."""
+    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
+
+
+@dataclass(frozen=True, eq=False)
+class Beside:
+    """What every row sees, as one; shorter rows see nothing at their end.
+
+    Attributes:
+        rows: of one row each; None where there is nothing.
+    """
+
+    rows: Sequence[Seen | None]
+
+    @property
+    def entries(self) -> int:
+        """That of the row with the most."""
+        return max(row.entries for row in self.rows if row is not None)
+
+    def logits(self, asked: Tensor, softcap: float | None) -> Tensor:
+        """As `Seen`."""
+        found = asked.new_full((*asked.shape[:3], self.entries), -torch.inf)
+        for place, row in enumerate(self.rows):
+            if row is not None:
+                found[place, ..., : row.entries] = row.logits(asked[place : place + 1], softcap)[0]
+        return found
+
+    def read(self, weight: Tensor) -> Tensor:
+        """As `Seen`."""
+        made = [
+            None if row is None else row.read(weight[place : place + 1, ..., : row.entries])
+            for place, row in enumerate(self.rows)
+        ]
+        nothing = torch.zeros_like(next(one for one in made if one is not None))
+        return torch.cat([nothing if one is None else one for one in made])
+
+
+def attend_tiles(query: Tensor, tiles: Iterable[Seen], scale: float, softcap: float | None = None) -> Tensor:
+    """softmax(scale · q kᵀ) v over all tiles together, exactly, one after the other: [B, H, q, e] like `query`.
+
+    A running maximum and sum (online softmax) stand for the rows that are not there at once.
+
+    Args:
+        query: [B, H, q, d].
+        tiles: at least one.
+        scale: what the logits are multiplied with.
+        softcap: bounds the logits (Gemma 2).
+    """
+    asked = query.float() * scale
+    most = asked.new_full((*query.shape[:3], 1), torch.finfo(torch.float32).min)
+    total, output = torch.zeros_like(most), 0.0
+    for tile in tiles:
+        logits = tile.logits(asked, softcap)
+        top = torch.maximum(most, logits.amax(3, keepdim=True))
+        shrunk, weight = (most - top).exp(), (logits - top).exp_()
+        total = total * shrunk + weight.sum(3, keepdim=True)
+        output = output * shrunk + tile.read(weight)
+        most = top
+    return (output / total.clamp_min(torch.finfo(torch.float32).tiny)).to(query.dtype)
