@@ -182,7 +182,9 @@ def _found() -> Iterator[tuple[str, str, str, Path]]:
 
 @cache
 def _read(family: str, name: str, module: str, file: Path) -> Facts | Answer:
-    """The facts in a method's source: its class with a `paper = Paper(...)` of literals and its `param` fields.
+    """The facts in a method's source: its class with its `paper` of literals and its `param` fields.
+
+    The paper is `Paper(...)`, or `replace(PAPER, ...)` where the method shares a PAPER of a module that it imports.
 
     Of a class that derives from `NotAMethod`, what it answers.
     """
@@ -193,7 +195,7 @@ def _read(family: str, name: str, module: str, file: Path) -> Facts | Answer:
         constants = dict(_constants(node))
         if "paper" not in constants:
             continue
-        paper = Paper(**{word.arg: ast.literal_eval(word.value) for word in constants["paper"].keywords})
+        paper = Paper(**_told(tree, constants["paper"]))
         summary = (ast.get_docstring(tree) or "").split("\n\n")[0].replace("\n", " ")
         if any(isinstance(base, ast.Name) and base.id == NotAMethod.__name__ for base in node.bases):
             why, piece = (ast.literal_eval(constants[part]) for part in ("why", "piece"))
@@ -207,8 +209,19 @@ def _read(family: str, name: str, module: str, file: Path) -> Facts | Answer:
     raise UserError(f"{file} has no class with a paper = Paper(...)")
 
 
-def _constants(node: ast.ClassDef) -> Iterator[tuple[str, ast.expr]]:
-    """What a class gives names to, annotated or not."""
+def _told(tree: ast.Module, call: ast.Call) -> dict[str, Any]:
+    """What is said of a paper by a call of literals, and by the shared one that it begins with."""
+    told: dict[str, Any] = {}
+    for shared in call.args:
+        imports = (node for node in tree.body if isinstance(node, ast.ImportFrom))
+        module = next(node.module for node in imports if shared.id in (alias.name for alias in node.names))
+        there = ast.parse(Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8"))
+        told |= _told(there, dict(_constants(there))[shared.id])
+    return told | {word.arg: ast.literal_eval(word.value) for word in call.keywords}
+
+
+def _constants(node: ast.ClassDef | ast.Module) -> Iterator[tuple[str, ast.expr]]:
+    """What a class or module gives names to, annotated or not."""
     for statement in node.body:
         targets = (
             statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]

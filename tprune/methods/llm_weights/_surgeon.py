@@ -1,11 +1,21 @@
-"""What the surgeon's two ways of cutting share: the inverse curvature of a matrix."""
+"""What the surgeon's two ways of cutting share: their paper, and the inverse curvature of a matrix."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from tprune.core.kronecker import live_inverse
+from tprune.methods.base import Paper
 from tprune.methods.weight_view import LinearView
+
+PAPER = Paper(
+    title="The LLM Surgeon",
+    venue="ICLR",
+    year=2024,
+    arxiv="2312.17244",
+    code="Qualcomm-AI-research/llm-surgeon",
+    checked="code",
+)
 
 
 def inverses(linear: LinearView, damp_outputs: float, damp_inputs: float) -> tuple[Tensor, Tensor]:

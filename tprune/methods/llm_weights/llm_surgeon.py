@@ -7,7 +7,7 @@ loss, in which layer they may be, and how the others make up for it; after each 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,8 +17,8 @@ from tprune.core.kronecker import removal_costs, remove_together
 from tprune.core.mask import layer_mask, nm_mask
 from tprune.core.select import floor_count
 from tprune.core.weights import WeightEdit
-from tprune.methods.base import Paper, param
-from tprune.methods.llm_weights._surgeon import inverses
+from tprune.methods.base import param
+from tprune.methods.llm_weights._surgeon import PAPER, inverses
 from tprune.methods.weight_view import LinearView
 from tprune.methods.weights import WeightBudget
 from tprune.methods.whole import WholeMethod
@@ -28,13 +28,8 @@ from tprune.methods.whole import WholeMethod
 class LlmSurgeon(WholeMethod):
     """Costs ½ w² / ([G⁻¹]_rr [A⁻¹]_cc) under one threshold for all layers, and the update for what goes together."""
 
-    paper = Paper(
-        title="The LLM Surgeon",
-        venue="ICLR",
-        year=2024,
-        arxiv="2312.17244",
-        code="Qualcomm-AI-research/llm-surgeon",
-        checked="code",
+    paper = replace(
+        PAPER,
         notes="Single weights and n:m, with one Kronecker product (rows and columns: llm-surgeon-sp); no low-rank "
         "training between rounds. Biases are neither removed nor updated. Counts are exact; rule=inclusive removes one "
         "weight or group more, as the code does. n:m works without a bias too, where the code drops the last input.",

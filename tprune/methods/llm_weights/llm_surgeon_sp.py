@@ -7,14 +7,14 @@ with a column is counted once, and in each of the rounds as many go as fit into 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tprune.core.allocate import cheapest_lines
 from tprune.core.kronecker import remove_lines, row_costs
 from tprune.core.select import floor_count
 from tprune.core.weights import WeightEdit
-from tprune.methods.base import Paper, param
-from tprune.methods.llm_weights._surgeon import inverses
+from tprune.methods.base import param
+from tprune.methods.llm_weights._surgeon import PAPER, inverses
 from tprune.methods.weight_view import LinearView
 from tprune.methods.weights import WeightBudget
 from tprune.methods.whole import WholeMethod
@@ -24,13 +24,8 @@ from tprune.methods.whole import WholeMethod
 class LlmSurgeonSp(WholeMethod):
     """Costs ½ w_r A w_rᵀ / [G⁻¹]_rr of rows and ½ w_cᵀ G w_c / [A⁻¹]_cc of columns, and the update for all of them."""
 
-    paper = Paper(
-        title="The LLM Surgeon",
-        venue="ICLR",
-        year=2024,
-        arxiv="2312.17244",
-        code="Qualcomm-AI-research/llm-surgeon",
-        checked="code",
+    paper = replace(
+        PAPER,
         notes="Rows and columns are set to zero, as in the authors' code: shapes stay, and nothing gets faster by "
         "itself. The count is the most that whole rows and columns reach without exceeding what was asked. No low-rank "
         "training between rounds (--recover lora trains after them); otherwise as llm-surgeon.",

@@ -7,13 +7,13 @@ weight itself, so that it sums up how far the weight was pushed outward; in ever
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from tprune.core.mask import layer_mask
 from tprune.core.select import floor_count
-from tprune.methods.base import Paper
+from tprune.methods.llm_weights._movement import PAPER
 from tprune.methods.trained import TrainedMethod
 
 
@@ -21,13 +21,8 @@ from tprune.methods.trained import TrainedMethod
 class Movement(TrainedMethod):
     """The lowest scores of every matrix go, more and more of them along a cubic."""
 
-    paper = Paper(
-        title="Movement Pruning: Adaptive Sparsity by Fine-Tuning",
-        venue="NeurIPS",
-        year=2020,
-        arxiv="2005.07683",
-        code="huggingface/transformers",
-        checked="code",
+    paper = replace(
+        PAPER,
         notes="Biases, norms and the head are trained too, embeddings are not. Without dropout, and without the "
         "optional distillation. Of equal scores the lower index goes, where the authors' sort leaves it open.",
     )

@@ -6,7 +6,7 @@ As movement pruning, but how much a matrix loses is learned: the loss grows with
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,7 +14,8 @@ from torch import Tensor
 from tprune.core.allocate import smallest_of_all
 from tprune.core.mask import count_true, layer_mask
 from tprune.core.select import floor_count
-from tprune.methods.base import Paper, param
+from tprune.methods.base import param
+from tprune.methods.llm_weights._movement import PAPER
 from tprune.methods.trained import TrainedMethod
 
 LEAST = 0.005
@@ -25,13 +26,8 @@ LEAST = 0.005
 class SoftMovement(TrainedMethod):
     """Scores whose sigmoid does not exceed a threshold go; it rises along a cubic, and so does the penalty."""
 
-    paper = Paper(
-        title="Movement Pruning: Adaptive Sparsity by Fine-Tuning",
-        venue="NeurIPS",
-        year=2020,
-        arxiv="2005.07683",
-        code="huggingface/transformers",
-        checked="code",
+    paper = replace(
+        PAPER,
         notes="The authors' threshold meets a sparsity only through its penalty: it is used without --sparsity. With "
         "it, the threshold is where that many scores of all matrices lie below, as in their code's global_topk. "
         "Otherwise as movement.",
