@@ -131,3 +131,11 @@ def test_those_above_a_threshold_stay_within_a_least_and_a_most():
     assert found(2) == [[0, 1, 2], [0, 1]]
     assert found(4) == [[0, 1, 2, 3], [0, 1, 2]]
     assert found(1, torch.tensor([2, 0])) == [[0, 1], [1]]
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_the_largest_entries_of_maps_stay_the_same_with_and_without_a_gradient(wanted):
+    attention = torch.rand(3, 2, 5, 5, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    least = attention.flatten(2).sort(dim=2).values[:, :, 9]
+    expected = torch.where(attention >= least[..., None, None], attention, 0.0)
+    assert torch.equal(select.keep_largest(attention.clone().requires_grad_(wanted), 0.6), expected)

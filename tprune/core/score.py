@@ -90,7 +90,8 @@ def attention_rows(
     logits = attention_logits(chosen, key, scale, bias, softcap)
     if causal:
         logits = _mask_future(logits, rows + (keys - length))
-    return logits.softmax(dim=-1)
+    # In their own memory: on a CPU new pages cost more than the softmax.
+    return torch.softmax(logits, dim=-1, out=None if logits.requires_grad else logits)
 
 
 def attend(attention: Tensor, value: Tensor) -> Tensor:
