@@ -18,12 +18,15 @@ from tprune.errors import UserError
 from tprune.evaluate.perplexity import perplexity, score_windows
 from tprune.methods import registry
 from tprune.methods.region import RegionMethod
+from tprune.methods.selective import SelectiveMethod
 from tprune.models.encoder_decoder import fed, find_blocks, foretold
 from tprune.models.gradients import gradient_norms
+from tprune.models.masks import MASK
 from tprune.models.pair_stream import PairStream
 from tprune.pipelines import journal
 from tprune.pipelines.llm_weights import LlmWeights
 from tprune.pipelines.run import execute
+from tprune.pipelines.weights_pictures import of_counts, packed
 from tprune.progress import Progress
 from tprune.recipe import ModelSource, Recipe, Stage, read
 
@@ -32,7 +35,7 @@ BUILT = {name: registry.build(name, "llm-weights") for name in MASKING}
 ABLE = [
     name
     for name, built in BUILT.items()
-    if not (built.wraps or isinstance(built, RegionMethod) or "triples" in built.stats)
+    if not (built.wraps or isinstance(built, RegionMethod | SelectiveMethod) or "triples" in built.stats)
 ]
 
 
@@ -207,6 +210,16 @@ def test_cache_methods_and_recovery_are_refused_in_one_line(text):
         tprune.prune(pair("bart"), "snapkv", keep=0.5)
     with pytest.raises(UserError, match="--recover full: T5ForConditionalGeneration has an encoder beside"):
         prune(pair(), "wanda", text, sparsity=0.5, recover="full")
+
+
+def test_a_picture_has_a_row_for_every_block_the_encoder_s_first(text):
+    handle = prune(pair(), "magnitude", text, sparsity=0.5)
+    counts = [(name, index + 1, 10) for index, name in enumerate(("decoder.block.0.q", "encoder.block.0.q"))]
+    assert of_counts(counts).blocks == [0.2, 0.1]
+    masks = (name for name in handle.edits if name.startswith(MASK))
+    found = of_counts(packed(masks, MASK, handle.edits.__getitem__))
+    assert len(found.blocks) == 5
+    assert found.blocks == pytest.approx([0.5] * 5)
 
 
 def test_a_decoder_whose_first_token_is_not_known_is_refused(text):

@@ -13,6 +13,7 @@ from tests.vit.test_towers import SMALL, TOWERS, built, logits
 from tprune.data import images as pictures
 from tprune.errors import UserError
 from tprune.methods import registry
+from tprune.methods.selective import SelectiveMethod
 from tprune.models.calibrate import Stream, answering
 from tprune.models.encoder_decoder import find_blocks
 from tprune.models.feed import Pictures
@@ -22,8 +23,11 @@ from tprune.progress import Progress
 from tprune.recipe import ModelSource, Recipe, Stage, read
 
 QUIET = Progress(quiet=True)
-METHODS = [name for name in MASKING if not registry.load(name, "llm-weights").wraps]
-WRAPPING = [name for name in MASKING if name not in METHODS]
+BUILT = {name: registry.build(name, "llm-weights") for name in MASKING}
+REFUSED = [name for name, built in BUILT.items() if built.wraps or "triples" in built.stats]
+METHODS = [
+    name for name, built in BUILT.items() if name not in REFUSED and not isinstance(built, SelectiveMethod)
+]
 
 
 def classifier():
@@ -212,7 +216,7 @@ def test_by_reference_the_masks_alone_make_the_same_model(folder, tmp_path):
     assert torch.equal(whole(pixels()), small(pixels()))
 
 
-@pytest.mark.parametrize("method", ["shortgpt", "flap", "llm-surgeon", "movement", *WRAPPING])
+@pytest.mark.parametrize("method", ["shortgpt", "flap", "llm-surgeon", "movement", *REFUSED])
 def test_methods_for_decoders_of_text_say_what_works(method):
     options = {"fit": "built-in"} if method == "movement" else {}
     with pytest.raises(UserError, match="is a vision transformer, and .* choose a method .* wanda"):

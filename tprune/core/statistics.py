@@ -34,14 +34,6 @@ def token_cosine(before: Tensor, after: Tensor) -> Tensor:
     return cosine.nan_to_num(nan=0.5)
 
 
-def mean_likeness(x: Tensor) -> Tensor:
-    """The mean of the positive cosines between two different tokens of x [N, L, C], float32 [N]; 0 without any."""
-    unit = torch.nn.functional.normalize(x.float(), dim=-1)
-    cosine = (unit @ unit.mT).triu(1)
-    positive = cosine > 0
-    return (cosine * positive).sum((1, 2)) / positive.sum((1, 2)).clamp_min(1)
-
-
 def gaussian_entropy(outputs: Tensor) -> float:
     """Entropy in bits, but for a constant, of outputs [S, C] of S samples, as if channels were independent Gaussians.
 

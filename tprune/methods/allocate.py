@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from typing import ClassVar
 
 from tprune.core.allocate import erk, fill_by_score, smallest_of_all, spread_by_outliers
@@ -68,6 +70,27 @@ class Global(Allocation):
         sizes = [view.weight.numel() for view in views()]
         counts = smallest_of_all(lambda: map(method.score, views()), round(sparsity * sum(sizes)))
         return [count / size for count, size in zip(counts, sizes, strict=True)]
+
+
+@dataclass(frozen=True)
+class PerBlock(Allocation):
+    """One threshold for the scores of each block's matrices, which together lose as much as any other block's.
+
+    GAPrune's strategy "uniform" (`gaprune`), for any scores.
+    """
+
+    id = "block"
+    reads_scores = True
+
+    def sparsities(self, views: Views, method: WeightMethod, sparsity: float) -> list[float]:
+        """The shares of the smallest scores of each block, whose scores are held together."""
+        found: list[float] = []
+        for _, block in groupby(views(), key=lambda view: view.block):
+            scores = [method.score(view) for view in block]
+            sizes = [score.numel() for score in scores]
+            counts = smallest_of_all(partial(iter, scores), round(sparsity * sum(sizes)))
+            found += [count / size for count, size in zip(counts, sizes, strict=True)]
+        return found
 
 
 @dataclass(frozen=True)
@@ -134,21 +157,24 @@ class TampDas(Allocation):
         arxiv="2504.09897",
         code="G-JWLee/TAMP",
         checked="code",
-        notes="Calibration is on text, which has no visual tokens: of the three terms, within images, within text and "
-        "between them, the one within text is left.",
+        notes="Where calibration is on text there are no visual tokens: of the three terms, within images, within text "
+        "and between them, the one within text is left.",
     )
     stats = ("likeness",)
 
     reach: float = param(0.1, "How far the sparsity of a matrix may be above that asked for", low=0, high=1)
 
     def sparsities(self, views: Views, method: WeightMethod, sparsity: float) -> list[float]:
-        """Weights kept in proportion to |1 - the mean likeness of two tokens' outputs|, whatever the size."""
-        found = [(abs(1 - view.likeness), view.weight.numel()) for view in views()]
+        """Weights kept in proportion to |Σ (1 - the mean likeness of two tokens' outputs)|, whatever the size.
+
+        The sum is over pairs within images, within text, and of both.
+        """
+        found = [(abs(sum(1 - term for term in view.likeness)), view.weight.numel()) for view in views()]
         scores, sizes = zip(*found, strict=True)
         return fill_by_score(scores, sizes, sparsity, min(sparsity + self.reach, 1.0))
 
 
-ALLOCATIONS: dict[str, type[Allocation]] = {kind.id: kind for kind in (Global, Owl, Erk, TampDas)}
+ALLOCATIONS: dict[str, type[Allocation]] = {kind.id: kind for kind in (Global, PerBlock, Owl, Erk, TampDas)}
 
 
 def parse(text: str) -> Allocation | None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from math import pi
 from pathlib import Path
+from threading import local
 from typing import Any
 
 import torch
@@ -67,6 +68,8 @@ class Stream:
 
     join: Callable[[Iterable[Inputs]], None] | None = None
     workers = 1
+    _now = local()
+    """Which sequences a thread is sending through a block: `part`, a slice."""
 
     def __init__(
         self, decoder: Decoder, sequences: Tensor | Feed, batch_size: int, spill: Path | None = None
@@ -119,9 +122,15 @@ class Stream:
 
     def run(self, index: int, x: Tensor, first: int = 0) -> Tensor:
         """Block `index` on the hidden states x [b, L, D] of the sequences from number `first` on."""
+        self._now.part = slice(first, first + x.shape[0])
         positional, named = self.arguments(index, x.shape[0], first)
         out = self.decoder.blocks[index](x, *positional, **named)
         return out[0] if isinstance(out, tuple) else out
+
+    @property
+    def now(self) -> slice:
+        """Which sequences this thread last sent through a block."""
+        return getattr(self._now, "part", slice(0, 0))
 
     def batches(self, chosen: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
         """What goes through a block together: the number of the first sequence, and hidden states [b, L, D].

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
 
 from tprune.core.statistics import Inputs
 from tprune.methods.allocate import Allocation
@@ -13,10 +12,11 @@ from tprune.methods.weight_view import LinearView
 from tprune.methods.weights import WeightMethod
 from tprune.models.blocks import Decoder
 from tprune.models.calibrate import Stream
+from tprune.models.gradients import MEASURED
 from tprune.models.outputs import watching_outputs
 from tprune.models.pages import at_hand
 from tprune.pipelines.journal import Journal
-from tprune.pipelines.stream import look
+from tprune.pipelines.stream import Gradients, look
 from tprune.progress import Progress
 
 
@@ -26,7 +26,7 @@ class Sharing:
     Attributes:
         decoder: dense, only looked at.
         rule, method: what is shared out, for whom.
-        gradients: by parameter, where the method reads them.
+        gradients: by kind and parameter, where the method reads them.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Sharing:
         decoder: Decoder,
         rule: Allocation,
         method: WeightMethod,
-        gradients: dict[str, Tensor] | None,
+        gradients: Gradients | None,
         progress: Progress,
     ):
         self.decoder, self.rule, self.method = decoder, rule, method
@@ -54,14 +54,14 @@ class Sharing:
         if known is None:
             kinds = self.rule.needs(self.method)
             inputs: list[dict[str, Inputs]] | None = None
-            likeness: dict[str, float] = {}
+            likeness: dict[str, tuple[float, ...]] = {}
             if "likeness" in kinds:
                 stream = start()
                 for index in self.progress.track(blocks, "allocating"):
-                    with watching_outputs(self.decoder, index, stream.hidden.shape[1]) as found:
+                    with watching_outputs(stream, index) as found:
                         stream.advance(index)
                     likeness |= found
-            elif set(kinds) - {"gradient"}:
+            elif set(kinds) - set(MEASURED):
                 stream = start()
                 track = self.progress.track(blocks, "allocating")
                 inputs = [stream.gather_and_advance(index, kinds)[0] for index in track]
@@ -72,7 +72,7 @@ class Sharing:
                     with at_hand(self.decoder, index):
                         for matrix in self.decoder.matrices(index):
                             view = look(matrix, seen, kinds, self.gradients)
-                            view.likeness = likeness.get(matrix.name)
+                            view.likeness = likeness.get(matrix.name, ())
                             yield view
 
             found = self.rule.sparsities(views, self.method, sparsity)

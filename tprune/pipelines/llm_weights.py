@@ -14,6 +14,7 @@ from tprune.data import text
 from tprune.errors import UserError
 from tprune.evaluate.perplexity import perplexity, score_windows
 from tprune.methods.allocate import Allocation, parse
+from tprune.methods.selective import SelectiveMethod
 from tprune.methods.weights import WeightBudget
 from tprune.models import factored, save
 from tprune.models.blocks import Decoder
@@ -24,6 +25,7 @@ from tprune.models.load import in_timm
 from tprune.models.source import Source
 from tprune.models.subject import Subject
 from tprune.models.text_encoder import is_encoder
+from tprune.models.vision_blocks import is_vision
 from tprune.pipelines import learned_masks, memory, pair_weights, prune_weights, recover
 from tprune.pipelines import stream as streaming
 from tprune.pipelines.base import Handle, Pipeline, Quality, Sample, Workload
@@ -119,6 +121,12 @@ class LlmWeights(Pipeline):
         found = find_blocks(model)
         if isinstance(found, EncoderDecoder):
             pair_weights.check(self.stage, self.method, model)
+        both_ways = isinstance(found, EncoderDecoder) or is_vision(model) or is_encoder(found.config)
+        if isinstance(self.method, SelectiveMethod) and both_ways:
+            raise UserError(
+                f"{self.method.id} looks at the attention of a decoder's last token; choose a method that does not for "
+                f"this {type(model).__name__}, such as wanda"
+            )
         if self.method.runs_on == ("encoder",) and not is_encoder(found.config):
             raise UserError(
                 f"{self.method.id} prunes text encoders such as minilm-topics, and this is a "
@@ -185,7 +193,7 @@ class LlmWeights(Pipeline):
         """
         found = parse(self.stage.allocate)
         if found is None:
-            return None
+            return None if self.stage.pattern else self.method.allocation()
         if self.method.scope != "block":
             raise UserError(
                 f"--allocate {self.stage.allocate}: {self.stage.method} shares its budget out itself"

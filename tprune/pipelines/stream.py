@@ -14,18 +14,22 @@ from tprune.core.statistics import Inputs, white
 from tprune.core.weights import WeightEdit
 from tprune.errors import UserError
 from tprune.methods.region import RegionMethod
+from tprune.methods.selective import SelectiveMethod
 from tprune.methods.weight_view import LinearView
 from tprune.methods.weights import WeightBudget, WeightMethod
 from tprune.models import masks
 from tprune.models.blocks import Decoder, Matrix
 from tprune.models.calibrate import Stream
 from tprune.models.memory import give_back
+from tprune.models.outputs import gather_selected
 from tprune.models.pages import at_hand
 from tprune.models.subject import pages_of
 from tprune.pipelines.journal import Journal
 from tprune.pipelines.region import LiveRegion
 from tprune.progress import Progress
 
+Gradients = dict[str, dict[str, Tensor]]
+"""What was measured of gradients, by kind and parameter."""
 FEW_TOKENS = 128
 """Experts that saw fewer calibration tokens are named in a warning."""
 
@@ -59,21 +63,23 @@ def look(
     matrix: Matrix,
     inputs: dict[str, Inputs] | None,
     kinds: tuple[str, ...],
-    gradients: dict[str, Tensor] | None = None,
+    gradients: Gradients | None = None,
 ) -> LinearView:
     """A matrix as methods see it, with statistics of the kinds `kinds` and gradients, where there are any."""
     weight = matrix.read()
     view = LinearView(matrix.name, matrix.block, weight)
-    if gradients is not None:
-        view.gradient = matrix.cut(gradients[matrix.parameter_name]).to(weight.device)
+    found = {kind: matrix.cut(held[matrix.parameter_name]) for kind, held in (gradients or {}).items()}
+    view.gradients = {kind: part.to(weight.device) for kind, part in found.items()}
+    view.gradient = view.gradients.pop("gradient", None)
     if inputs is None:
         return view
-    if matrix.input not in inputs:
+    name = matrix.name if matrix.name in inputs else matrix.input
+    if name not in inputs:
         raise UserError(
             f"the inputs of {matrix.name} are not seen, since its module multiplies by the weight itself; choose a "
             "method that reads no inputs, such as magnitude"
         )
-    seen = inputs[matrix.input]
+    seen = inputs[name]
     known = _result(seen, kinds, matrix.shape[1], weight.device)
     view.tokens, view.sequences, view.shared = seen.tokens, seen.sequences, seen.shared
     view.norm, view.gram = known.get("norm"), known.get("gram")
@@ -95,7 +101,7 @@ class BlockPruner:
         decoder: edited in place.
         method, budget, seed: what is done.
         stream: the calibration sequences; None for methods without statistics of them.
-        gradients: by parameter, for methods that read them.
+        gradients: by kind and parameter, for methods that read them.
         shares: the fraction that each matrix loses, by name, where that is not the same for all.
     """
 
@@ -108,7 +114,7 @@ class BlockPruner:
         stream: Stream | None,
         progress: Progress,
         shares: dict[str, float] | None = None,
-        gradients: dict[str, Tensor] | None = None,
+        gradients: Gradients | None = None,
     ):
         self.decoder, self.method, self.budget, self.seed = decoder, method, budget, seed
         self.stream, self.progress = stream, progress
@@ -153,7 +159,9 @@ class BlockPruner:
         inputs: dict[str, Inputs] = {}
         if isinstance(self.method, RegionMethod):
             return self._prune_region(index)
-        if self._dense_feeds:
+        if isinstance(self.method, SelectiveMethod):
+            inputs = gather_selected(self.stream, index, self.method)
+        elif self._dense_feeds:
             inputs, _ = self.stream.gather_and_advance(index, self.method.stats)
         elif self.stream is not None:
             inputs = self.stream.gather(index, self.method.stats)

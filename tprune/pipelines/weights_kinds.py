@@ -10,7 +10,7 @@ from torch import Tensor
 from tprune.methods.weights import WeightMethod
 from tprune.models.feed import Feed
 from tprune.models.subject import Subject
-from tprune.pipelines import embedder_weights, encoder_weights, image_weights
+from tprune.pipelines import embedder_weights, encoder_weights, image_weights, question_weights
 from tprune.pipelines.base import Quality, Workload
 from tprune.progress import Progress
 from tprune.recipe import Recipe, Stage
@@ -52,7 +52,7 @@ class Kind(Protocol):
         """A small input and the model's output."""
 
 
-KINDS: tuple[Kind, ...] = (encoder_weights, image_weights, embedder_weights)
+KINDS: tuple[Kind, ...] = (image_weights, embedder_weights, encoder_weights, question_weights)
 
 
 def kind_of(subject: Subject, recipe: Recipe) -> Kind | None:
