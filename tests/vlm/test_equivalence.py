@@ -101,7 +101,9 @@ def in_one_forward(model, layers, inputs, told, track):
         def hide(module, args, kwargs, shown=(seen[:, None] | own)[:, None]):
             mask = kwargs["attention_mask"]
             mask = torch.ones(length, length, dtype=torch.bool).tril() if mask is None else mask
-            return args, kwargs | {"attention_mask": mask & shown}
+            lowest = None if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+            mask = mask & shown if lowest is None else mask.masked_fill(~shown, lowest)
+            return args, kwargs | {"attention_mask": mask}
 
         handles.append(layer.register_forward_pre_hook(hide, with_kwargs=True))
     whole = dict(inputs)

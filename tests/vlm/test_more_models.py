@@ -5,11 +5,19 @@ import copy
 import pytest
 import torch
 from torch.nn import functional
+from transformers import (
+    CLIPVisionConfig,
+    Gemma2Config,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MistralConfig,
+    Qwen2Config,
+)
 
 import tprune
 from tests.vlm import test_contract as contract
 from tests.vlm import test_equivalence as equivalence
-from tests.vlm.tiny import MORE, tiny
+from tests.vlm.tiny import IMAGE, MORE, TEXT, TOWER, tiny
 from tprune.models.prompts import noise_prompts
 
 METHODS = ["hiprune", "mmtok", "visionzip", "vflowopt", "fastv", "flowcut", "par"]
@@ -60,13 +68,40 @@ def test_qwen3_vl_adds_the_towers_features_to_the_tokens_that_are_left():
     assert not torch.allclose(found[left], dense[left], atol=1e-2)
 
 
-@pytest.fixture(scope="module", params=[12, 28])
-def windowed(request):
-    """Gemma-3 whose sliding layers see fewer tokens than a prompt's 32; fewer or more than the 24 that are left."""
+def gemma3(window):
     model = copy.deepcopy(tiny("gemma3"))
     for config in (model.config.text_config, model.model.language_model.config):
-        config.sliding_window = request.param
+        config.sliding_window = window
     return model
+
+
+def llava_with(text):
+    """A LLaVA with a decoder that makes its masks itself."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = LlavaConfig(vision_config=CLIPVisionConfig(**TOWER), text_config=text, image_token_id=IMAGE)
+        model = LlavaForConditionalGeneration(config).eval().requires_grad_(False)
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.25)
+    return model
+
+
+MIXED = {"layer_types": ["sliding_attention", "full_attention"] * 2}
+WINDOWED = {
+    "gemma3-12": lambda: gemma3(12),
+    "gemma3-28": lambda: gemma3(28),
+    "mistral-12": lambda: llava_with(MistralConfig(**TEXT, sliding_window=12)),
+    "mistral-28": lambda: llava_with(MistralConfig(**TEXT, sliding_window=28)),
+    "qwen2-12": lambda: llava_with(Qwen2Config(**TEXT, **MIXED, use_sliding_window=True, sliding_window=12)),
+    "gemma2-12": lambda: llava_with(Gemma2Config(**TEXT, **MIXED, head_dim=8, sliding_window=12)),
+}
+
+
+@pytest.fixture(scope="module", params=WINDOWED)
+def windowed(request):
+    """Sliding layers that see fewer tokens than a prompt's 32; fewer or more than the 24 that are left."""
+    return WINDOWED[request.param]()
 
 
 @pytest.mark.parametrize("method", ["fastv", "index-preserving", "mmtok", "todre", "visionzip"])
@@ -87,7 +122,7 @@ def test_beyond_a_sliding_window_what_leaves_is_as_if_hidden_and_a_window_counts
 
 
 @pytest.mark.parametrize("method", ["fastv", "mmtok"])
-def test_padding_is_hidden_from_what_follows_though_the_masks_are_made_outside_the_decoder(method, windowed):
+def test_padding_is_hidden_from_what_follows_whoever_makes_the_masks(method, windowed):
     inputs, told = noise_prompts(windowed, 1, 0), []
     padded = {
         name: value if name == "pixel_values" else functional.pad(value, (4, 0))

@@ -174,7 +174,7 @@ class DecoderDriver:
             return None
         given = dict(zip(self.names[module], args, strict=False)) | kwargs
         if run.is_prompt and PROJECTOR in run.counts:
-            shorten(run, given, self.entrance, self.positions)
+            shorten(run, given, self.entrance, self.inputs, self.positions)
         elif run.track.entry is not None:
             place_behind(run, given, run.track.entry, self.inputs, self.positions)
         if run.is_prompt and "embeddings" in self.method.reads:

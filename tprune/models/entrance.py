@@ -19,13 +19,14 @@ Entrance = Callable[[Run, Tensor], tuple[Tensor, Tensor, Tensor | None]]
 """What happens at `PROJECTOR`: (run, embeddings [B, N, D]) -> embeddings [B, K, D], slots [B, K], valid [B, K]."""
 
 
-def shorten(run: Run, given: Inputs, entrance: Entrance, positions: str) -> None:
+def shorten(run: Run, given: Inputs, entrance: Entrance, inputs: LayerInputs, positions: str) -> None:
     """A prompt: let tokens leave, and take their places out of mask and positions.
 
     Args:
         run: of the prompt.
         given: what the decoder is called with, by name; changed.
         entrance: what chooses.
+        inputs: of the decoder's layers.
         positions: "compact" renumbers the tokens that are left, "closed" what follows an image.
     """
     mask, ids = given.get("attention_mask"), given.get("position_ids")
@@ -41,6 +42,8 @@ def shorten(run: Run, given: Inputs, entrance: Entrance, positions: str) -> None
     # Without a mask transformers takes gaps in the positions for the seams of packed sequences.
     mask = torch.ones_like(run.prunable, dtype=torch.int64) if mask is None else mask
     given["attention_mask"] = gather_any_mask(mask, index, kept, run.length)
+    if positions != "compact" and (window := inputs.slides(mask, run.length)) is not None:
+        given["attention_mask"] = inputs.counting(index, kept, kept, window, mask)
 
 
 def closing(ids: Tensor, image: Tensor, stays: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,7 +95,17 @@ def place_behind(run: Run, given: Inputs, kept: Kept, inputs: LayerInputs, posit
     given["position_ids"] = ids - kept.gone[:, None] if closes else ids
     if kept.closed is not None:
         given["position_ids"] = ids - kept.closed
-    given["attention_mask"] = _mask_behind(run, given, kept, rows, inputs)
+    mask = given.get("attention_mask")
+    window = (
+        inputs.slides(mask, run.track.length) if kept is run.track.entry and positions != "compact" else None
+    )
+    if window is None:
+        given["attention_mask"] = _mask_behind(run, given, kept, rows, inputs)
+        return
+    # A sliding cache ends with the latest of what is left.
+    slides, held = window_in(given.get("past_key_values"))
+    seen = kept if slides is None else latest(kept, held + run.length)
+    given["attention_mask"] = inputs.counting(rows + run.start, seen, kept, window, mask)
 
 
 def _mask_behind(run: Run, given: Inputs, kept: Kept, rows: Tensor, inputs: LayerInputs) -> Any:

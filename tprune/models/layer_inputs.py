@@ -21,8 +21,8 @@ from tprune.models.track import (
     visible,
 )
 
-SLIDING = "sliding_attention"
-"""A kind of layer, and its mask among those of a decoder."""
+SLIDING, FULL = "sliding_attention", "full_attention"
+"""Kinds of layers, and their masks among those of a decoder."""
 CACHES = ("past_key_values", "layer_past", "past_key_value")
 
 
@@ -117,6 +117,37 @@ class LayerInputs:
         if padding is not None:
             shown = shown & padding[:, None, None]
         return self.as_mask(shown)
+
+    def slides(self, mask: Any, length: int) -> int | None:
+        """The window of sliding layers that `length` tokens are longer than, where the decoder is given no masks but
+        `mask`, of padding, and makes its own, which count what is left; None where it is not so, or takes no others.
+        """
+        kinds = set(getattr(self.core.config, "layer_types", None) or (SLIDING,))
+        window = getattr(self.core.config, "sliding_window", None)
+        plain = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
+        if self.masks_padding or not plain or SLIDING not in kinds or not kinds <= {SLIDING, FULL}:
+            return None
+        return window if window is not None and length > window else None
+
+    def counting(self, rows: Tensor, seen: Kept, kept: Kept, window: int, real: Tensor | None) -> Any:
+        """Masks in which a window counts what left before the decoder: one, or by kinds of layer.
+
+        Args:
+            rows: int64 [B, q], slots of the queries in the caller's sequence.
+            seen: what sliding layers hold.
+            kept: what the others hold.
+            window: of sliding layers.
+            real: the caller's padding mask [B, N] (nonzero: real), or None.
+        """
+        found = {}
+        for name, part, reach in ((SLIDING, seen, window), (FULL, kept, None)):
+            shown = visible(rows, part, reach)
+            if real is not None:
+                own = rows.unsqueeze(2) == part.columns.unsqueeze(1)
+                padding = real.bool().gather(1, part.columns)[:, None]
+                shown = shown & (padding | own).unsqueeze(1)
+            found[name] = self.as_mask(shown)
+        return found if getattr(self.core.config, "layer_types", None) else found[SLIDING]
 
     def as_mask(self, shown: Tensor) -> Tensor:
         """What is `shown`, bool [B, 1, q, T], in the form the model's attention takes."""
