@@ -23,7 +23,7 @@ from tprune.recipe import Recipe, Stage
 Counts = Iterable[tuple[str, int, int]]
 """Per matrix its name, how many weights are gone, and how many there were."""
 
-IN_BLOCK = re.compile(r"^(?:.*?\.)?(\d+)\.(.+)$")
+IN_BLOCK = re.compile(r"^(.*?\.)?(\d+)\.(.+)$")
 UNITS = re.compile(r"^(\d+) of (\d+)$")
 ORDER = ("qkv", "q", "query", "k", "key", "v", "value", "o", "out", "gate_up", "gate", "up", "down")
 """Modules in the order in which data goes through them, without `_proj`."""
@@ -104,11 +104,15 @@ def zeros(folder: Path) -> Iterator[tuple[str, int, int]]:
 
 
 def of_counts(counts: Counts) -> Sparsity | None:
-    """Matrices by block and module; the experts of a block are one module. None without matrices."""
-    gone: dict[tuple[int, str], list[int]] = defaultdict(lambda: [0, 0])
+    """Matrices by block and module; the experts of a block are one module. None without matrices.
+
+    Of an encoder with a decoder beside it the encoder's blocks come first.
+    """
+    gone: dict[tuple[tuple[bool, int], str], list[int]] = defaultdict(lambda: [0, 0])
     for name, removed, total in counts:
-        block, module = IN_BLOCK.match(name).groups()
-        cell = gone[int(block), re.sub(r"\.\d+(?=\.|$)", "", module)]
+        stack, number, module = IN_BLOCK.match(name).groups(default="")
+        block = "decoder." in stack, int(number)
+        cell = gone[block, re.sub(r"\.\d+(?=\.|$)", "", module)]
         cell[0], cell[1] = cell[0] + removed, cell[1] + total
     if not gone:
         return None
@@ -130,7 +134,7 @@ def _share(cells: list[list[int]]) -> float:
 def in_order(module: str) -> tuple[bool, int, str]:
     """Sorts modules as data goes through them, attention first."""
     last = module.rpartition(".")[2].removesuffix("_proj")
-    return "att" not in module, ORDER.index(last) if last in ORDER else len(ORDER), module
+    return "att" not in module.lower(), ORDER.index(last) if last in ORDER else len(ORDER), module
 
 
 def short(modules: list[str]) -> list[str]:
