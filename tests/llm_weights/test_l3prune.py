@@ -8,7 +8,7 @@ import torch
 
 import tprune
 from tests.decoders import decoder
-from tests.encoders import tokenizer
+from tests.encoders import encoder, tokenizer
 from tests.golden_values import golden
 from tprune.core.contrast import pooled
 from tprune.data import triples
@@ -145,3 +145,12 @@ def test_triples_of_any_text_are_halves_of_passages_and_the_next_ones_second_hal
     lines.write_text('{"query": "a", "positive": "b", "negative": "c"}\n')
     with pytest.raises(UserError, match="1 triples to tell apart, and two are needed"):
         triples.read(str(lines), "calibration")
+
+
+def test_what_cannot_be_embedded_is_refused_in_one_line(file):
+    with pytest.raises(UserError, match="--length 300: this model has 256 positions; give at most that"):
+        tprune.prune(decoder(), "llm-weights/l3prune", tokenizer=tokenizer(), data=str(file), length=300)
+    with pytest.raises(
+        UserError, match="l3prune looks for the block behind which a decoder embeds texts best"
+    ):
+        tprune.prune(encoder(), "llm-weights/l3prune", tokenizer=tokenizer(), data=str(file))

@@ -90,13 +90,23 @@ def encoded(recipe: Recipe, subject: Subject, found: triples.Triples, places: li
     """Some triples as the model wants them: queries, positives, negatives."""
     texts = [found.items[place][part] for part in range(3) for place in places]
     instructions = [found.instructions[place] for place in places] + [""] * (2 * len(places))
-    length = recipe.length or LENGTH
-    if is_encoder(subject.model.config):
-        length = recipe.length or min(LENGTH, longest(subject))
-    made = embeddings.encode(subject, texts, instructions, length)
+    made = embeddings.encode(subject, texts, instructions, _length(recipe, subject))
     if is_encoder(subject.model.config):
         made.begin = [0] * len(made)  # the class token counts
     return made
+
+
+def _length(recipe: Recipe, subject: Subject) -> int:
+    """Tokens of a text, at most.
+
+    Raises:
+        UserError: more than the model has positions for.
+    """
+    config = subject.model.config
+    most = longest(subject) if is_encoder(config) else getattr(config, "max_position_embeddings", LENGTH)
+    if recipe.length is not None and recipe.length > most:
+        raise UserError(f"--length {recipe.length}: this model has {most} positions; give at most that")
+    return recipe.length or min(LENGTH, most)
 
 
 class Task:
@@ -113,7 +123,10 @@ class Task:
         found = triples.read(recipe.data, "evaluation")
         count = min(len(found.items), recipe.limit or MEASURED)
         self.texts = encoded(recipe, subject, found, list(range(count)))
-        self.protocol: dict[str, Any] = found.protocol | {"samples": count, "length": recipe.length or LENGTH}
+        self.protocol: dict[str, Any] = found.protocol | {
+            "samples": count,
+            "length": _length(recipe, subject),
+        }
 
     def evaluate(self, subject: Subject) -> Quality:
         """The share of queries whose positive is nearest of all positives and negatives; all embeddings."""
