@@ -18,6 +18,7 @@ from tprune.models.calibrate import Stream, answering
 from tprune.models.encoder_decoder import find_blocks
 from tprune.models.feed import Pictures
 from tprune.models.gradients import gradient_norms
+from tprune.pipelines.drawn import drawn
 from tprune.pipelines.run import execute
 from tprune.progress import Progress
 from tprune.recipe import ModelSource, Recipe, Stage, read
@@ -241,8 +242,10 @@ def test_gradients_without_classes_are_refused():
 
 
 def test_calibration_images_of_a_folder_are_not_those_that_are_measured(folder):
-    from tprune.pipelines.image_weights import drawn
+    def places(limit, count, seed=0):
+        asked = Recipe(ModelSource("m"), (), data=str(folder), limit=limit, calibration=count, seed=seed)
+        return drawn(asked, None, pictures.read, 500, QUIET)[1]
 
-    assert sorted(drawn(12, 6, 6, 0, QUIET)) == list(range(6, 12))
-    assert drawn(12, 6, 3, 0, QUIET) != drawn(12, 6, 3, 1, QUIET)
-    assert len(drawn(5, 6, 128, 0, QUIET)) == 5
+    assert sorted(places(6, 6)) == list(range(6, 12))
+    assert places(6, 3) != places(6, 3, seed=1)
+    assert sorted(places(None, 128)) == list(range(12))

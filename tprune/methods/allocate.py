@@ -7,7 +7,7 @@ weights these are, and whether every row loses as many, is the method's business
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from typing import ClassVar
@@ -16,6 +16,7 @@ from tprune.core.allocate import erk, fill_by_score, smallest_of_all, spread_by_
 from tprune.errors import UserError
 from tprune.methods.base import Method, Paper, param
 from tprune.methods.choice import chosen
+from tprune.methods.llm_weights._tamp import PAPER
 from tprune.methods.weight_view import LinearView
 from tprune.methods.weights import WeightMethod
 
@@ -150,13 +151,8 @@ class TampDas(Allocation):
     """Diversity-aware sparsity of TAMP: matrices whose outputs differ more from token to token lose less."""
 
     id = "tamp-das"
-    paper = Paper(
-        title="TAMP: Token-Adaptive Layerwise Pruning in Multimodal Large Language Models",
-        venue="arXiv",
-        year=2025,
-        arxiv="2504.09897",
-        code="G-JWLee/TAMP",
-        checked="code",
+    paper = replace(
+        PAPER,
         notes="Where calibration is on text there are no visual tokens: of the three terms, within images, within text "
         "and between them, the one within text is left.",
     )

@@ -30,8 +30,8 @@ class LinearView:
         gradients: float32 [out, in] each, where "triples" were asked for: "domain_mean" and "general_mean", over
             batches of triples, of the gradients of the dense model's loss; "domain_square" and "general_square", the
             sum of their squares over the number of triples.
-        likeness: how alike its outputs for two tokens of a sequence are, if asked for: the means of the positive cosines
-            of two that show images and of two of text, and of all cosines of one with the other, as far as there are.
+        likeness: how alike its outputs for two tokens of a sequence are, if asked for: the means of the positive
+            cosines of two that show images and of two of text, and of all cosines of one with the other, where there are.
         tokens, sequences: how many calibration tokens it saw, of how many sequences.
         shared: what was computed from the statistics so far, for all matrices with the same inputs.
     """

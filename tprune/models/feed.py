@@ -68,8 +68,7 @@ class Tokens(Feed):
 
     def call(self, decoder: Decoder, part: slice) -> None:
         """Through the decoder without its head."""
-        device = next(decoder.core.parameters()).device
-        decoder.core(input_ids=self.ids[part].to(device), use_cache=False)
+        decoder.send(self.ids[part])
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self.ids)

@@ -17,6 +17,7 @@ from tprune.evaluate.cost import PeakMemory, peak_heap, peak_tensors, quartiles,
 from tprune.methods.weights import WeightBudget
 from tprune.models import masks
 from tprune.models.calibrate import MANY_TOKENS, rows_at_once, workers_at_once
+from tprune.models.feed import Feed, Tokens
 from tprune.models.memory import give_back
 from tprune.models.subject import Subject
 from tprune.pipelines import prune_weights
@@ -48,15 +49,16 @@ def bench(driver: LlmWeights, subject: Subject, rounds: int) -> dict[str, Any]:
     """
     decoder = driver.decoder(subject.model)
     budget, tokens = driver.budget(), driver.calibration_tokens(subject, decoder)
-    sequences = torch.zeros(1, driver.length, dtype=torch.int64) if tokens is None else tokens
-    rows = max(1, min(driver.recipe.batch_size, MANY_TOKENS // driver.length))
+    feed = _plain_feed(driver, subject, tokens)
+    batch, length = driver.recipe.batch_size, feed.shape[1]
+    rows = max(1, min(batch, MANY_TOKENS // length)) if feed.alike else 1
 
     def plain() -> None:
-        for chunk in sequences.split(rows):
-            decoder.send(chunk)
+        for first in range(0, len(feed), rows):
+            feed.call(decoder, slice(first, first + rows))
 
-    together = rows_at_once(driver.recipe.batch_size, driver.length, subject.device)
-    workers = workers_at_once(driver.recipe.batch_size, together, tuple(sequences.shape), subject.device)
+    together = rows_at_once(batch, length, subject.device) if feed.alike else 1
+    workers = workers_at_once(batch, together, feed.shape, subject.device)
     times: dict[str, list[float]] = {"plain pass": [], "pruning": []}
     above = 0.0
     with torch.no_grad():
@@ -78,11 +80,20 @@ def bench(driver: LlmWeights, subject: Subject, rounds: int) -> dict[str, Any]:
         "tensors_above_model_mb": alive,
         "masks_mb": kept,
         "resident_above_model_mb": above,
-        "activations_mb": sequences.numel() * decoder.config.hidden_size * size / 2**20,
+        "activations_mb": len(feed) * length * decoder.config.hidden_size * size / 2**20,
         "largest_block_mb": max(_bytes(block) for block in decoder.blocks) / 2**20,
         "workers": workers,
-        "calibration": f"{sequences.shape[0]} x {sequences.shape[1]} tokens",
+        "calibration": f"{len(feed)} x {length} tokens",
     }
+
+
+def _plain_feed(driver: LlmWeights, subject: Subject, tokens: Tensor | Feed | None) -> Feed:
+    """What the plain pass is of: the calibration samples, also where the method reads none."""
+    if tokens is None and driver.kind is not None:
+        tokens, _ = driver.kind.calibration(driver.recipe, subject, driver.method, driver.progress)
+    if tokens is None:
+        tokens = torch.zeros(1, driver.length, dtype=torch.int64)
+    return Tokens(tokens) if isinstance(tokens, Tensor) else tokens
 
 
 @contextmanager

@@ -15,12 +15,11 @@ from tprune.models.gradients import MEASURED
 from tprune.models.subject import Subject
 from tprune.models.vision_blocks import is_vision
 from tprune.pipelines import image_task
+from tprune.pipelines.drawn import CALIBRATION as CALIBRATION
+from tprune.pipelines.drawn import drawn
 from tprune.pipelines.masks_only import check_masks_only
 from tprune.progress import Progress
 from tprune.recipe import Recipe, Stage
-
-CALIBRATION = 128
-"""How many images."""
 
 Task = image_task.ImageTask
 probe = image_task.probe
@@ -52,22 +51,11 @@ def calibration(
 ) -> tuple[Pictures, Tensor | None]:
     """Scenes of training digits, or images of the folder that `--data` names, and their classes if all are known.
 
-    Of a folder those are drawn, by the seed, that are not measured; where all are measured, of all.
-
     Raises:
         UserError: no such images, or the method reads gradients and there are no classes that fit the model.
     """
-    told, count, shape = (
-        classes(subject.model),
-        recipe.calibration or CALIBRATION,
-        anatomy(subject.model).shape,
-    )
-    if recipe.data is None:
-        found: images.Images | images.TrainingScenes = images.TrainingScenes(count)
-        chosen = range(count)
-    else:
-        found = images.read(recipe.data, None)
-        chosen = drawn(len(found), recipe.limit or image_task.IMAGES, count, recipe.seed, progress)
+    told, shape = classes(subject.model), anatomy(subject.model).shape
+    found, chosen = drawn(recipe, images.TrainingScenes, images.read, image_task.IMAGES, progress)
     if not found.fits(told) and set(method.stats) & set(MEASURED):
         raise UserError(
             f"{method.id} reads gradients of a classifier's loss: --data FOLDER with a folder for each of the model's "
@@ -77,14 +65,3 @@ def calibration(
     pixels = torch.stack([image_encoder.pixels(subject, image) for image, _ in samples])
     labels = torch.tensor([label for _, label in samples]) if found.fits(told) else None
     return Pictures(pixels, shape.prefix + shape.tokens, labels), labels
-
-
-def drawn(there: int, measured: int, count: int, seed: int, progress: Progress) -> list[int]:
-    """Places of `count` calibration samples among those `there`, drawn from the seed, behind the `measured` ones."""
-    first = measured if there > measured else 0
-    if first == 0:
-        progress.say(
-            "calibrating on data that is measured too: --limit N leaves some of it out of the measure"
-        )
-    order = torch.randperm(there - first, generator=torch.Generator().manual_seed(seed))
-    return (order[:count] + first).tolist()

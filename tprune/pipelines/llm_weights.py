@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tprune import recipe as recipes
 from tprune.data import text
 from tprune.errors import UserError
 from tprune.evaluate.perplexity import perplexity, score_windows
-from tprune.methods.allocate import Allocation, parse
+from tprune.methods.allocate import Allocation
 from tprune.methods.selective import SelectiveMethod
 from tprune.methods.weights import WeightBudget
 from tprune.models import factored, save
@@ -30,6 +29,7 @@ from tprune.pipelines import learned_masks, memory, pair_weights, prune_weights,
 from tprune.pipelines import stream as streaming
 from tprune.pipelines.base import Handle, Pipeline, Quality, Sample, Workload
 from tprune.pipelines.journal import Journal
+from tprune.pipelines.weight_budget import allocation_of, budget_of
 from tprune.pipelines.weights_kinds import Kind, Task, kind_of
 
 LENGTH = 512
@@ -168,43 +168,12 @@ class LlmWeights(Pipeline):
         return getattr(subject.processor, "tokenizer", subject.processor)
 
     def budget(self) -> WeightBudget:
-        """What was asked.
-
-        Raises:
-            UserError: nothing, or a pattern of a method without.
-        """
-        stage = self.stage
-        if stage.pattern is not None:
-            if not self.method.patterns:
-                why = "knows no patterns" if self.method.scope == "trained" else "removes structure"
-                raise UserError(f"--pattern {stage.pattern}: {stage.method} {why}; give --sparsity S")
-            keep, group = recipes.pattern(stage.pattern)
-            return WeightBudget(1 - keep / group, (keep, group))
-        if stage.sparsity is None and not self.method.varies():
-            both = "--sparsity S (such as 0.5) or --pattern N:M" if self.method.patterns else "--sparsity S"
-            raise UserError(f"{stage.method} needs a budget: give {both}")
-        return WeightBudget(stage.sparsity)
+        """What was asked; a UserError where it does not go with the method."""
+        return budget_of(self.stage, self.method)
 
     def allocation(self) -> Allocation | None:
-        """How the budget is shared out among matrices; None where all lose the same fraction.
-
-        Raises:
-            UserError: no such rule, or it does not go with this method or a pattern.
-        """
-        found = parse(self.stage.allocate)
-        if found is None:
-            return None if self.stage.pattern else self.method.allocation()
-        if self.method.scope != "block":
-            raise UserError(
-                f"--allocate {self.stage.allocate}: {self.stage.method} shares its budget out itself"
-            )
-        if self.stage.pattern is not None:
-            raise UserError(
-                f"--allocate {self.stage.allocate}: --pattern {self.stage.pattern} leaves nothing to share out; "
-                "give --sparsity S"
-            )
-        found.needs(self.method)
-        return found
+        """How the budget is shared out, as `allocation_of` has it."""
+        return allocation_of(self.stage, self.method)
 
     def evaluate(self, subject: Subject) -> Quality:
         """Perplexity on the windows, and what is predicted for every token; or as the model's kind has it."""

@@ -90,6 +90,11 @@ class MetricSearch:
         with progress.step("loading the model"):
             self.subject = self.driver.load()
         self.driver.prepare(self.subject)
+        if self.driver.kind is not None:
+            raise UserError(
+                f"search-metric compares perplexities, and {recipe.model.name} is not measured by any; give a "
+                "decoder of text, such as smollm2-135m"
+            )
         self.decoder = self.driver.decoder(self.subject.model)
         self.tokens = self.driver.calibration_tokens(self.subject, self.decoder)
         source = text.read(recipe.data, "calibration")

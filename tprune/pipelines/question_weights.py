@@ -13,13 +13,11 @@ from tprune.methods.weights import WeightMethod
 from tprune.models.feed import Prompts
 from tprune.models.subject import Subject
 from tprune.pipelines import question_task
-from tprune.pipelines.image_weights import drawn
+from tprune.pipelines.drawn import CALIBRATION as CALIBRATION
+from tprune.pipelines.drawn import drawn
 from tprune.pipelines.vlm_answers import answered_inputs
 from tprune.progress import Progress
 from tprune.recipe import Recipe, Stage
-
-CALIBRATION = 128
-"""How many questions."""
 
 Task = question_task.QuestionTask
 probe = question_task.probe
@@ -61,16 +59,11 @@ def calibration(
 ) -> tuple[Prompts, Tensor | None]:
     """Scenes of training digits with a question each, or of the folder that `--data` names; no classes.
 
-    Each is a prompt, its image within, with the answer behind it. Of a folder those are drawn, by the seed, that are
-    not asked when the model is measured; where all are, of all.
+    Each is a prompt, its image within, with the answer behind it.
     """
-    count = recipe.calibration or CALIBRATION
-    if recipe.data is None:
-        found: questions.Questions | questions.TrainingQuestions = questions.TrainingQuestions(count)
-        chosen = list(range(count))
-    else:
-        found = questions.read(recipe.data, None)
-        chosen = drawn(len(found), recipe.limit or question_task.QUESTIONS, count, recipe.seed, progress)
+    found, chosen = drawn(
+        recipe, questions.TrainingQuestions, questions.read, question_task.QUESTIONS, progress
+    )
     inputs = []
     for place in chosen:
         image, (prompt, answer) = found.sample(place)

@@ -7,7 +7,7 @@ distributed as all are. The paper's sparsity by diversity is `--allocate tamp-da
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,8 +15,9 @@ from torch import Tensor
 from tprune.core import cosine
 from tprune.core.adaptive import likenesses, representative
 from tprune.core.weights import WeightEdit
-from tprune.methods.base import Paper, param
+from tprune.methods.base import param
 from tprune.methods.llm_weights._scores import lowest
+from tprune.methods.llm_weights._tamp import PAPER
 from tprune.methods.selective import SelectiveMethod
 from tprune.methods.weight_view import LinearView
 from tprune.methods.weights import WeightBudget
@@ -26,13 +27,8 @@ from tprune.methods.weights import WeightBudget
 class Tamp(SelectiveMethod):
     """|W| · ‖X of the tokens that count‖, compared per output."""
 
-    paper = Paper(
-        title="TAMP: Token-Adaptive Layerwise Pruning in Multimodal Large Language Models",
-        venue="arXiv",
-        year=2025,
-        arxiv="2504.09897",
-        code="G-JWLee/TAMP",
-        checked="code",
+    paper = replace(
+        PAPER,
         notes="Adaptive multimodal input activation; the paper runs it with --allocate tamp-das. The released script "
         "names this choice of tokens 'amia' but works the attention out only where the name has 'attention' in it: it "
         "is always worked out here. Of a prompt without images the density is that of its text.",
