@@ -121,6 +121,13 @@ def test_beyond_a_sliding_window_what_leaves_is_as_if_hidden_and_a_window_counts
         assert torch.allclose(found, expected, atol=2e-4)
 
 
+def test_beyond_a_sliding_window_keeping_all_is_bitwise_the_dense_model(windowed):
+    inputs, told = noise_prompts(windowed, 2, 0), torch.arange(5, 11).view(2, 3)
+    dense, _ = equivalence.cached_decode(windowed, inputs, told)
+    with tprune.prune(windowed, "vlm/mmtok", keep=1.0, positions="original"):
+        assert torch.equal(equivalence.cached_decode(windowed, inputs, told)[0], dense)
+
+
 @pytest.mark.parametrize("method", ["fastv", "mmtok"])
 def test_padding_is_hidden_from_what_follows_whoever_makes_the_masks(method, windowed):
     inputs, told = noise_prompts(windowed, 1, 0), []

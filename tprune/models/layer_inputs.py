@@ -147,6 +147,10 @@ class LayerInputs:
                 padding = real.bool().gather(1, part.columns)[:, None]
                 shown = shown & (padding | own).unsqueeze(1)
             found[name] = self.as_mask(shown)
+        whole = self.implementation != "eager" and rows.shape[1] in (1, kept.index.shape[1])
+        if whole and kept.valid is None and (real is None or bool(real.all())):
+            # Where nothing is hidden, transformers hands its kernels no mask.
+            found[FULL] = None
         return found if getattr(self.core.config, "layer_types", None) else found[SLIDING]
 
     def as_mask(self, shown: Tensor) -> Tensor:
