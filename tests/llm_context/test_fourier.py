@@ -8,7 +8,7 @@ from tests.decoders import decoder, tokens
 from tests.golden_values import golden
 from tprune.core import waves
 from tprune.core.fourier import Exact, Fourier, Mixed, Signal, errors, together
-from tprune.core.stored import Stored
+from tprune.core.stored import TILE, Stored
 from tprune.core.tiles import attend_tiles
 from tprune.core.waves import low_frequencies
 from tprune.errors import UserError
@@ -25,7 +25,7 @@ def test_the_errors_the_channels_and_what_a_query_reads_are_the_authors():
         middle = together(whole[:, :, first : length - window])
         assert torch.allclose(errors(middle, frequencies, period)[0], tensors[f"{name}.error"], atol=1e-6)
         parts.append(Mixed.of(middle, len(chosen), frequencies, period))
-        assert torch.equal(parts[-1].order[0, : len(chosen)].long().sort().values, chosen)
+        assert torch.equal(parts[-1].order[0, : len(chosen)].sort().values, chosen)
         exact.append(torch.cat([whole[:, :, :first], whole[:, :, length - window :]], dim=2))
     held = Stored((Exact(*exact), Fourier(*parts, tensors["k"].shape[1])))
     for seen in (held.tiles(), held.seen_by(tensors["q"])):
@@ -50,9 +50,11 @@ def test_entries_that_come_later_are_added_as_if_they_had_been_there():
     grown = Mixed.of(x[:, :30], 4, 7, period)
     for place in range(30, 40):
         grown = grown.append(x[:, place : place + 1])
-    order = grown.order.long().unsqueeze(1).expand_as(x)
-    whole = low_frequencies(x.gather(2, order)[..., :4], 7, period)
-    assert torch.allclose(grown.signal.coefficient, whole, atol=1e-4)
+    order = grown.order.unsqueeze(1).expand_as(x)
+    begun, whole = (low_frequencies(x[:, :n].gather(2, order[:, :n])[..., :4], 7, period) for n in (30, 40))
+    first = Mixed.of(x[:, :30], 4, 7, period).signal
+    expected = first.coefficient + (whole - begun) * first.ratio / 7
+    assert torch.allclose(grown.signal.coefficient, expected, atol=1e-4)
     later = grown.dense(0, 40)
     assert torch.equal(later.gather(2, order)[..., 4:], x.gather(2, order)[..., 4:])
 
@@ -75,6 +77,20 @@ def test_what_was_read_without_gradients_is_read_with_them_later():
         held.times(weight, 20)
     held.times(weight.requires_grad_(), 20).sum().backward()
     assert weight.grad.isfinite().all()
+
+
+def test_exact_channels_of_many_entries_that_came_one_by_one_are_all_there():
+    x = noise(2, 30 + TILE + 5, 6)
+    held = Mixed.of(x[:, :30], 4, 3, 400)
+    for place in range(30, x.shape[1]):
+        held = held.append(x[:, place : place + 1])
+    assert held.length == x.shape[1]
+    assert held.latest.shape[1] == 5
+    order = held.order.unsqueeze(1).expand_as(x)
+    assert torch.equal(held.dense(0, x.shape[1]).gather(2, order)[..., 4:], x.gather(2, order)[..., 4:])
+    weight, paid = noise(2, 6, 3), noise(2, 3, x.shape[1])
+    assert torch.allclose(held.times(weight), (held.dense(0, x.shape[1]) @ weight).mT, atol=1e-4)
+    assert torch.allclose(held.summed(paid), paid @ held.dense(0, x.shape[1]), atol=1e-3)
 
 
 def test_a_channel_of_no_frequency_but_zero_stands_at_its_mean():

@@ -21,14 +21,14 @@ class Signal:
     """Channels that low frequencies stand for.
 
     Attributes:
-        coefficient: float32 [B, 2 F, n], of cosines and sines.
-        level: float32 [B, 3, n]: the mean of the channel, the mean of what the frequencies make of it, and by how much
-            the largest deviation from the one exceeds that from the other; of the tokens there were at first.
+        coefficient: float32 [B, 2 F, n], of cosines and sines; what they make is moved and stretched to where the
+            channels were: their mean and largest deviation from it are those of the tokens there were at first.
+        ratio: float32 [B, 1, n], by how much what the bare frequencies make is stretched.
         period: of the lowest frequency but zero.
     """
 
     coefficient: Tensor
-    level: Tensor
+    ratio: Tensor
     period: int
 
     @classmethod
@@ -41,47 +41,43 @@ class Signal:
         spread, found = ((a - b.unsqueeze(1)).abs().amax(1) for a, b in ((x, mean), (made, center)))
         # A constant deviates from itself by rounding alone.
         ratio = torch.where(found > ROUNDING * center.abs(), spread / found, 0)
-        return cls(coefficient, torch.stack([mean, center, ratio], dim=1), period)
+        coefficient = coefficient / frequencies
+        coefficient[:, 0] -= center
+        coefficient *= ratio.unsqueeze(1)
+        coefficient[:, 0] += mean
+        return cls(coefficient, ratio.unsqueeze(1), period)
 
     @property
     def frequencies(self) -> int:
         """F."""
         return self.coefficient.shape[1] // 2
 
-    def stretched(self) -> Tensor:
-        """The coefficients of what stands for the channels, moved and stretched to where these were: [B, 2 F, n]."""
-        mean, center, ratio = self.level.unbind(1)
-        found = self.coefficient / self.frequencies
-        found[:, 0] -= center
-        found *= ratio.unsqueeze(1)
-        found[:, 0] += mean
-        return found
-
     def made(self, first: int, last: int) -> Tensor:
         """What stands at the tokens `first` to `last` - 1: [B, t, n]."""
-        return waves(first, last, self.frequencies, self.period, self.level.device) @ self.stretched()
+        return waves(first, last, self.frequencies, self.period, self.ratio.device) @ self.coefficient
 
     def times(self, weight: Tensor, length: int) -> Tensor:
         """What stands at the first `length` tokens, times `weight` [B, n, k]: [B, k, length]; it is never made."""
-        return made_of(weight.mT @ self.stretched().mT, length, self.period)
+        return made_of(weight.mT @ self.coefficient.mT, length, self.period)
 
     def summed(self, weight: Tensor) -> Tensor:
         """What stands at the first M tokens, summed by `weight` [B, k, M]: [B, k, n]; it is never made."""
-        return held_in(weight, self.frequencies, self.period) @ self.stretched()
+        return held_in(weight, self.frequencies, self.period) @ self.coefficient
 
     def add(self, x: Tensor, first: int) -> Signal:
         """With the channels [B, t, n] of further tokens, from the place `first` on."""
         rows = waves(first, first + x.shape[1], self.frequencies, self.period, x.device)
-        return replace(self, coefficient=self.coefficient + rows.T @ x.float())
+        new = rows.T @ (x.float() * (self.ratio / self.frequencies))
+        return replace(self, coefficient=self.coefficient + new)
 
     @property
     def nbytes(self) -> int:
-        """Coefficients and levels."""
-        return self.coefficient.nbytes + self.level.nbytes
+        """Coefficients and ratios."""
+        return self.coefficient.nbytes + self.ratio.nbytes
 
     def each_row(self, change: Callable[[Tensor], Tensor]) -> Signal:
         """Of all tensors."""
-        return Signal(change(self.coefficient), change(self.level), self.period)
+        return Signal(change(self.coefficient), change(self.ratio), self.period)
 
 
 def errors(x: Tensor, frequencies: int, period: int) -> Tensor:
@@ -94,14 +90,16 @@ class Mixed:
     """Vectors of which some channels are low frequencies and the others exact.
 
     Attributes:
-        order: int16 [B, C], the channels; those that the frequencies stand for first.
+        order: int64 [B, C], the channels; those that the frequencies stand for first.
         signal: of n channels.
-        exact: [B, M, C - n].
+        exact: [B, M - m, C - n].
+        latest: [B, m, C - n], of entries that came one by one; copying all of `exact` for each would take time.
     """
 
     order: Tensor
     signal: Signal
     exact: Tensor
+    latest: Tensor
 
     @classmethod
     def of(cls, x: Tensor, count: int, frequencies: int, period: int) -> Mixed:
@@ -109,44 +107,53 @@ class Mixed:
         order = errors(x, frequencies, period).argsort(dim=1, stable=True)
         x = _channels(x, order)
         signal = Signal.of(x[..., :count], frequencies, period)
-        return cls(order.short(), signal, x[..., count:].clone())
+        exact = x[..., count:].clone()
+        return cls(order, signal, exact, exact[:, :0])
 
     @property
     def length(self) -> int:
         """M."""
-        return self.exact.shape[1]
+        return self.exact.shape[1] + self.latest.shape[1]
 
     @property
     def nbytes(self) -> int:
         """All of it."""
-        return self.order.nbytes + self.signal.nbytes + self.exact.nbytes
+        return self.order.nbytes + self.signal.nbytes + self.exact.nbytes + self.latest.nbytes
 
     def dense(self, first: int, last: int) -> Tensor:
         """The vectors `first` to `last` - 1, [B, t, C]."""
         made = self.signal.made(first, last).to(self.exact.dtype)
-        return _channels(torch.cat([made, self.exact[:, first:last]], dim=2), self.order.long().argsort(1))
+        exact = torch.cat([self.exact, self.latest], dim=1)[:, first:last]
+        return _channels(torch.cat([made, exact], dim=2), self.order.argsort(1))
 
     def times(self, weight: Tensor) -> Tensor:
         """The vectors times `weight` [B, C, k], float32: [B, k, M]."""
-        weight = weight.gather(1, self.order.long().unsqueeze(2).expand_as(weight))
+        weight = weight.gather(1, self.order.unsqueeze(2).expand_as(weight))
         waved, exact = weight.split([weight.shape[1] - self.exact.shape[2], self.exact.shape[2]], dim=1)
-        return self.signal.times(waved, self.length) + exact.transpose(1, 2) @ self.exact.float().mT
+        parts = [exact.mT @ part.float().mT for part in (self.exact, self.latest)]
+        return self.signal.times(waved, self.length) + torch.cat(parts, dim=2)
 
     def summed(self, weight: Tensor) -> Tensor:
         """The vectors, summed by `weight` [B, k, M], float32: [B, k, C]."""
-        found = torch.cat([self.signal.summed(weight), weight @ self.exact.float()], dim=2)
-        return torch.empty_like(found).scatter_(2, self.order.long().unsqueeze(1).expand_as(found), found)
+        older, newer = weight.split([self.exact.shape[1], self.latest.shape[1]], dim=2)
+        exact = older @ self.exact.float() + newer @ self.latest.float()
+        found = torch.cat([self.signal.summed(weight), exact], dim=2)
+        return torch.empty_like(found).scatter_(2, self.order.unsqueeze(1).expand_as(found), found)
 
     def append(self, x: Tensor) -> Mixed:
         """With further vectors [B, t, C]."""
-        x = _channels(x, self.order.long())
+        x = _channels(x, self.order)
         count = x.shape[2] - self.exact.shape[2]
         signal = self.signal.add(x[..., :count], self.length)
-        return replace(self, signal=signal, exact=torch.cat([self.exact, x[..., count:]], dim=1))
+        exact, latest = self.exact, torch.cat([self.latest, x[..., count:]], dim=1)
+        if latest.shape[1] >= TILE:
+            exact, latest = torch.cat([exact, latest], dim=1), exact[:, :0]
+        return Mixed(self.order, signal, exact, latest)
 
     def each_row(self, change: Callable[[Tensor], Tensor]) -> Mixed:
         """Of all tensors."""
-        return Mixed(change(self.order), self.signal.each_row(change), change(self.exact))
+        exact, latest = change(self.exact), change(self.latest)
+        return Mixed(change(self.order), self.signal.each_row(change), exact, latest)
 
 
 def _channels(x: Tensor, order: Tensor) -> Tensor:

@@ -18,8 +18,10 @@ from tprune.methods.cache_view import LayerView
 
 FLOAT = 4
 """Bytes of a coefficient."""
-LEVELS = 3
-"""Numbers beside a channel's coefficients: two means and a ratio."""
+RATIOS = 1
+"""Numbers beside a channel's coefficients."""
+PLACE = 8
+"""Bytes that say which channel is where."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class FourierAttention(CacheMethod):
     def check_length(self, length: int, count: int) -> None:
         """What stays exact for certain, and the coefficients, must fit into the budget."""
         states = 2 * self.frequencies(length)
-        least = self.first + self.window + states + LEVELS
+        least = self.first + self.window + states + RATIOS
         if count <= least:
             raise UserError(
                 f"fourier-attention: {count} of {length} entries are the memory of no more than its {self.first} first "
@@ -86,8 +88,8 @@ class FourierAttention(CacheMethod):
         widths = [layer.groups * x.shape[3] for x in (layer.key, layer.value)]
         size, whole = layer.key.element_size(), sum(widths)
         middle = layer.length - self.first - self.window
-        saved = middle * size - (states + LEVELS) * FLOAT
-        lacking = (layer.length - count) * whole * size + 2 * whole
+        saved = middle * size - (states + RATIOS) * FLOAT
+        lacking = (layer.length - count) * whole * size + PLACE * whole
         if lacking > saved * whole:
             raise UserError(
                 f"fourier-attention: {count} of {layer.length} entries have no room for {states} coefficients "
