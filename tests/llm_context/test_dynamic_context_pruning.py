@@ -3,11 +3,11 @@
 import pytest
 import torch
 from torch.nn import functional
-from transformers import DynamicCache
 
 import tprune
 from tests.decoders import CONFIGS, NO_ROPE, decoder, tokens
 from tests.golden_values import golden
+from tests.llm_context.agreement import padded_generate_its_rows_and_a_loop
 from tests.llm_weights import tiny
 from tprune.core.budget import Site
 from tprune.core.dropping import alpha_sigmoid, interaction, lasting, remaining
@@ -22,14 +22,9 @@ GOLDEN, FACTS = golden("llm-context", "dynamic-context-pruning")
 ALPHA = FACTS["settings"]["alpha"]
 SMALL = {"size": 4}
 PROMPT = 60
+WEIGHTS = {name: GOLDEN[name][None] for name in ("query", "key")} | {"bias": GOLDEN["bias"]}
+"""The authors', as of our only layer."""
 every_alpha = pytest.mark.parametrize("case", ALPHA)
-
-
-def method_of(settings=None, bound=True):
-    """The authors' weights in our method, for one layer."""
-    method = registry.build("dynamic-context-pruning", settings=settings or {"size": 8})
-    weights = {name: GOLDEN[name][None] for name in ("query", "key")} | {"bias": GOLDEN["bias"]}
-    return method.bind(weights) if bound else (method, weights)
 
 
 def prune(model, keep=0.5, seed=0, **more):
@@ -58,9 +53,10 @@ def test_it_begins_as_a_plain_sigmoid():
 @every_alpha
 def test_training_reads_and_learns_what_the_authors_do(case):
     """One layer: what is still there, what is read, and the gradients of both losses."""
-    method, weights = method_of({"size": 8, "weight": FACTS["settings"]["weight"]}, bound=False)
+    settings = {"size": 8, "weight": FACTS["settings"]["weight"]}
+    method = registry.build("dynamic-context-pruning", settings=settings)
     fit = method.fit(CacheShape(1, (0,), 4, 16, 1e4, {}), 0.0, 0)
-    fit.load_state_dict(weights)
+    fit.load_state_dict(WEIGHTS)
     fit.alpha, memory = ALPHA[case], {}
     view = LayerView(0, 1, None, GOLDEN["k"], GOLDEN["v"], None, {}, inputs=GOLDEN["x"])
     bias = fit.at(Site(0), view, memory)
@@ -87,7 +83,8 @@ def test_a_step_drops_what_the_authors_drop_in_every_row():
 
 def test_decoding_holds_what_the_authors_hold():
     """With room for one more than they ever have: of what is held, their entries are those above their threshold."""
-    method, prompt, rows = method_of(), FACTS["settings"]["prompt"], []
+    method = registry.build("dynamic-context-pruning", settings={"size": 8}).bind(WEIGHTS)
+    prompt, rows = FACTS["settings"]["prompt"], []
     every = torch.arange(14).expand(2, 1, -1)
     key = GOLDEN["k"][:, :1]
     layer = LayerView(0, 1, None, key[:, :, :prompt], key[:, :, :prompt], every[..., :prompt], {})
@@ -145,25 +142,10 @@ def test_what_tokens_say_one_by_one_is_what_they_say_in_a_prompt():
 
 
 def test_a_padded_batch_equals_its_rows_and_generate_a_loop():
-    model, ids = decoder(), tokens(2, PROMPT)
-    mask = torch.ones_like(ids)
-    ids[1, :17], mask[1, :17] = 0, 0
-    asked = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
-    with prune(model):
-        together = model.generate(ids, attention_mask=mask, **asked)[:, PROMPT:]
-        for row in range(2):
-            real = ids[row : row + 1, mask[row].bool()]
-            alone = model.generate(real, **asked)[:, real.shape[1] :]
-            assert torch.equal(alone, together[row : row + 1])
-        cache, new, text = DynamicCache(), ids[:1], []
-        for _ in range(5):
-            new = model(new, past_key_values=cache).logits[:, -1:].argmax(-1)
-            text.append(new)
-        assert torch.equal(torch.cat(text, dim=1), together[:1])
-        assert model.generate(ids[:1], num_beams=2, **asked).shape == (1, PROMPT + 5)
-        # Interaction keys are part of the cache.
-        layer = cache.layers[0]
-        assert layer_bytes([layer]) == layer.keys.nbytes + layer.values.nbytes + 30 * 4 * 4
+    cache = padded_generate_its_rows_and_a_loop(prune, PROMPT)
+    # Interaction keys are part of the cache.
+    layer = cache.layers[0]
+    assert layer_bytes([layer]) == layer.keys.nbytes + layer.values.nbytes + 30 * 4 * 4
 
 
 def test_half_precision_runs_and_compact_positions_go_on():

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache
 
 import tprune
 from tests.decoders import CONFIGS, decoder, tokens
 from tests.golden_values import golden, under
+from tests.llm_context.agreement import padded_generate_its_rows_and_a_loop
 from tests.llm_weights import tiny
 from tprune.core.rotary import rotated
 from tprune.data import text as data_text
@@ -109,23 +109,7 @@ def test_it_chooses_in_every_decoder_keeps_its_budget_and_leaves_the_model_as_it
 
 
 def test_a_padded_batch_equals_its_rows_and_generate_a_loop():
-    model, ids = decoder(), tokens(2, PROMPT)
-    mask = torch.ones_like(ids)
-    ids[1, :17], mask[1, :17] = 0, 0
-    asked = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
-    with prune(model):
-        together = model.generate(ids, attention_mask=mask, **asked)[:, PROMPT:]
-        for row in range(2):
-            real = ids[row : row + 1, mask[row].bool()]
-            alone = model.generate(real, **asked)[:, real.shape[1] :]
-            assert torch.equal(alone, together[row : row + 1])
-        cache, new, text = DynamicCache(), ids[:1], []
-        for _ in range(5):
-            new = model(new, past_key_values=cache).logits[:, -1:].argmax(-1)
-            text.append(new)
-        assert torch.equal(torch.cat(text, dim=1), together[:1])
-        beams = model.generate(ids[:1], num_beams=2, **asked)
-        assert beams.shape == (1, PROMPT + 5)
+    padded_generate_its_rows_and_a_loop(prune, PROMPT)
 
 
 def test_it_is_timed_before_it_has_learned():
