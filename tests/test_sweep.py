@@ -425,3 +425,21 @@ def test_the_front_is_what_nothing_beats_in_both():
     assert [points._with_front(one, rows, False).front for one in rows] == [("flops",), ("flops",), ()]
     assert points._with_front(beaten, rows, True).front == ()
     assert points._with_front(cheap, rows, True).front == ("flops",)
+
+
+def test_methods_of_text_encoders_have_a_built_in_model_of_their_own_and_no_floor(tmp_path):
+    words = (
+        "--method",
+        "ltp",
+        "--set",
+        "final_threshold=0.01",
+        "--limit",
+        4,
+        "--no-latency",
+        "--no-pictures",
+    )
+    assert call("sweep", "llm-context", *words, "--out", tmp_path / "out").exit_code == 0
+    (point,) = stored(tmp_path / "out").values()
+    assert (point["model"], point["status"]) == ("minilm-topics", "ok")
+    with pytest.raises(UserError, match="is a text encoder, where random does not work; use ltp, top"):
+        call("sweep", "llm-context", "minilm-topics", "--method", "snapkv", "--out", tmp_path / "other")

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from tprune.cli import THREADING
-from tprune.commands.common import FAMILY_DEFAULTS, model_options, parse_settings
+from tprune.commands.common import FAMILY_DEFAULTS, default_model, model_options, parse_settings
 from tprune.errors import UserError
 from tprune.methods import registry
 from tprune.recipe import ModelSource, Recipe, Stage
@@ -45,7 +45,7 @@ def command(
     """
     family, model = placed(what, methods.split(","))
     source = ModelSource(
-        model or FAMILY_DEFAULTS[family],
+        model or default_model(family, *methods.split(",")),
         options.pop("revision"),
         options.pop("weights"),
         options.pop("random_weights"),

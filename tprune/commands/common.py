@@ -169,11 +169,11 @@ def family_command(family: str, help: str) -> click.Command:
     return functools.reduce(lambda made, option: option(made), reversed(extra), command)
 
 
-def default_model(family: str, method: str) -> str:
-    """The built-in model that a method runs on where none is named."""
+def default_model(family: str, *methods: str) -> str:
+    """The built-in model that methods run on where none is named."""
     from tprune.methods import registry
 
-    inside = registry.load(method, family).runs_on == ("encoder",)
+    inside = all(registry.load(method, family).runs_on == ("encoder",) for method in methods)
     return ENCODER_DEFAULT if inside else FAMILY_DEFAULTS[family]
 
 

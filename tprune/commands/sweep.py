@@ -10,7 +10,13 @@ from typing import Any
 
 import click
 
-from tprune.commands.common import FAMILY_DEFAULTS, model_options, parse_settings, with_absolute_paths
+from tprune.commands.common import (
+    FAMILY_DEFAULTS,
+    default_model,
+    model_options,
+    parse_settings,
+    with_absolute_paths,
+)
 from tprune.errors import UserError
 from tprune.recipe import ModelSource, Recipe, Stage
 
@@ -64,7 +70,7 @@ def command(
     A point is written as soon as it is measured: a sweep that was stopped goes on, and another one with more
     methods or budgets and the same --out adds its points.
     """
-    base, plan = planned(family, model or FAMILY_DEFAULTS[family], seeds, options)
+    base, plan = planned(family, model, seeds, options)
     from tprune.evaluate import points
     from tprune.evaluate.page import write
     from tprune.pipelines.base import Sample
@@ -96,8 +102,11 @@ def command(
         sys.exit(1)
 
 
-def planned(family: str, model: str, seeds: int, options: dict[str, Any]) -> tuple[Recipe, list[Recipe]]:
-    """The recipe that all points share, with the floor as its method, and the recipe of every point.
+def planned(
+    family: str, model: str | None, seeds: int, options: dict[str, Any]
+) -> tuple[Recipe, list[Recipe]]:
+    """The recipe that all points share, with the floor as its method or the first where there is none, and the recipe
+    of every point; without a model those of the built-in one that the methods run on.
 
     Raises:
         UserError: an unknown method or hyperparameter, a malformed budget, nothing to do.
@@ -105,10 +114,6 @@ def planned(family: str, model: str, seeds: int, options: dict[str, Any]) -> tup
     from tprune.pipelines import grid
 
     take = options.pop
-    source = ModelSource(model, take("revision"), take("weights"), take("random_weights"))
-    if seeds > 1 and source.random_weights:
-        raise UserError(f"--seeds {seeds} with --random-weights: the seed makes the model; give one --seed")
-    stage = Stage(family, grid.FLOOR, positions=take("positions"), loadable=take("loadable"))
     methods, file, settings = take("methods"), take("grid_file"), parse_settings(take("settings"))
     fit = take("fit")
     budgets = grid.budgets(**{name: take(name) for name in grid.BUDGETS})
@@ -119,8 +124,17 @@ def planned(family: str, model: str, seeds: int, options: dict[str, Any]) -> tup
         raise UserError("budgets and --set are for the methods of --method; a --grid file has its own")
     if not chosen:
         raise UserError("no methods: give --method ID[,ID…], --method all, or --grid FILE")
+    names = [one.method for one in chosen]
+    source = ModelSource(
+        model or default_model(family, *names), take("revision"), take("weights"), take("random_weights")
+    )
+    if seeds > 1 and source.random_weights:
+        raise UserError(f"--seeds {seeds} with --random-weights: the seed makes the model; give one --seed")
+    floored = grid.has_floor(family, names)
+    shared = grid.FLOOR if floored else names[0]
+    stage = Stage(family, shared, positions=take("positions"), loadable=take("loadable"))
     base = with_absolute_paths(Recipe(source, (stage,), **options))
-    return base, grid.recipes(base, grid.with_floor(chosen), seeds, fit)
+    return base, grid.recipes(base, grid.with_floor(chosen) if floored else chosen, seeds, fit)
 
 
 def tell(out: str, found: list[Any], files: list[str]) -> None:

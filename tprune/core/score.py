@@ -90,8 +90,9 @@ def attention_rows(
     logits = attention_logits(chosen, key, scale, bias, softcap)
     if causal:
         logits = _mask_future(logits, rows + (keys - length))
-    # In their own memory: on a CPU new pages cost more than the softmax.
-    return torch.softmax(logits, dim=-1, out=None if logits.requires_grad else logits)
+    # On a CPU in their own memory: new pages cost more than the softmax.
+    own = logits.device.type == "cpu" and not logits.requires_grad
+    return torch.softmax(logits, dim=-1, out=logits if own else None)
 
 
 def attend(attention: Tensor, value: Tensor) -> Tensor:

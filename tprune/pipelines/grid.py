@@ -133,6 +133,13 @@ def _combinations(settings: dict[str, Any]) -> list[dict[str, Any]]:
     return [dict(zip(settings, values, strict=True)) for values in itertools.product(*lists)]
 
 
+def has_floor(family: str, names: Iterable[str]) -> bool:
+    """Whether there is a floor beside methods of these names: not where all drop tokens inside text encoders."""
+    return family != "llm-context" or any(
+        registry.load(name, family).runs_on != ("encoder",) for name in names
+    )
+
+
 def with_floor(chosen: list[Choice]) -> list[Choice]:
     """The floor at every budget beside the others, budget by budget."""
     asked = list({str(one.budget): one.budget for one in chosen}.values())

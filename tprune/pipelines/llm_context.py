@@ -32,6 +32,7 @@ from tprune.models.probe import Probing
 from tprune.models.recurrent import RecurrentDriver, admit, is_recurrent, logits_behind
 from tprune.models.revive import RevivingDriver, can_revive
 from tprune.models.subject import Subject, twin
+from tprune.models.text_encoder import is_encoder
 from tprune.pipelines.base import Handle, Pipeline, Quality, Sample, Workload
 from tprune.pipelines.context_handle import CacheHandle, PrefillHandle
 from tprune.pipelines.context_prompts import noise, prompt_tokens, window_length
@@ -64,7 +65,9 @@ class ContextPipeline(Pipeline):
         )
 
     def prepare(self, subject: Subject) -> None:
-        """Read windows of evaluation text, or hide pass keys in it."""
+        """Read windows of evaluation text, or hide pass keys in it; text encoders are refused."""
+        if is_encoder(subject.model.config):
+            admit(self.method, subject.model)
         self.length = window_length(subject.model, self.recipe.length)
         self.windows, self.prompts, self.protocol = None, None, {}
         if self.stage.fit is not None and self.method.state is None:
