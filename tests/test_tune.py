@@ -90,6 +90,11 @@ def test_a_point_becomes_numbers_of_the_hyperparameters_kinds():
         (["--keep", "0.6", "--set", "layers=1:x"], "--set layers=1:x: expected NAME=LO:HI with numbers"),
         (["--keep", "0.6", "--set", "layers=1:2:3"], "--set layers=1:2:3: expected NAME=LO:HI with numbers"),
         (["--keep", "0.6", "--set", "deep=1:3"], "--set deep: evit has layers"),
+        (
+            ["--keep", "0.6", "--set", "ratio=0.5:0.9"],
+            "--set ratio: it is a budget of evit itself; give ranges of",
+        ),
+        (["--keep", "0.6", "--set", "layers=-3:3"], "--set layers=.*: expected 0 to"),
         (["--keep", "0.6", "--set", "fuse=0:1"], "--set fuse: ranges are for numbers; give a value"),
     ],
 )

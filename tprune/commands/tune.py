@@ -63,7 +63,7 @@ def command(
     What counts is the accuracy or perplexity on --limit samples: take others to report it.
     """
     check_file(out, force)
-    ranges = {text.partition("=")[0]: read for text in settings if (read := ranged(text)) is not None}
+    ranges = {named(text): read for text in settings if (read := ranged(text)) is not None}
     recipe = planned(family, model or FAMILY_DEFAULTS[family], settings, ranges, options)
     from tprune.pipelines.grid import FLOOR
     from tprune.pipelines.trials import Trials
@@ -93,6 +93,11 @@ def command(
     click.echo(f"\n{text}", nl=False)
     if out is not None:
         click.echo(f"written: {out}  (tprune run {out})")
+
+
+def named(text: str) -> str:
+    """The hyperparameter of NAME=VALUE."""
+    return text.partition("=")[0].replace("-", "_")
 
 
 def ranged(text: str) -> list[tuple[float, float]] | None:
@@ -126,7 +131,7 @@ def planned(
         UserError: nothing to look for, or no budget.
     """
     take = options.pop
-    fixed = parse_settings(tuple(text for text in settings if text.partition("=")[0] not in ranges))
+    fixed = parse_settings(tuple(text for text in settings if named(text) not in ranges))
     source = ModelSource(model, take("revision"), take("weights"), take("random_weights"))
     budget = {name: take(name) for name in ("keep", "sparsity", "pattern")}
     stage = Stage(family, take("method"), set=fixed, **budget)
@@ -155,7 +160,8 @@ def show(tune: Tune, found: list[Tried]) -> None:
     table = new_table(console, None, tune.metric, "agreement", "settings")
     table.columns[-1].justify = "left"
     table.add_row(quality(tune.metric, tune.dense[tune.metric]), percent(1.0), "dense")
-    best = sorted((one for one in found if not one.reason), key=lambda one: one.loss)[:SHOWN]
+    good = {words(one): one for one in found if not one.reason}
+    best = sorted(good.values(), key=lambda one: one.loss)[:SHOWN]
     for one in best if found[0] in best or found[0].reason else [*best, found[0]]:
         figures = one.figures
         table.add_row(quality(tune.metric, figures[tune.metric]), percent(figures["agreement"]), words(one))

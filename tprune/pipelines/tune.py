@@ -43,7 +43,8 @@ class Space:
         """Those of `method`.
 
         Raises:
-            UserError: a hyperparameter that it does not have, or that is no number.
+            UserError: a hyperparameter that it does not have, that is no number, or a budget, or a bound that it
+                cannot take.
         """
         kind = registry.load(method, family)
         hints, lists, whole = typing.get_type_hints(kind), set(), set()
@@ -51,12 +52,17 @@ class Space:
         for name in ranges:
             if name not in known:
                 raise UserError(f"--set {name}: {method} has {', '.join(known) or 'no hyperparameters'}")
+            if name in getattr(kind, "native", ()):
+                raise UserError(f"--set {name}: it is a budget of {method} itself; give ranges of others")
             kinds = {*typing.get_args(known[name])} or {known[name]}
             if not kinds & {int, float}:
                 raise UserError(f"--set {name}: ranges are for numbers; give a value")
             lists |= {name} if typing.get_origin(known[name]) is tuple else set()
             whole |= {name} if int in kinds else set()
-        return cls(ranges, frozenset(lists), frozenset(whole))
+        space = cls(ranges, frozenset(lists), frozenset(whole))
+        for corner in (numpy.zeros, numpy.ones):
+            registry.build(method, family, space.settings(corner(len(space.bounds))))
+        return space
 
     @property
     def bounds(self) -> numpy.ndarray:
@@ -108,13 +114,16 @@ class Tune:
         width, seed = len(self.space.bounds), self.recipe.seed
         points = spread(min(SPREAD * width, max(1, count // 2)), width, seed)
         values: list[float] = []
+        seen: dict[str, Tried] = {}
         for place in range(count):
             if place == len(points):
                 known = [value for value in values if math.isfinite(value)]
                 worst = max(known, default=0.0)
                 told = numpy.array([value if math.isfinite(value) else worst for value in values])
                 points = numpy.concatenate([points, propose(points, told, seed + place)[None]])
-            found = self.tried(self.space.settings(points[place]))
+            settings = self.space.settings(points[place])
+            # Different points may round to the same settings.
+            found = seen[str(settings)] = seen.get(str(settings)) or self.tried(settings)
             values.append(found.loss)
             yield found
 
