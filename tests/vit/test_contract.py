@@ -161,3 +161,15 @@ def test_a_second_method_is_refused_until_the_first_is_removed(vit, images):
     with tprune.prune(vit, "vit/evit", keep=0.6):
         assert not torch.equal(vit(images), dense)
     assert torch.equal(vit(images), dense)
+
+
+def test_a_model_is_as_it_was_after_a_method_that_could_not_be_put_in_place(images):
+    from timm.models.vision_transformer import ResPostBlock
+
+    model = tiny_vit(block_fn=ResPostBlock)
+    dense = model(images)
+    with pytest.raises(UserError, match="is no pre-norm block"):
+        tprune.prune(model, "vit/tome", keep=0.6)
+    assert torch.equal(model(images), dense)
+    with tprune.prune(model, "vit/random", keep=0.6):
+        assert not torch.equal(model(images), dense)

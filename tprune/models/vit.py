@@ -90,7 +90,11 @@ class TokenDriver(Forwards):
 
     def _start(self) -> None:
         self.undo.callback(claim(self.parts.model, self.method.id))
-        self._attach()
+        try:
+            self._attach()
+        except UserError:
+            self.undo.close()
+            raise
 
     def _attach(self) -> None:
         parts, edited = self.parts, self._edited()
