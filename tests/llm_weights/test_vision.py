@@ -249,3 +249,15 @@ def test_calibration_images_of_a_folder_are_not_those_that_are_measured(folder):
     assert sorted(places(6, 6)) == list(range(6, 12))
     assert places(6, 3) != places(6, 3, seed=1)
     assert sorted(places(None, 128)) == list(range(12))
+
+
+@pytest.mark.parametrize("name", ["timm", "vit"])
+def test_vision_transformers_are_held_in_memory(name, tmp_path):
+    on_disk(name, tmp_path / "model")
+    asked = Recipe(
+        ModelSource(str(tmp_path / "model")),
+        (Stage("llm-weights", "wanda", sparsity=0.5),),
+        max_memory="1GB",
+    )
+    with pytest.raises(UserError, match="--max-memory: .* is a vision transformer, which is held in memory"):
+        execute(asked, QUIET, out=str(tmp_path / "out"))

@@ -68,15 +68,12 @@ class Stream:
 
     join: Callable[[Iterable[Inputs]], None] | None = None
     workers = 1
-    _now = local()
-    """Which sequences a thread is sending through a block: `part`, a slice."""
+    _now = local()  # `part`, a slice
 
     def __init__(
         self, decoder: Decoder, sequences: Tensor | Feed, batch_size: int, spill: Path | None = None
     ):
-        """Embed `sequences`, tokens int64 [N, L] or a feed; runs no block. `spill` is a folder for activations that
-        leave memory.
-        """
+        """Embed `sequences`, tokens int64 [N, L] or a feed; runs no block. `spill`: a folder for activations."""
         self.decoder = decoder
         self.feed = Tokens(sequences) if isinstance(sequences, Tensor) else sequences
         device, shape = next(decoder.core.parameters()).device, self.feed.shape
@@ -129,7 +126,7 @@ class Stream:
 
     @property
     def now(self) -> slice:
-        """Which sequences this thread last sent through a block."""
+        """Which sequences this thread sends through a block."""
         return getattr(self._now, "part", slice(0, 0))
 
     def batches(self, chosen: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:

@@ -154,7 +154,12 @@ def load_paged(source: Source, family: str, *, device: str, dtype: str) -> Subje
     build = getattr(kind, "from_config", None) or kind._from_config
     precision = getattr(torch, dtype)
     with init_empty_weights(include_buffers=False):
-        model = build(config, dtype=precision).requires_grad_(False).eval()
+        timm = source.library == "timm"
+        model = None if timm else build(config, dtype=precision).requires_grad_(False).eval()
+    if timm or is_vision(model):
+        raise UserError(
+            f"--max-memory: {source.name} is a vision transformer, which is held in memory; leave it out"
+        )
     Pages(find_decoder(model), Shards(files), device, precision)
     return Subject(model, _processor(transformers, family, model, folder, {}), source)
 

@@ -39,11 +39,6 @@ def check(stage: Stage, method: WeightMethod, recipe: Recipe) -> None:
     check_masks_only(stage, method, f"{recipe.model.name} is a vision transformer")
     if recipe.length is not None:
         raise UserError(f"--length {recipe.length}: images have their own number of tokens; leave it out")
-    if recipe.max_memory is not None:
-        raise UserError(
-            f"--max-memory {recipe.max_memory}: {recipe.model.name} is a vision transformer, which is held in memory; "
-            "leave it out"
-        )
 
 
 def calibration(
