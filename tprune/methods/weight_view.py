@@ -31,7 +31,7 @@ class LinearView:
             batches of triples, of the gradients of the dense model's loss; "domain_square" and "general_square", the
             sum of their squares over the number of triples.
         likeness: how alike its outputs for two tokens of a sequence are, if asked for: the means of the positive
-            cosines of two that show images and of two of text, and of all cosines of one with the other, where there are.
+            cosines of two that show images and of two of text, and of all cosines of one with the other, if there are.
         tokens, sequences: how many calibration tokens it saw, of how many sequences.
         shared: what was computed from the statistics so far, for all matrices with the same inputs.
     """
