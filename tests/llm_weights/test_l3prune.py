@@ -129,10 +129,10 @@ def test_pooling_takes_the_tokens_that_count_and_no_others():
     assert found == pytest.approx([(1 + 2 * 2 + 3 * 3) / 6, 0.0])
 
 
-def test_triples_of_any_text_are_halves_of_passages_and_the_next_ones_second_half(tmp_path, text):
+def test_triples_of_any_text_are_halves_of_passages_and_the_next_ones_first_half(tmp_path, text):
     found = triples.read(str(text), "calibration")
     queries, positives, negatives = zip(*found.items, strict=True)
-    assert negatives == (*positives[1:], positives[0])
+    assert negatives == (*queries[1:], queries[0])
     assert not set(queries) & set(positives)
     other = triples.read(str(text), "evaluation")
     assert not {part for item in found.items for part in item} & {

@@ -1,7 +1,6 @@
 """Encoders with a decoder beside them (T5, BART) as subjects: both stacks are calibrated and pruned."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 import tprune
 from tests.decoders import tokens
+from tests.llm_weights.test_artifacts import QUIET, recipe, weights
 from tests.llm_weights.test_contract import MASKING
 from tests.llm_weights.tiny import prune, tokenizer
 from tests.pairs import NAMES, pair
@@ -27,10 +27,8 @@ from tprune.pipelines import journal
 from tprune.pipelines.llm_weights import LlmWeights
 from tprune.pipelines.run import execute
 from tprune.pipelines.weights_pictures import of_counts, packed
-from tprune.progress import Progress
-from tprune.recipe import ModelSource, Recipe, Stage, read
+from tprune.recipe import read
 
-QUIET = Progress(quiet=True)
 BUILT = {name: registry.build(name, "llm-weights") for name in MASKING}
 ABLE = [
     name
@@ -235,26 +233,10 @@ def source(request, tmp_path_factory):
     return folder
 
 
-def recipe(folder, text, method="sparsegpt", **stage):
-    return Recipe(
-        ModelSource(str(folder)),
-        (Stage("llm-weights", method, sparsity=0.5, **stage),),
-        data=str(text),
-        limit=2,
-        calibration=4,
-        length=24,
-        batch_size=2,
-    )
-
-
-def weights(folder):
-    return {file.name: file.read_bytes() for file in sorted(folder.glob("*.safetensors"))}
-
-
 def test_an_artifact_is_loaded_by_stock_transformers_and_its_recipe_gives_the_same_bytes(
     source, text, tmp_path
 ):
-    report = execute(recipe(source, text), QUIET, out=str(tmp_path / "one"))
+    report = execute(recipe(source, text, "sparsegpt"), QUIET, out=str(tmp_path / "one"))
     assert report["kind"] == "masked"
     assert {"perplexity", "agreement", "flops"} <= report["dense"].keys() == report["pruned"].keys()
     execute(read(tmp_path / "one" / "recipe.yaml"), QUIET, out=str(tmp_path / "two"), evaluate=False)
@@ -262,9 +244,15 @@ def test_an_artifact_is_loaded_by_stock_transformers_and_its_recipe_gives_the_sa
     stock, ids = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "one").eval(), tokens(2, 20)
     assert torch.equal(logits(stock, ids), logits(tprune.load(str(tmp_path / "one")), ids))
     assert not torch.equal(logits(stock, ids), logits(AutoModelForSeq2SeqLM.from_pretrained(source), ids))
-    plain = replace(recipe(source, text), stages=recipe(source, text, loadable="plain").stages)
+    plain = recipe(source, text, "sparsegpt", loadable="plain")
     assert execute(plain, QUIET, out=str(tmp_path / "plain"), evaluate=False)["kind"] == "plain"
-    execute(recipe(source, text), QUIET, out=str(tmp_path / "small"), evaluate=False, by_reference=True)
+    execute(
+        recipe(source, text, "sparsegpt"),
+        QUIET,
+        out=str(tmp_path / "small"),
+        evaluate=False,
+        by_reference=True,
+    )
     assert torch.equal(logits(tprune.load(str(tmp_path / "small")), ids), logits(stock, ids))
 
 
@@ -272,7 +260,7 @@ def test_an_artifact_is_loaded_by_stock_transformers_and_its_recipe_gives_the_sa
 def test_a_run_interrupted_in_either_stack_goes_on_there_and_ends_with_the_same_bytes(
     source, block, text, tmp_path, monkeypatch
 ):
-    asked = recipe(source, text)
+    asked = recipe(source, text, "sparsegpt")
     execute(asked, QUIET, out=str(tmp_path / "whole"), evaluate=False)
     write = journal.Journal.write
 

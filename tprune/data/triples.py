@@ -37,7 +37,7 @@ def read(source: str | None, split: str) -> Triples:
     Args:
         source: a .json or .jsonl file of objects with `query`, `positive` and `negative`, and perhaps an
             `instruction`; of any other text that `data.text.read` reads the first half of a passage is the query, the
-            second its positive, and that of the next passage its negative.
+            second its positive, and the first of the next passage its negative.
         split: "calibration" or "evaluation"; triples of a file are dealt out in turn.
 
     Raises:
@@ -72,9 +72,9 @@ def built_in(domain: bool) -> Triples:
 
 
 def _of(documents: Iterable[str]) -> list[tuple[str, str, str]]:
-    """Of every passage its first half, its second half, and that of the next passage."""
+    """Of every passage its first half, its second half, and the first of the next: no text is another's positive."""
     pairs = [_halves(passage) for document in documents for passage in cut(document, 0)]
-    return [(*pair, pairs[(place + 1) % len(pairs)][1]) for place, pair in enumerate(pairs)]
+    return [(*pair, pairs[(place + 1) % len(pairs)][0]) for place, pair in enumerate(pairs)]
 
 
 def _halves(passage: str) -> tuple[str, str]:

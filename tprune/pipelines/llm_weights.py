@@ -110,7 +110,7 @@ class LlmWeights(Pipeline):
         self.evaluation = text.read(self.recipe.data, "evaluation")
         limit = self.recipe.limit or self.default_limit
         self.windows = text.windows(self.evaluation, self.tokenizer(subject), self.length, limit)
-        self.halves = pair_weights.protocol(decoder, self.length)
+        self.halves = pair_weights.protocol(decoder, self.length, self.progress)
 
     def decoder(self, model: torch.nn.Module) -> Decoder:
         """The model's blocks, with the matrices that the method is about.

@@ -10,6 +10,7 @@ from tprune.methods.weights import WeightMethod
 from tprune.models.blocks import Decoder
 from tprune.models.encoder_decoder import EncoderDecoder
 from tprune.pipelines.masks_only import check_masks_only
+from tprune.progress import Progress
 from tprune.recipe import Stage
 
 
@@ -28,8 +29,12 @@ def check(stage: Stage, method: WeightMethod, model: nn.Module) -> None:
         )
 
 
-def protocol(decoder: Decoder, length: int) -> dict[str, int]:
+def protocol(decoder: Decoder, length: int, progress: Progress) -> dict[str, int]:
     """How many tokens of a sequence of `length` the encoder reads, and how many are foretold; nothing of one stack."""
     if not isinstance(decoder, EncoderDecoder):
         return {}
-    return {"read": length // 2, "foretold": length - length // 2}
+    read, foretold = length // 2, length - length // 2
+    progress.say(
+        f"the encoder reads the first {read} tokens of a sequence, the decoder foretells the other {foretold}"
+    )
+    return {"read": read, "foretold": foretold}
