@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,8 @@ def read(source: str | None, split: str) -> Triples:
 
     Args:
         source: a .json or .jsonl file of objects with `query`, `positive` and `negative`, and perhaps an
-            `instruction`; of any other text that `data.text.read` reads the first half of a passage is the query, the
-            second its positive, and the first of the next passage its negative.
+            `instruction`; of any other text that `data.text.read` reads the first third of a passage is the query, the
+            second its positive, and the last of the next passage its negative.
         split: "calibration" or "evaluation"; triples of a file are dealt out in turn.
 
     Raises:
@@ -72,15 +73,15 @@ def built_in(domain: bool) -> Triples:
 
 
 def _of(documents: Iterable[str]) -> list[tuple[str, str, str]]:
-    """Of every passage its first half, its second half, and the first of the next: no text is another's positive."""
-    pairs = [_halves(passage) for document in documents for passage in cut(document, 0)]
-    return [(*pair, pairs[(place + 1) % len(pairs)][0]) for place, pair in enumerate(pairs)]
+    """Of every passage its first and its second third, and the last one of the next passage: none is two things."""
+    parts = [_thirds(passage) for document in documents for passage in cut(document, 0)]
+    return [(*part[:2], parts[(place + 1) % len(parts)][2]) for place, part in enumerate(parts)]
 
 
-def _halves(passage: str) -> tuple[str, str]:
+def _thirds(passage: str) -> list[str]:
     words = passage.split()
-    middle = len(words) // 2
-    return " ".join(words[:middle]), " ".join(words[middle:])
+    ends = [len(words) * third // 3 for third in range(4)]
+    return [" ".join(words[first:last]) for first, last in pairwise(ends)]
 
 
 def _rows(source: str | None) -> list[dict[str, str]] | None:
