@@ -101,6 +101,15 @@ def test_loadable_plain_is_loaded_by_stock_transformers_with_the_same_outputs(me
     assert torch.equal(logits(stock(tmp_path / "out"), ids), expected)
 
 
+def test_blocks_of_different_widths_that_go_in_a_later_stage_are_gone_when_loaded_again(text, tmp_path):
+    asked = recipe(save(tmp_path / "model", "llama", num_hidden_layers=3), text, "flap", sparsity=0.3)
+    asked = replace(asked, stages=(*asked.stages, Stage("llm-weights", "shortgpt", sparsity=0.34)))
+    execute(asked, QUIET, out=str(tmp_path / "out"), evaluate=False)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert len(config["tprune"]["layers"]) == config["num_hidden_layers"] == 2
+    assert len(tprune.load(str(tmp_path / "out")).model.layers) == 2
+
+
 @pytest.mark.parametrize("name", ["phi3", "gpt-neox", "opt", "gemma2", "qwen3"])
 def test_wrapped_widths_of_every_layout_are_loaded_again(name, text, tmp_path):
     source = save(tmp_path / "model", name)

@@ -116,7 +116,8 @@ def write_config(decoder: Decoder, before: list[dict[str, Any]]) -> None:
     """Make the configuration say what shapes the model has now: plainly where stock transformers understands it."""
     rows = shapes(decoder)
     wrapped = hasattr(decoder.config, "tprune")
-    if rows != before and (wrapped or not _plainly(decoder, before, rows)):
+    told = decoder.config.tprune.get("layers", before) if wrapped else before
+    if rows != told and (wrapped or not _plainly(decoder, before, rows)):
         decoder.config.tprune = {"layers": rows}
 
 
