@@ -19,6 +19,7 @@ from tprune.models.calibrate import Stream
 from tprune.models.embeddings import embed, embeddings, encode
 from tprune.pipelines.load import open_artifact
 from tprune.pipelines.run import execute
+from tprune.pipelines.structure import at_last_tokens
 from tprune.progress import Progress
 from tprune.recipe import ModelSource, Recipe, Stage
 
@@ -86,6 +87,23 @@ def test_a_model_that_ends_early_embeds_texts_as_they_were_behind_that_block(nam
     assert torch.allclose(
         embed(find_decoder(model), given, one.pool), embeddings(stream, one.pool), rtol=1e-4, atol=1e-5
     )
+
+
+def test_what_blocks_are_compared_by_is_the_last_token_of_every_text_however_short():
+    given = texts(golden("llm-weights", "l3prune")[1]["inputs"]["triples"])
+    stream = Stream(find_decoder(decoder()), given, 4)
+    stream.advance(0)
+    expected = [stream.hidden[place, length - 1] for place, length in enumerate(given.lengths)]
+    assert len(set(given.lengths)) > 1
+    assert torch.equal(at_last_tokens(stream), torch.stack(expected))
+
+
+def test_methods_that_compare_foretold_tokens_do_not_go_with_one_that_embeds(file, tmp_path):
+    decoder().save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    stages = Stage("llm-weights", "sleb", sparsity=0.5), Stage("llm-weights", "l3prune")
+    with pytest.raises(UserError, match="sleb compares what a model answers to sequences of one length"):
+        execute(Recipe(ModelSource(str(tmp_path / "model")), stages, data=str(file)), Progress(quiet=True))
 
 
 def test_a_share_of_the_blocks_goes_where_it_is_asked_for(file):

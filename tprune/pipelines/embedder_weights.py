@@ -40,11 +40,16 @@ def admits(subject: Subject, recipe: Recipe) -> bool:
 
 
 def check(stage: Stage, method: WeightMethod, recipe: Recipe) -> None:
-    """Refuse training that foretells tokens, and what reads a model block by block.
+    """Refuse what compares foretold tokens, training that does, and what reads a model block by block.
 
     Raises:
         UserError: naming the option or the method.
     """
+    if method.measures or method.teacher:
+        raise UserError(
+            f"{stage.method} compares what a model answers to sequences of one length, and {_embedder(recipe).id} is "
+            "calibrated on texts of many; run it before, with a recipe of its own"
+        )
     if stage.recover is not None:
         raise UserError(
             f"--recover {stage.recover}: it trains a model to foretell tokens, and {_embedder(recipe).id} prunes one "
