@@ -11,6 +11,7 @@ from tests.encoders import encoder, tokenizer
 from tests.golden_values import golden, under
 from tests.llm_weights.tiny import prune
 from tests.pairs import pair
+from tprune.commands.bench import measure
 from tprune.core.contrast import pooled
 from tprune.data import triples
 from tprune.errors import UserError
@@ -24,6 +25,7 @@ from tprune.pipelines.journal import Journal
 from tprune.pipelines.prune_weights import _of_triples
 from tprune.pipelines.stream import BlockPruner
 from tprune.progress import Progress
+from tprune.recipe import ModelSource, Recipe, Stage
 
 QUIET = Progress(quiet=True)
 KINDS = ("domain_square", "domain_mean", "general_square", "general_mean")
@@ -164,6 +166,19 @@ def file_of(folder, name, letters):
     file = folder / f"{name}.json"
     file.write_text(json.dumps(rows))
     return str(file)
+
+
+def test_the_texts_of_both_sets_are_what_an_allocation_looks_at_and_a_plain_pass_is_of(tmp_path):
+    domain, general = (file_of(tmp_path, name, name * 4) for name in ("abcd", "wxyz"))
+    asked = {"data": domain, "general": general, "calibration": 4, "tokenizer": tokenizer()}
+    handle = tprune.prune(decoder(), "gaprune", sparsity=0.5, allocate="owl", **asked)
+    assert handle.achieved().value == pytest.approx(0.5, abs=1e-3)
+    assert len({row["sparsity"] for row in handle.per_layer()}) > 1
+    encoder("bert", False).save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    stage = Stage("llm-weights", "gaprune", sparsity=0.5, set={"general": general})
+    asked = Recipe(ModelSource(str(tmp_path / "model")), (stage,), data=domain, calibration=4)
+    assert measure(asked, 1)["calibration"].startswith("24 x")
 
 
 @pytest.mark.parametrize("head", [True, False])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -140,6 +141,12 @@ class TripleSets:
 
     domain: Contrast
     general: Contrast
+
+    @property
+    def texts(self) -> Texts:
+        """Those of both."""
+        parts = self.domain.texts, self.general.texts
+        return Texts([*chain(*(part.ids for part in parts))], [*chain(*(part.begin for part in parts))])
 
 
 @torch.no_grad()

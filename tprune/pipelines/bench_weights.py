@@ -17,6 +17,7 @@ from tprune.evaluate.cost import PeakMemory, peak_heap, peak_tensors, quartiles,
 from tprune.methods.weights import WeightBudget
 from tprune.models import masks
 from tprune.models.calibrate import MANY_TOKENS, rows_at_once, workers_at_once
+from tprune.models.embeddings import TripleSets
 from tprune.models.feed import Feed, Tokens
 from tprune.models.memory import give_back
 from tprune.models.subject import Subject
@@ -87,12 +88,14 @@ def bench(driver: LlmWeights, subject: Subject, rounds: int) -> dict[str, Any]:
     }
 
 
-def _plain_feed(driver: LlmWeights, subject: Subject, tokens: Tensor | Feed | None) -> Feed:
+def _plain_feed(driver: LlmWeights, subject: Subject, tokens: Tensor | Feed | TripleSets | None) -> Feed:
     """What the plain pass is of: the calibration samples, also where the method reads none."""
     if tokens is None and driver.kind is not None:
         tokens, _ = driver.kind.calibration(driver.recipe, subject, driver.method, driver.progress)
     if tokens is None:
         tokens = torch.zeros(1, driver.length, dtype=torch.int64)
+    if isinstance(tokens, TripleSets):
+        return tokens.texts
     return Tokens(tokens) if isinstance(tokens, Tensor) else tokens
 
 

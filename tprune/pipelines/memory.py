@@ -15,6 +15,8 @@ from tprune.evaluate.perplexity import score_batch
 from tprune.methods.weights import WeightMethod
 from tprune.models.blocks import Decoder
 from tprune.models.calibrate import Stream, answering
+from tprune.models.embeddings import TripleSets
+from tprune.models.feed import Feed
 from tprune.models.gradients import POWERS
 from tprune.models.pair_stream import stream_of
 from tprune.progress import Progress
@@ -60,10 +62,17 @@ def check(recipe: Recipe, method: WeightMethod) -> None:
 
 
 def calibration(
-    decoder: Decoder, method: WeightMethod, tokens: Tensor, recipe: Recipe, folder: Path | None
+    decoder: Decoder,
+    method: WeightMethod,
+    tokens: Tensor | Feed | TripleSets,
+    recipe: Recipe,
+    folder: Path | None,
 ) -> Stream:
-    """The sequences int64 [N, L] before the first block, within `--max-memory`; `folder` takes what does not fit."""
+    """Sequences, tokens int64 [N, L] or other samples, before the first block; tokens within `--max-memory`, where
+    `folder` takes what does not fit.
+    """
     if recipe.max_memory is None:
+        tokens = tokens.texts if isinstance(tokens, TripleSets) else tokens
         return stream_of(decoder, tokens, recipe.batch_size)
     found = room(decoder, method, tuple(tokens.shape), recipe.batch_size, recipe.max_memory)
     return Stream(
