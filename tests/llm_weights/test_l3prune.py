@@ -162,8 +162,10 @@ def test_triples_of_any_text_are_thirds_of_passages_and_a_negative_is_no_other_s
     }
     lines = tmp_path / "rows.jsonl"
     lines.write_text('{"query": "a", "positive": "b"}\n')
-    with pytest.raises(UserError, match="rows.jsonl: expected `query`, `positive` and `negative`"):
-        triples.read(str(lines), "calibration")
+    with pytest.raises(
+        UserError, match=r"--set general .*rows\.jsonl: expected `query`, `positive` and `negative`"
+    ):
+        triples.read(str(lines), "calibration", "--set general")
     lines.write_text('{"query": "a", "positive": "b", "negative": "c"}\n')
     with pytest.raises(UserError, match="1 triples to tell apart, and two are needed"):
         triples.read(str(lines), "calibration")

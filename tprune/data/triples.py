@@ -32,7 +32,7 @@ class Triples:
     protocol: dict[str, Any]
 
 
-def read(source: str | None, split: str) -> Triples:
+def read(source: str | None, split: str, option: str = "--data") -> Triples:
     """The triples of `source` that belong to `split`.
 
     Args:
@@ -40,13 +40,14 @@ def read(source: str | None, split: str) -> Triples:
             `instruction`; of any other text that `data.text.read` reads the first third of a passage is the query, the
             second its positive, and the last of the next passage its negative.
         split: "calibration" or "evaluation"; triples of a file are dealt out in turn.
+        option: begins the errors.
 
     Raises:
         UserError: missing, unreadable, or fewer than two triples.
     """
-    rows = _rows(source)
+    rows = _rows(source, option)
     if rows is None:
-        found = text.read(source, split)
+        found = text.read(source, split, option)
         items = _of(found.documents)
         instructions = [""] * len(items)
     else:
@@ -55,7 +56,7 @@ def read(source: str | None, split: str) -> Triples:
         instructions = [row.get("instruction", "") for row in dealt]
     if len(items) < 2:
         raise UserError(
-            f"--data {source}: {len(items)} triples to tell apart, and two are needed; give more text"
+            f"{option} {source}: {len(items)} triples to tell apart, and two are needed; give more text"
         )
     digest = hashlib.sha256("\0".join(part for item in items for part in item).encode()).hexdigest()
     told = {"source": source or text.BUILT_IN, "split": split, "triples": len(items), "sha256": digest}
@@ -66,8 +67,9 @@ def built_in(domain: bool) -> Triples:
     """Triples of the built-in text's calibration part: of its longest topics (`passages.TOPICS`), or of all others."""
     from pydoc_data.topics import topics
 
-    names = [name for name in sorted(topics) if topics[name].strip()][::2]
-    items = _of([topics[name] for name in names if (name in TOPICS) == domain])
+    longest = {topics[name] for name in TOPICS}
+    documents = text.read(None, "calibration").documents
+    items = _of(document for document in documents if (document in longest) == domain)
     told = {"source": f"{text.BUILT_IN} {'topics' if domain else 'beside its topics'}", "triples": len(items)}
     return Triples(tuple(items), ("",) * len(items), told)
 
@@ -84,7 +86,7 @@ def _thirds(passage: str) -> list[str]:
     return [" ".join(words[first:last]) for first, last in pairwise(ends)]
 
 
-def _rows(source: str | None) -> list[dict[str, str]] | None:
+def _rows(source: str | None, option: str) -> list[dict[str, str]] | None:
     """The objects of a file of triples; None where it is something else."""
     if source is None or not source.endswith((".json", ".jsonl")) or not Path(source).is_file():
         return None
@@ -98,6 +100,6 @@ def _rows(source: str | None) -> list[dict[str, str]] | None:
         return None
     if not all(isinstance(row, dict) and all(isinstance(row.get(key), str) for key in KEYS) for row in rows):
         raise UserError(
-            f"--data {source}: expected `query`, `positive` and `negative`, strings, in every row"
+            f"{option} {source}: expected `query`, `positive` and `negative`, strings, in every row"
         )
     return rows

@@ -72,7 +72,10 @@ def calibration(
     if recipe.data is None and general is None:
         found = triples.built_in(domain=True), triples.built_in(domain=False)
     else:
-        found = triples.read(recipe.data, "calibration"), triples.read(general, "calibration")
+        found = (
+            triples.read(recipe.data, "calibration"),
+            triples.read(general, "calibration", "--set general"),
+        )
     pool = pool_of(subject, method)
     sets = (
         embeddings.Contrast(drawn(recipe, subject, one), pool, method.loss, method.batch) for one in found
@@ -108,10 +111,10 @@ def _length(recipe: Recipe, subject: Subject) -> int:
         UserError: more than the model has positions for.
     """
     config = subject.model.config
-    most = longest(subject) if is_encoder(config) else getattr(config, "max_position_embeddings", LENGTH)
-    if recipe.length is not None and recipe.length > most:
+    most = longest(subject) if is_encoder(config) else getattr(config, "max_position_embeddings", None)
+    if most is not None and (recipe.length or 0) > most:
         raise UserError(f"--length {recipe.length}: this model has {most} positions; give at most that")
-    return recipe.length or min(LENGTH, most)
+    return recipe.length or min(LENGTH, most or LENGTH)
 
 
 class Task:
