@@ -42,7 +42,8 @@ class GaPrune(WeightMethod):
         notes="As in the code alignment scales the Fisher terms alone. Gradients are kept in float32 (the code holds "
         "float16, where Fisher information below 6e-8 is lost), and those of Fisher information and alignment are of "
         "the same batches, in order. A matrix of nearly one score is not spread by magnitude, blocks have no bounds of "
-        "5% and 95%, and the contrastive training afterwards is left out.",
+        "5% and 95%, and mixing in F · |w| once more and the contrastive training afterwards are left out. The scalar "
+        "alignment is the plain cosine, which the code varies along the matrix where it has no other.",
     )
     kind = "calibrated"
     stats = ("triples",)
