@@ -174,6 +174,31 @@ def test_a_fit_presses_only_on_what_is_above_the_budget_and_steepens():
     assert fit.alpha == 8
 
 
+def test_a_fit_learns_which_tokens_can_be_done_without():
+    """Reading shall give what half of the tokens hold, and the first channel says which: they are what stays."""
+    generator, steps = torch.Generator().manual_seed(0), 20
+    method = registry.build("dynamic-context-pruning", settings=SMALL)
+    fit = method.fit(CacheShape(1, (0,), 1, 4, 1e4, {}), 0.5, 0)
+    optimizer = torch.optim.AdamW(fit.parameters(), lr=0.1, weight_decay=0)
+    useful = (torch.rand(8, 16, generator=generator) < 0.5).float()
+    view = LayerView(0, 1, None, *[useful[:, None, :, None]] * 2, torch.arange(16).expand(8, 1, -1), {})
+    view.inputs = torch.randn(8, 16, 4, generator=generator)
+    view.inputs[..., 0], view.inputs[..., 1] = 4 * useful - 2, 2
+    losses = []
+    for step in range(steps):
+        memory = {}
+        weight = fit.at(Site(0), view, memory).softmax(-1)
+        kept = fit.losses(torch.zeros(1, 2), torch.zeros(1).long(), memory, None)["kept"]
+        losses.append((weight @ view.value - 1).square().mean() + kept)
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+        fit.settle((step + 1) / steps)
+    assert losses[-1] < 0.5 * losses[0]
+    index = method.bind(fit.state()).start(view, 8).index[:, 0]
+    assert useful.gather(1, index).mean() > 0.85 > 0.6 > useful.mean()
+
+
 def test_what_does_not_fit_is_refused():
     with pytest.raises(UserError, match="dynamic-context-pruning must be trained"):
         tprune.prune(decoder(), "dynamic-context-pruning", keep=0.5, tokenizer=tiny.tokenizer())

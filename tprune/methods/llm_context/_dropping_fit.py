@@ -10,6 +10,9 @@ from torch import nn
 from tprune.core.dropping import interaction, remaining
 from tprune.methods.fit import Fit, Plan
 
+SPREAD = 0.02
+"""Standard deviation of initial weights: the authors draw all linear layers anew, and these with them."""
+
 
 class SoftDropping(Fit):
     """Interaction weights of every layer, and all weights of the model with them."""
@@ -25,7 +28,7 @@ class SoftDropping(Fit):
 
         def drawn():
             weight = torch.randn(shape.depth, method.size, shape.width, generator=generator)
-            return nn.Parameter(weight / math.sqrt(shape.width))
+            return nn.Parameter(SPREAD * weight)
 
         self.query, self.key = drawn(), drawn()
         self.bias = nn.Parameter(torch.full((shape.depth,), method.bias))

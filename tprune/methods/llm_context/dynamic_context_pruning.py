@@ -76,8 +76,9 @@ class DynamicContextPruning(CacheMethod):
 
     def interacting(self, name, layers, inputs):
         """Interaction queries or keys [L·B, t, r] of what some layers were given, [L·B, t, D], in its precision."""
-        weight = self.state[name][layers].repeat_interleave(len(inputs) // len(layers), dim=0)
-        return (inputs.float() @ weight.mT).to(inputs.dtype)
+        by_layer = inputs.float().reshape(len(layers), -1, inputs.shape[2])
+        made = by_layer @ self.state[name][layers].mT
+        return made.view(*inputs.shape[:2], -1).to(inputs.dtype)
 
     def fit(self, shape, keep, seed):
         """The interaction weights, and the model with them."""
