@@ -18,7 +18,8 @@ from tprune.core.relax import masked_weight
 from tprune.core.schedule import cubic_rise
 from tprune.errors import UserError
 from tprune.methods import registry
-from tprune.models.blocks import Matrix, find_decoder
+from tprune.models.blocks import find_decoder
+from tprune.models.matrix import Matrix
 from tprune.models.scored import scored
 from tprune.models.source import Source
 from tprune.models.subject import Subject

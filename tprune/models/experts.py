@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from tprune.core.weights import StructureEdit
 from tprune.errors import UserError
-from tprune.models.blocks import Decoder, Matrix, is_experts
+from tprune.models.blocks import Decoder, is_experts
+from tprune.models.matrix import Matrix
 
 KIND = "experts"
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from tprune.core.factorise import blockwise
 from tprune.errors import UserError
-from tprune.models.blocks import Decoder, Matrix, is_linear
+from tprune.models.blocks import Decoder, is_linear
+from tprune.models.matrix import Matrix
 
 NAMES = ("outward", "inward")
 

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from tprune.models.blocks import Matrix
 from tprune.models.masks import matched, remove
+from tprune.models.matrix import Matrix
 
 
 class KeepZeros(TrainerCallback):

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from tprune.errors import UserError
 from tprune.methods.cache_view import LayerView, Projections
-from tprune.models.blocks import Decoder, Matrix, find_decoder
+from tprune.models.blocks import Decoder, find_decoder
+from tprune.models.matrix import Matrix
 from tprune.models.rope import Rotation
 
 TOLERANCE = 0.05

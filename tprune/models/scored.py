@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tprune.core.relax import masked_weight
-from tprune.models.blocks import Matrix
+from tprune.models.matrix import Matrix
 
 
 class Scored(nn.Module):

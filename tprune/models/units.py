@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tprune.models.blocks import CHANNELS, Decoder, Matrix, is_linear, key_value_heads, part_of, width
+from tprune.models.blocks import CHANNELS, Decoder, is_linear, key_value_heads, part_of, width
+from tprune.models.matrix import Matrix
 
 WIRING = {
     "heads": (

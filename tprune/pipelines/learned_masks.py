@@ -18,9 +18,10 @@ from tprune.errors import BudgetError, UserError
 from tprune.methods.fit import Plan
 from tprune.methods.trained import TrainedMethod
 from tprune.models import masks, text_encoder
-from tprune.models.blocks import Decoder, Matrix
+from tprune.models.blocks import Decoder
 from tprune.models.calibrate import rows_at_once
 from tprune.models.gradients import asking_for
+from tprune.models.matrix import Matrix
 from tprune.models.scored import Scores, scored
 from tprune.models.subject import Subject
 from tprune.pipelines.fit import processes

@@ -17,10 +17,10 @@ from tprune.errors import UserError
 from tprune.methods.fit import Plan
 from tprune.methods.recovery import Full, Lora, Recovery, parse
 from tprune.models import masks
-from tprune.models.blocks import Matrix
 from tprune.models.calibrate import rows_at_once
 from tprune.models.gradients import asking_for
 from tprune.models.lora import changed, low_rank
+from tprune.models.matrix import Matrix
 from tprune.models.subject import Subject
 from tprune.pipelines.fit import processes
 from tprune.pipelines.fit_loop import Batches, Loop

@@ -11,8 +11,8 @@ from tprune.core.statistics import Inputs
 from tprune.core.weights import WeightEdit
 from tprune.methods.weight_view import LinearView
 from tprune.methods.weights import WeightBudget
-from tprune.models.blocks import Matrix
 from tprune.models.calibrate import Stream
+from tprune.models.matrix import Matrix
 from tprune.models.regional import BlockStream
 
 View = Callable[[Matrix, dict[str, Inputs]], tuple[LinearView, WeightBudget]]

@@ -18,8 +18,9 @@ from tprune.methods.selective import SelectiveMethod
 from tprune.methods.weight_view import LinearView
 from tprune.methods.weights import WeightBudget, WeightMethod
 from tprune.models import masks
-from tprune.models.blocks import Decoder, Matrix
+from tprune.models.blocks import Decoder
 from tprune.models.calibrate import Stream
+from tprune.models.matrix import Matrix
 from tprune.models.memory import give_back
 from tprune.models.outputs import gather_selected
 from tprune.models.pages import at_hand

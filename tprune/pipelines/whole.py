@@ -14,8 +14,9 @@ from tprune.methods.weight_view import LinearView
 from tprune.methods.weights import WeightBudget
 from tprune.methods.whole import WholeMethod
 from tprune.models import masks
-from tprune.models.blocks import Decoder, Matrix, is_linear, width
+from tprune.models.blocks import Decoder, is_linear, width
 from tprune.models.curvature import moments
+from tprune.models.matrix import Matrix
 from tprune.pipelines.journal import Journal
 from tprune.progress import Progress
 
