@@ -16,7 +16,7 @@ from tprune.methods.weight_view import LinearView
 from tprune.methods.weights import WeightBudget
 from tprune.models.blocks import find_decoder
 from tprune.models.calibrate import Stream
-from tprune.models.outputs import watching_outputs
+from tprune.models.outputs import likeness_and_advance
 
 
 def norm(x):
@@ -100,8 +100,7 @@ def test_likeness_is_of_each_matrix_s_own_outputs_sequence_by_sequence(name):
     model, ids = decoder(name), tokens(3, 20)
     found = find_decoder(model)
     stream = Stream(found, ids, batch_size=2)
-    with watching_outputs(stream, 0) as likeness:
-        stream.advance(0)
+    likeness = likeness_and_advance(stream, 0)
     first = found.matrices(0)[0]
     seen = {}
     hook = first.module.register_forward_pre_hook(lambda module, given: seen.update(x=given[0]))

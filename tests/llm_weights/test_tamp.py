@@ -20,9 +20,10 @@ from tprune.errors import UserError
 from tprune.methods import allocate, registry
 from tprune.methods.weight_view import LinearView
 from tprune.methods.weights import WeightBudget
+from tprune.models import pieces
 from tprune.models.blocks import find_decoder
 from tprune.models.calibrate import Stream
-from tprune.models.outputs import gather_selected, watching_outputs
+from tprune.models.outputs import gather_selected, likeness_and_advance
 from tprune.pipelines import prune_weights
 from tprune.pipelines.journal import Journal
 
@@ -133,9 +134,19 @@ def test_the_allocation_sees_three_terms_of_prompts_and_one_of_text():
     found = find_decoder(model)
     for samples, terms in ((prompts(model), 3), (tokens(3, 20), 1)):
         stream = Stream(found, samples, batch_size=2)
-        with watching_outputs(stream, 0) as likeness:
-            stream.advance(0)
-        assert {len(seen) for seen in likeness.values()} == {terms}
+        assert {len(seen) for seen in likeness_and_advance(stream, 0).values()} == {terms}
+
+
+def test_several_workers_see_whole_prompts_and_texts(monkeypatch):
+    monkeypatch.setattr(pieces, "TOKENS_IN_PIECE", 8)
+    llava = tiny.tiny("llava")
+    for model, samples in ((llava, prompts(llava)), (decoder(), tokens(3, 20))):
+        found = []
+        for workers in (1, 2):
+            stream = Stream(find_decoder(model), samples, batch_size=1)
+            stream.workers = workers
+            found.append(likeness_and_advance(stream, 0))
+        assert found[0] == found[1]
 
 
 def test_models_that_read_both_ways_are_refused_by_name(text):

@@ -152,15 +152,15 @@ class Stream:
             self.hidden[first:][: len(hidden), : hidden.shape[1]] = hidden
 
     @torch.no_grad()
-    def advance(self, index: int) -> None:
-        """Send all sequences through block `index` as it stands."""
+    def advance(self, index: int, whole: bool = False) -> None:
+        """Send all sequences through block `index` as it stands; `whole`: its modules never see pieces of them."""
         coming = self.batches()
 
         def work(worker: int) -> None:
             for first, x in coming:  # whoever is free takes the next
                 self._keep(first, self.run(index, x, first))
 
-        with at_hand(self.decoder, index), self._small(index, self.workers):
+        with at_hand(self.decoder, index), self._small(index, 1 if whole else self.workers):
             self._know(index, len(self.hidden))
             side_by_side(work, self.workers)
 

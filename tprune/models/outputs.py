@@ -15,8 +15,8 @@ from tprune.core.statistics import Inputs
 from tprune.errors import UserError
 from tprune.methods.selective import SelectiveMethod
 from tprune.models.ahead import attention_of
-from tprune.models.blocks import Matrix
 from tprune.models.calibrate import Stream
+from tprune.models.matrix import Matrix
 from tprune.models.pages import at_hand
 from tprune.models.taps import AttentionCall, Tap
 
@@ -24,31 +24,27 @@ See = Callable[[Matrix, Tensor, Tensor], None]
 """Is given a matrix, its inputs [b, L, C] and its outputs [b, L, R]."""
 
 
-@contextmanager
-def watching_outputs(stream: Stream, index: int) -> Iterator[dict[str, tuple[float, ...]]]:
-    """How alike the outputs of each matrix of a block are within a sequence, by its name, once the `with` ends.
+def likeness_and_advance(stream: Stream, index: int) -> dict[str, tuple[float, ...]]:
+    """How alike the outputs of each matrix of block `index` are within a sequence, by its name; the stream passes it.
 
     The means over sequences of `core.adaptive.likenesses`, without those that no sequence has.
-
-    Args:
-        stream: runs block `index`.
-        index: of the block.
 
     Raises:
         UserError: experts are stacked, so that their outputs are not seen.
     """
     noted: dict[str, list[Tensor]] = {}
-    found: dict[str, tuple[float, ...]] = {}
 
     def see(matrix: Matrix, x: Tensor, y: Tensor) -> None:
         alike = likenesses(cosine.among(y, eps=1e-12), _visual(stream, y.device))
         noted.setdefault(matrix.name, []).append(alike)
 
     with _watching(stream, index, see, "--allocate tamp-das"):
-        yield found
+        stream.advance(index, whole=True)
+    found = {}
     for name, parts in noted.items():
         terms = torch.cat(parts).double().sort(0).values.nanmean(0)  # batches come in any order
         found[name] = tuple(terms[~terms.isnan()].tolist())
+    return found
 
 
 @torch.no_grad()

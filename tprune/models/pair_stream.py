@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from tprune.core.statistics import Inputs
 from tprune.models.blocks import Decoder
 from tprune.models.calibrate import Stream, standing_in
 from tprune.models.encoder_decoder import EncoderDecoder, halves
+from tprune.models.feed import Feed
 
 READ = "encoder_hidden_states"
 """How transformers calls what a decoder's block reads of the encoder."""
@@ -36,9 +36,9 @@ class PairStream(Stream):
 
     decoder: EncoderDecoder
 
-    def __init__(self, decoder: EncoderDecoder, tokens: Tensor, batch_size: int, spill: Path | None = None):
+    def __init__(self, decoder: EncoderDecoder, sequences: Tensor | Feed, batch_size: int):
         self._beside: dict[tuple[int, int], tuple[Any, ...] | None] = {}
-        super().__init__(decoder, tokens, batch_size, spill)
+        super().__init__(decoder, sequences, batch_size)
 
     @torch.no_grad()
     def _enter(self, part: slice) -> Tensor:
@@ -90,9 +90,9 @@ class PairStream(Stream):
             said = _states(block(said, **{READ: read}, **named))
         return torch.cat([read, said], 1)
 
-    def advance(self, index: int) -> None:
+    def advance(self, index: int, whole: bool = False) -> None:
         """Send all sequences through block `index` as it stands."""
-        super().advance(index)
+        super().advance(index, whole)
         self._close(index)
 
     def gather_and_advance(
@@ -116,10 +116,10 @@ class PairStream(Stream):
             self._keep(first, torch.cat([read, said], 1))
 
 
-def stream_of(decoder: Decoder, tokens: Tensor, batch_size: int, spill: Path | None = None) -> Stream:
-    """The sequences `tokens` int64 [N, L] before the first block, whatever the blocks are of."""
+def stream_of(decoder: Decoder, sequences: Tensor | Feed, batch_size: int) -> Stream:
+    """Sequences, tokens int64 [N, L] or other samples, before the first block, whatever the blocks are of."""
     kind = PairStream if isinstance(decoder, EncoderDecoder) else Stream
-    return kind(decoder, tokens, batch_size, spill)
+    return kind(decoder, sequences, batch_size)
 
 
 def _states(out: Any) -> Tensor:

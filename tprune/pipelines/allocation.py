@@ -13,7 +13,7 @@ from tprune.methods.weights import WeightMethod
 from tprune.models.blocks import Decoder
 from tprune.models.calibrate import Stream
 from tprune.models.gradients import MEASURED
-from tprune.models.outputs import watching_outputs
+from tprune.models.outputs import likeness_and_advance
 from tprune.models.pages import at_hand
 from tprune.pipelines.journal import Journal
 from tprune.pipelines.stream import Gradients, look
@@ -58,9 +58,7 @@ class Sharing:
             if "likeness" in kinds:
                 stream = start()
                 for index in self.progress.track(blocks, "allocating"):
-                    with watching_outputs(stream, index) as found:
-                        stream.advance(index)
-                    likeness |= found
+                    likeness |= likeness_and_advance(stream, index)
             elif set(kinds) - set(MEASURED):
                 stream = start()
                 track = self.progress.track(blocks, "allocating")
