@@ -7,6 +7,7 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
+from tprune.evaluate import cost
 from tprune.evaluate.cost import flops, peak_heap, peak_tensors
 
 MEGABYTE = 2**18
@@ -43,6 +44,16 @@ def test_the_peak_of_the_heap_counts_every_thread():
     with ThreadPoolExecutor(2) as pool:
         peak = peak_heap(lambda: list(pool.map(hold, range(2))))
     assert math.isnan(peak) or peak > 19
+
+
+def test_a_c_library_that_does_not_tell_what_is_in_use_runs_all_the_same(monkeypatch):
+    def silent():
+        raise AttributeError("mallinfo2")
+
+    ran = []
+    monkeypatch.setattr(cost, "in_use", silent)
+    assert math.isnan(peak_heap(lambda: ran.append(True)))
+    assert ran == [True]
 
 
 @pytest.mark.parametrize(("name", "products"), [("deit_small", 4.61e9), ("vit_base", 17.58e9)])

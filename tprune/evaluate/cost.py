@@ -107,6 +107,11 @@ def peak_heap(run: Callable[[], Any]) -> float:
     Looked at every half millisecond or so: what is held for less may be missed. Scratch that BLAS and numpy take for
     themselves counts, unless an earlier call left it.
     """
+    try:
+        before = in_use()
+    except (OSError, AttributeError):
+        run()
+        return float("nan")
     ended = threading.Event()
 
     def watch() -> int:
@@ -115,10 +120,6 @@ def peak_heap(run: Callable[[], Any]) -> float:
             most = max(most, in_use())
         return most
 
-    try:
-        before = in_use()
-    except (OSError, AttributeError):
-        return float("nan")
     with ThreadPoolExecutor(1) as pool:
         most = pool.submit(watch)
         try:

@@ -72,7 +72,8 @@ def bench(driver: LlmWeights, subject: Subject, rounds: int) -> dict[str, Any]:
         alive, kept = _tensors(driver, subject, budget, tokens, workers)
     paired = [over / under for over, under in zip(times["pruning"], times["plain pass"], strict=True)]
     low, _, high = quartiles(paired)
-    size = next(decoder.core.parameters()).element_size() if tokens is not None else 0
+    streams = isinstance(tokens, Tensor | Feed)
+    size = next(decoder.core.parameters()).element_size() if streams else 0
     return {
         "times": times,
         "ratios": {"plain_passes": ["pruning", "plain pass"]},
@@ -101,7 +102,7 @@ def _plain_feed(driver: LlmWeights, subject: Subject, tokens: Tensor | Feed | Tr
 
 @contextmanager
 def _on_a_copy(
-    driver: LlmWeights, subject: Subject, budget: WeightBudget, tokens: Tensor | None
+    driver: LlmWeights, subject: Subject, budget: WeightBudget, tokens: Tensor | Feed | TripleSets | None
 ) -> Iterator[tuple[Callable[[], Handle], Path]]:
     """Pruning of a copy of the model, to be called once, and the folder of its journal.
 
@@ -116,7 +117,11 @@ def _on_a_copy(
 
 
 def _tensors(
-    driver: LlmWeights, subject: Subject, budget: WeightBudget, tokens: Tensor | None, workers: int
+    driver: LlmWeights,
+    subject: Subject,
+    budget: WeightBudget,
+    tokens: Tensor | Feed | TripleSets | None,
+    workers: int,
 ) -> tuple[float, float]:
     """Peak memory of tensors while a copy is pruned, and the size of the masks on disk, in MB."""
     handles: list[Handle] = []
@@ -130,7 +135,7 @@ def _tensors(
 
 
 def _time(
-    driver: LlmWeights, subject: Subject, budget: WeightBudget, tokens: Tensor | None
+    driver: LlmWeights, subject: Subject, budget: WeightBudget, tokens: Tensor | Feed | TripleSets | None
 ) -> tuple[float, float]:
     """Seconds of pruning a copy, and by how many MB the process (on CUDA: what is allocated) grew meanwhile."""
     with _on_a_copy(driver, subject, budget, tokens) as (prune, _):
