@@ -10,6 +10,7 @@ from typing import Any
 from tprune import artifact
 from tprune.errors import UserError
 from tprune.models import load as loaders
+from tprune.models.load_paged import load_paged
 from tprune.models.source import Source, sha256
 from tprune.models.subject import Subject, pages_of
 from tprune.recipe import Recipe
@@ -46,7 +47,7 @@ def load_as(recipe: Recipe, source: Source, family: str) -> Subject:
     """A model where and in which precision a recipe wants it; read block by block where it says so."""
     where = {"device": recipe.device, "dtype": recipe.dtype}
     if recipe.max_memory is not None:
-        return loaders.load_paged(source, family, **where)
+        return load_paged(source, family, **where)
     return loaders.load(source, family, **where, seed=recipe.seed)
 
 
