@@ -290,6 +290,23 @@ def test_tokens_can_be_taken_back_where_none_has_left_for_them():
             cache.crop(-1)
 
 
+def test_numbers_and_vectors_of_entries_grow_with_them_and_are_taken_back():
+    model, ids = decoder(), tokens(2, PROMPT)
+    with tprune.prune(model, "llm-context/random", keep=0.5):
+        cache = model(ids).past_key_values
+        layer, held = cache.layers[0], PROMPT // 2
+        carried = {"number": torch.ones(2, 2, held), "vector": torch.ones(2, 1, held, 5)}
+        layer.state = dict(carried)
+        model(ids[:, :3], past_key_values=cache)
+        for name, value in carried.items():
+            assert torch.equal(layer.state[name][:, :, :held], value)
+            assert layer.state[name].shape[2] == held + 3
+            assert not layer.state[name][:, :, held:].any()
+        cache.crop(-3)
+    for name, value in carried.items():
+        assert torch.equal(layer.state[name], value)
+
+
 def test_an_emptied_cache_starts_anew():
     model, ids = decoder(), tokens(1, PROMPT)
     with tprune.prune(model, "h2o", keep=0.5):

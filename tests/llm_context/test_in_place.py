@@ -9,7 +9,7 @@ from transformers import DynamicCache
 import tprune
 from tests.decoders import decoder, tokens
 from tests.llm_weights import tiny
-from tprune.core.cache import Evict, Replace, per_entry
+from tprune.core.cache import Evict, Replace, follows_entries
 from tprune.core.select import worst_between
 from tprune.methods import registry
 from tprune.methods.cache import CacheMethod
@@ -42,7 +42,7 @@ class Ordered(Shelf):
         left = Evict(slots[slots != edit.slot.unsqueeze(-1)].view(*places.shape[:2], -1))
         self.keys[:, :, :-1], self.values[:, :, :-1] = left.apply(self.keys), left.apply(self.values)
         self.places = left.apply(places)
-        self.state = {name: left.apply(v) if per_entry(v) else v for name, v in state.items()}
+        self.state = {name: left.apply(v) if follows_entries(v) else v for name, v in state.items()}
         assert (self.places.diff() >= 0).all()
 
     def keep_compact(self, edit, places, real, turn):

@@ -168,21 +168,16 @@ def stack_rows(parts: Sequence[Tensor], dim: int = -1) -> Tensor:
     return torch.cat([fill_left(part, widest, dim) for part in parts])
 
 
-def per_entry(value: int | Tensor) -> bool:
-    """Whether a state holds a number per entry, [B, G, T]."""
-    return isinstance(value, Tensor) and value.dim() == 3
-
-
 def follows_entries(value: int | Tensor) -> bool:
     """Whether a state leaves with the entries: a number for each, [B, G, T], or vectors of all heads, [B, 1, T, d]."""
     return isinstance(value, Tensor) and value.dim() >= 3
 
 
-def with_latest(value: int | Tensor) -> int | Tensor:
-    """A state with zeros for an entry that came, where it follows entries."""
+def with_latest(value: int | Tensor, count: int = 1) -> int | Tensor:
+    """A state with zeros for `count` entries that came, where it follows entries."""
     if not follows_entries(value):
         return value
-    return torch.nn.functional.pad(value, (0, 0) * (value.dim() - 3) + (0, 1))
+    return torch.nn.functional.pad(value, (0, 0) * (value.dim() - 3) + (0, count))
 
 
 def merge_rows(values: list[int | Tensor]) -> int | Tensor:

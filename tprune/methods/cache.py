@@ -72,7 +72,7 @@ class CacheMethod(Method):
 
     positions: ClassVar[str] = "original"
     reads: ClassVar[tuple[str, ...]] = ("attention",)
-    """What is read and costs something to provide: "attention" (by `step`), "seeds" and "inputs" (by `start`)."""
+    """What is read and costs something to provide: "attention" (by `step`), "seeds" (by `start`) and "inputs"."""
 
     takes: ClassVar[tuple[str, ...]] = ("per_head", "interval")
     """Which of the hyperparameters of these names make sense: both where entries are chosen by a score alone."""
@@ -184,6 +184,8 @@ class CacheMethod(Method):
 
     def fit(self, shape: CacheShape, keep: float, seed: int) -> Fit:
         """The method in training (`learns` is not "no"); `at` gets a `LayerView` of every layer that can be pruned.
+
+        What `at` gives, if anything, [B, 1, N, N], is added to the layer's logits; it hides later tokens, too.
 
         Args:
             shape: of the model.

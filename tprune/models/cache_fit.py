@@ -38,7 +38,7 @@ def cache_shape(model: nn.Module, who: str | None = None) -> CacheShape:
 class CacheFitDriver:
     """Calls a fit's `at` in every layer that can be pruned, until removed.
 
-    Where that gives a tensor, [B, 1, N, N], it is what the layer's attention adds to its logits, future and all.
+    Where that gives a tensor, [B, 1, N, N], it takes the place of the layer's mask: added to the logits.
 
     Attributes:
         memory: of the last forward; "entering" is what the first layer's attention was given, [B, N, D].

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from tprune.core.cache import follows_entries
 from tprune.core.stored import Stored
 from tprune.errors import UserError
 from tprune.models.entries import Entries
@@ -169,7 +170,7 @@ class PrunedLayer(Entries):
         self._real = self._real - (count if self.valid is None else self.valid[:, held:].sum(1))
         self.valid = None if self.valid is None else self.valid[:, :held]
         self.tokens = None if self.tokens is None else self.tokens[:, :-count]
-        self._each_number(lambda value: value[..., :held])
+        self.state = {n: v[:, :, :held] if follows_entries(v) else v for n, v in self.state.items()}
         self.seen -= count
 
     def _each_row(self, change: Callable[[Tensor], Tensor]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from tprune.core.cache import per_entry
+from tprune.core.cache import with_latest
 
 GROWTH = 8
 """A cache that grows takes room for an eighth more than it needs, so that it rarely moves."""
@@ -81,9 +81,9 @@ class Entries(DynamicLayer):
         return self._places
 
     def append(self, keys: Tensor, values: Tensor, real: Tensor | None) -> None:
-        """New entries at the end: [B, G, q, d]; a number per entry starts at zero.
+        """New entries at the end: [B, G, q, d]; what is carried per entry starts at zero.
 
-        Where entries leave for later ones, whoever chooses them sees to the numbers.
+        Where entries leave for later ones, whoever chooses them sees to that.
         """
         held, new = self.length, keys.shape[-2]
         if held == 0:
@@ -100,7 +100,7 @@ class Entries(DynamicLayer):
             self.valid = torch.cat([old, real], dim=1)
         self._real = self._real + (new if self.valid is None else real.sum(1))
         if self.limit is None:
-            self._each_number(lambda value: torch.nn.functional.pad(value, (0, new)))
+            self.state = {name: with_latest(value, new) for name, value in self.state.items()}
 
     def _reserve(self, count: int) -> None:
         """Make `keys` and `values` the beginning of memory that nobody else reads, with room for `count` entries."""
@@ -146,12 +146,6 @@ class Entries(DynamicLayer):
     def latest(self) -> int | Tensor:
         """The place of the latest real token, counted without padding; int64 [B] where there is any."""
         return self._real - 1
-
-    def _each_number(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Apply `change` to what the method carries per entry."""
-        for name, value in self.state.items():
-            if per_entry(value):
-                self.state[name] = change(value)
 
     def fillers(self) -> int | Tensor:
         """How many entries at the start of each row are not real, int64 [B]; 0 where all are."""
