@@ -35,17 +35,16 @@ class Signal:
     def of(cls, x: Tensor, frequencies: int, period: int) -> Signal:
         """Of channels [B, M, n]."""
         count, x = x.shape[1], x.float()
-        coefficient = low_frequencies(x, frequencies, period)
-        made = waves(0, count, frequencies, period, x.device) @ coefficient / frequencies
+        coefficient = low_frequencies(x, frequencies, period) / frequencies
+        made = waves(0, count, frequencies, period, x.device) @ coefficient
         mean, center = x.mean(1), made.mean(1)
         spread, found = ((a - b.unsqueeze(1)).abs().amax(1) for a, b in ((x, mean), (made, center)))
         # A constant deviates from itself by rounding alone.
-        ratio = torch.where(found > ROUNDING * center.abs(), spread / found, 0)
-        coefficient = coefficient / frequencies
+        ratio = torch.where(found > ROUNDING * center.abs(), spread / found, 0).unsqueeze(1)
         coefficient[:, 0] -= center
-        coefficient *= ratio.unsqueeze(1)
+        coefficient *= ratio
         coefficient[:, 0] += mean
-        return cls(coefficient, ratio.unsqueeze(1), period)
+        return cls(coefficient, ratio, period)
 
     @property
     def frequencies(self) -> int:
@@ -147,7 +146,8 @@ class Mixed:
         signal = self.signal.add(x[..., :count], self.length)
         exact, latest = self.exact, torch.cat([self.latest, x[..., count:]], dim=1)
         if latest.shape[1] >= TILE:
-            exact, latest = torch.cat([exact, latest], dim=1), exact[:, :0]
+            exact = torch.cat([exact, latest], dim=1)
+            latest = exact[:, :0]
         return Mixed(self.order, signal, exact, latest)
 
     def each_row(self, change: Callable[[Tensor], Tensor]) -> Mixed:
@@ -265,10 +265,8 @@ class Series:
         batch, heads, rows, width = asked.shape
         groups = self.part.heads
         own = asked.reshape(batch, groups, -1, width).transpose(2, 3).unsqueeze(3)  # [B, G, d, 1, r·q]
-        every = (
-            own * torch.eye(groups, device=asked.device)[:, None, :, None]
-        )  # each group reads its own channels
-        found = self.part.key.times(every.flatten(3).flatten(1, 2))  # [B, H·q, M]
+        apart = torch.eye(groups, device=asked.device)[:, None, :, None]  # a group reads its own channels
+        found = self.part.key.times((own * apart).flatten(3).flatten(1, 2))  # [B, H·q, M]
         return capped(found.view(batch, heads, rows, -1), softcap)
 
     def read(self, weight: Tensor) -> Tensor:

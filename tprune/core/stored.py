@@ -1,7 +1,7 @@
 """Cached keys and values in another form than two dense tensors.
 
-A `Stored` is a run of parts, each of which can show itself densely, some hundred entries at a time (a tile), or be
-read as it is: attention goes from one to the next, and the whole is never dense.
+A `Stored` is a run of parts, each of which can show itself densely, some hundreds or thousands of entries at a time (a
+tile), or be read as it is: attention goes from one to the next, and the whole of a long context is never dense.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from tprune.core.tiles import Beside, Seen, Tile
+from tprune.core.tiles import Beside, Seen
 
 TILE = 256
-"""Entries of a head in one tile."""
+"""Entries of a head in one tile, where a part has no reason for others."""
 
 
 class Part(ABC):
@@ -36,7 +36,7 @@ class Part(ABC):
         """What it takes in memory."""
 
     @abstractmethod
-    def tiles(self) -> Iterator[Tile]:
+    def tiles(self) -> Iterator[Seen]:
         """All of it, a tile at a time."""
 
     def seen_by(self, query: Tensor) -> Iterator[Seen]:
@@ -86,7 +86,7 @@ class Stored:
         """What a later token reads of all parts."""
         return sum(part.nbytes_read for part in self.parts)
 
-    def tiles(self) -> Iterator[Tile]:
+    def tiles(self) -> Iterator[Seen]:
         """All tiles."""
         for part in self.parts:
             yield from part.tiles()

@@ -106,8 +106,8 @@ class ContextPipeline(Pipeline):
             return Quality(accuracy(self.prompts, found), torch.tensor(found).long())
         if self.windows is None:
             raise UserError(
-                f"{subject.source.name} comes without a tokenizer; add its files (tokenizer.json and the like), or measure "
-                "cost only with --no-eval"
+                f"{subject.source.name} comes without a tokenizer; add its files (tokenizer.json and the like), or "
+                "measure cost only with --no-eval"
             )
         losses, predictions, held = score_continuations(
             subject.model,
