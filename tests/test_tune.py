@@ -1,6 +1,7 @@
 """`tprune tune`: hyperparameters within ranges, at one budget."""
 
 import json
+import math
 
 import pytest
 
@@ -65,6 +66,13 @@ def test_settings_that_cannot_be_used_are_passed_over(vit_folder, monkeypatch):
         look(vit_folder, *words)
 
 
+def test_settings_whose_figures_are_not_finite_are_passed_over_with_a_reason(vit_folder, monkeypatch):
+    monkeypatch.setattr(tune, "drop", lambda metric, dense, figures: math.inf)
+    words = ("--method", "evit", "--keep", "0.6", "--set", "layers=1:3", "--trials", "2")
+    with pytest.raises(UserError, match="none of these settings can be used: their accuracy is not finite"):
+        look(vit_folder, *words)
+
+
 def test_a_point_becomes_numbers_of_the_hyperparameters_kinds():
     space = Space.of(
         "vlm",
@@ -82,12 +90,18 @@ def test_a_point_becomes_numbers_of_the_hyperparameters_kinds():
     [
         (["--keep", "0.6"], "nothing to look for: give a range"),
         (["--keep", "0.6", "--set", "layers=2"], "nothing to look for: give a range"),
+        (["--keep", "0.6", "--set", "layers=1:3", "--set", "layers=2"], "nothing to look for: give a range"),
         (["--set", "layers=1:3"], "tune compares at one budget: give --keep"),
         (
             ["--keep", "0.6", "--set", "layers=3:1"],
             "--set layers=3:1: expected NAME=LO:HI with numbers, the smaller",
         ),
         (["--keep", "0.6", "--set", "layers=1:x"], "--set layers=1:x: expected NAME=LO:HI with numbers"),
+        (
+            ["--keep", "0.6", "--set", "layers=-inf:3"],
+            "--set layers=-inf:3: expected NAME=LO:HI with numbers",
+        ),
+        (["--keep", "0.6", "--set", "=1:3"], "--set =1:3: expected NAME=LO:HI with numbers"),
         (["--keep", "0.6", "--set", "layers=1:2:3"], "--set layers=1:2:3: expected NAME=LO:HI with numbers"),
         (["--keep", "0.6", "--set", "deep=1:3"], "--set deep: evit has layers"),
         (
@@ -96,6 +110,10 @@ def test_a_point_becomes_numbers_of_the_hyperparameters_kinds():
         ),
         (["--keep", "0.6", "--set", "layers=-3:3"], "--set layers=.*: expected 0 to"),
         (["--keep", "0.6", "--set", "fuse=0:1"], "--set fuse: ranges are for numbers; give a value"),
+        (
+            ["--keep", "0.6", "--set", "lr=0:1", "--method", "bavit"],
+            "bavit must be trained, which tune does not do",
+        ),
     ],
 )
 def test_what_cannot_be_looked_for_is_refused_in_one_line(words, told, vit_folder):

@@ -13,6 +13,7 @@ import click
 from tprune.commands.common import (
     FAMILY_DEFAULTS,
     check_file,
+    default_model,
     model_options,
     parse_settings,
     with_absolute_paths,
@@ -63,15 +64,18 @@ def command(
     What counts is the accuracy or perplexity on --limit samples: take others to report it.
     """
     check_file(out, force)
-    ranges = {named(text): read for text in settings if (read := ranged(text)) is not None}
-    recipe = planned(family, model or FAMILY_DEFAULTS[family], settings, ranges, options)
-    from tprune.pipelines.grid import FLOOR
+    # As everywhere, the last of a name counts.
+    given = {named(text): text for text in settings}
+    ranges = {name: read for name, text in given.items() if (read := ranged(text)) is not None}
+    recipe = planned(family, model or default_model(family, options["method"]), given, ranges, options)
+    from tprune.pipelines.grid import FLOOR, has_floor
     from tprune.pipelines.trials import Trials
     from tprune.pipelines.tune import Space, Tune
     from tprune.progress import Progress
 
-    space, progress = Space.of(family, recipe.stage.method, ranges), Progress(quiet or as_json)
-    base = replace(recipe, stages=(Stage(family, FLOOR),))
+    method, progress = recipe.stage.method, Progress(quiet or as_json)
+    space = Space.of(family, method, ranges)
+    base = replace(recipe, stages=(Stage(family, FLOOR if has_floor(family, [method]) else method),))
     tune, found = Tune(Trials(base, progress), recipe, space), []
     for place, one in enumerate(tune.run(trials)):
         found.append(one)
@@ -104,7 +108,7 @@ def ranged(text: str) -> list[tuple[float, float]] | None:
     """The ranges of NAME=LO:HI,LO:HI,VALUE; None where it has none.
 
     Raises:
-        UserError: not numbers, or the wrong way round.
+        UserError: no name, not numbers, or the wrong way round.
     """
     parts = [part.split(":") for part in text.partition("=")[2].split(",")]
     if all(len(part) == 1 for part in parts):
@@ -113,7 +117,8 @@ def ranged(text: str) -> list[tuple[float, float]] | None:
         found = [(float(part[0]), float(part[-1])) for part in parts if len(part) <= 2]
     except ValueError:
         found = []
-    if len(found) != len(parts) or any(not low <= high < math.inf for low, high in found):
+    bounded = all(-math.inf < low <= high < math.inf for low, high in found)
+    if len(found) != len(parts) or not bounded or not named(text):
         raise UserError(f"--set {text}: expected NAME=LO:HI with numbers, the smaller first")
     return found
 
@@ -121,17 +126,17 @@ def ranged(text: str) -> list[tuple[float, float]] | None:
 def planned(
     family: str,
     model: str,
-    settings: tuple[str, ...],
+    settings: dict[str, str],
     ranges: dict[str, list[tuple[float, float]]],
     options: dict[str, Any],
 ) -> Recipe:
-    """The recipe with the settings that stand.
+    """The recipe with the settings that stand, those of `settings` (NAME=VALUE by name) without `ranges`.
 
     Raises:
         UserError: nothing to look for, or no budget.
     """
     take = options.pop
-    fixed = parse_settings(tuple(text for text in settings if named(text) not in ranges))
+    fixed = parse_settings(tuple(text for name, text in settings.items() if name not in ranges))
     source = ModelSource(model, take("revision"), take("weights"), take("random_weights"))
     budget = {name: take(name) for name in ("keep", "sparsity", "pattern")}
     stage = Stage(family, take("method"), set=fixed, **budget)

@@ -43,10 +43,15 @@ class Space:
         """Those of `method`.
 
         Raises:
-            UserError: a hyperparameter that it does not have, that is no number, or a budget, or a bound that it
-                cannot take.
+            UserError: a method that must be trained; a hyperparameter that it does not have, that is no number, or a
+                budget, or a bound that it cannot take.
         """
         kind = registry.load(method, family)
+        if kind.learns == "required":
+            raise UserError(
+                f"{method} must be trained, which tune does not do; tprune sweep --grid FILE --fit DATA trains it with "
+                "every value of a list"
+            )
         hints, lists, whole = typing.get_type_hints(kind), set(), set()
         known = {field.name: hints[field.name] for field in kind.hyperparameters()}
         for name in ranges:
@@ -140,4 +145,6 @@ class Tune:
         except UserError as error:
             return Tried(settings, math.inf, reason=str(error))
         lost = drop(self.metric, self.dense, figures)
+        if not math.isfinite(lost):
+            return Tried(settings, math.inf, figures, f"their {self.metric} is not finite")
         return Tried(settings, lost + TIE * 100 * (1 - figures["agreement"]), figures | {"drop": lost})
