@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tprune.models.run import Inputs
-from tprune.models.vit import content_seeds
+from tprune.models.seeds import content_seeds
 
 
 @dataclass(eq=False)
