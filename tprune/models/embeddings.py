@@ -149,7 +149,6 @@ class TripleSets:
         return Texts([*chain(*(part.ids for part in parts))], [*chain(*(part.begin for part in parts))])
 
 
-@torch.no_grad()
 def embeddings(stream: Stream, pool: Pool) -> Tensor:
     """The embeddings of a stream's `Texts` as if the model ended with the blocks that they went through, behind its
     last norm: float32 [N, D] on the CPU.
@@ -157,10 +156,8 @@ def embeddings(stream: Stream, pool: Pool) -> Tensor:
     decoder, texts, found = stream.decoder, stream.feed, []
     for first in range(0, len(texts), TOGETHER):
         part = texts[first : first + TOGETHER]
-        ids = part.padded().to(_device(decoder))
-        with answering(decoder, stream.hidden[first : first + TOGETHER, : ids.shape[1]]):
-            normed = decoder.core(input_ids=ids, use_cache=False).last_hidden_state
-        found.append(pool(normed, *part.spans()).cpu())
+        with answering(decoder, stream.hidden[first : first + TOGETHER, : max(part.lengths)]):
+            found.append(embed(decoder, part, pool))
     return torch.cat(found)
 
 
