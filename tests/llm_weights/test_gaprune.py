@@ -7,19 +7,22 @@ import torch
 
 import tprune
 from tests.decoders import decoder
-from tests.encoders import encoder, tokenizer
+from tests.encoders import NAMES, encoder, tokenizer
 from tests.golden_values import golden, under
 from tests.llm_weights.tiny import prune
 from tests.pairs import pair
 from tprune.commands.bench import measure
-from tprune.core.contrast import pooled
 from tprune.data import triples
 from tprune.errors import UserError
 from tprune.methods import registry
 from tprune.methods.weight_view import LinearView
 from tprune.methods.weights import WeightBudget
+from tprune.models import text_encoder
 from tprune.models.blocks import find_decoder
 from tprune.models.embeddings import Contrast, Texts, TripleSets, embedded
+from tprune.models.source import Source
+from tprune.models.subject import Subject
+from tprune.pipelines import embedder_weights
 from tprune.pipelines.allocation import Sharing
 from tprune.pipelines.journal import Journal
 from tprune.pipelines.prune_weights import _of_triples
@@ -202,11 +205,17 @@ def test_the_feed_forward_matrices_of_an_encoder_lose_exactly_what_was_asked(nam
     assert all(("lin" in key) or ("dense" in key and "attention" not in key) for key in changed)
 
 
-def test_the_mean_of_an_encoder_s_tokens_embeds_and_its_class_token_counts():
-    hidden = torch.randn(2, 5, 3)
-    begin, end = torch.tensor([0, 0]), torch.tensor([5, 3])
-    expected = torch.stack([hidden[0].mean(0), hidden[1, :3].mean(0)])
-    assert torch.allclose(pooled(hidden, begin, end, "mean"), expected, atol=1e-6)
+@pytest.mark.parametrize("name", NAMES)
+def test_an_encoder_embeds_by_all_tokens_the_class_token_too_as_where_it_is_no_method_s_affair(name):
+    subject = Subject(encoder(name, False), tokenizer(), Source("in memory", "memory", "", "transformers"))
+    items = (("abc", "fghijk", "xy"), ("d", "klm", "zyxw"))
+    found = triples.Triples(items, ("find", ""), {})
+    given = embedder_weights.encoded(Recipe(ModelSource("in memory"), ()), subject, found, [0, 1])
+    pool = embedder_weights.pool_of(subject, built())
+    expected = text_encoder.answers(
+        subject.model, text_encoder.encode(subject, ["find; abc", "d", "fghijk", "klm", "xy", "zyxw"], None)
+    )
+    assert torch.allclose(embedded(find_decoder(subject.model), given, pool), expected, atol=1e-5)
 
 
 def test_a_domain_s_triples_decide_what_goes(tmp_path):
