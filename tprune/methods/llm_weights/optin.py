@@ -113,8 +113,8 @@ class OPTIN(WeightMethod):
         [2].
         """
         behind = [index for index in found.features if index > block] or [block]
-        count = len(dense.features[block])
-        drawn = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[: self.tokens]
+        count, device = len(dense.features[block]), dense.features[block].device
+        drawn = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[: self.tokens].to(device)
         way = sum(relations_changed(dense.features[one][drawn], found.features[one][drawn]) for one in behind)
         if dense.answers is None:
             return torch.stack([way, torch.zeros_like(way)])
