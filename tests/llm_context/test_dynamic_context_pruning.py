@@ -9,6 +9,7 @@ from tests.decoders import CONFIGS, NO_ROPE, decoder, tokens
 from tests.golden_values import golden
 from tests.llm_context.agreement import padded_generate_its_rows_and_a_loop
 from tests.llm_weights import tiny
+from tprune.core import dropping
 from tprune.core.budget import Site
 from tprune.core.dropping import alpha_sigmoid, interaction, lasting, remaining
 from tprune.errors import UserError
@@ -79,6 +80,16 @@ def test_a_step_drops_what_the_authors_drop_in_every_row():
         assert torch.equal(least > 0, GOLDEN["step.there"][:, row, : row + 1].bool())
     steep = remaining(interaction(query, key, GOLDEN["bias"]), 1e6)
     assert torch.equal(steep > 0.5, GOLDEN["step.there"].bool())
+
+
+@pytest.mark.parametrize("length", [1, 4, 9])
+def test_what_tokens_last_is_the_same_some_queries_at_a_time(length, monkeypatch):
+    query, key = torch.randn(2, 3, length, 5, generator=torch.Generator().manual_seed(0))
+    expected = interaction(query, key, torch.tensor(0.5))
+    earlier = torch.ones(length, length, dtype=torch.bool).tril(-1)
+    expected = expected.masked_fill(~earlier, torch.inf).amin(1)
+    monkeypatch.setattr(dropping, "ROWS", 4)
+    assert torch.allclose(lasting(query, key, torch.tensor(0.5)), expected)
 
 
 def test_decoding_holds_what_the_authors_hold():

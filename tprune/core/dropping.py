@@ -73,8 +73,8 @@ def lasting(query: Tensor, key: Tensor, bias: Tensor) -> Tensor:
     length = query.shape[1]
     least = torch.full(query.shape[:2], torch.inf, device=query.device)
     place = torch.arange(length, device=query.device)
-    for rows in place.split(ROWS):
-        before = slice(0, int(rows[-1]))
+    for first in range(0, length, ROWS):
+        rows, before = place[first : first + ROWS], slice(0, min(first + ROWS, length) - 1)
         logits = interaction(query[:, rows], key[:, before], bias)
         logits = logits.masked_fill(place[before] >= rows.unsqueeze(1), torch.inf)
         least[:, before] = least[:, before].minimum(logits.amin(1))

@@ -154,7 +154,10 @@ class TokenMethod(Method):
         return False
 
     def edit_attention(self, attention: Tensor) -> Tensor:
-        """The map that such a block uses instead of its own softmaxed one, float32 [B, H, N, N]."""
+        """The map that such a block uses instead of its own softmaxed one, float32 [B, H, N, N].
+
+        Nobody else reads that one: it may be changed in place.
+        """
         raise NotImplementedError
 
     def decays(self) -> bool:
