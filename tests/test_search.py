@@ -208,3 +208,8 @@ def test_a_drop_ends_at_the_smallest_good_budget_and_at_the_reach():
     assert fit_drop(short, 1.0) == 0.75
     with pytest.raises(OutError):
         fit_drop(lambda left: 5.0, 1.0)
+
+
+def test_methods_of_text_encoders_are_tried_on_the_built_in_one():
+    with pytest.raises(UserError, match="nothing meets.*ltp learns how many tokens stay"):
+        call("search", "llm-context", "--method", "ltp", "--target-flops", "0.5", "--limit", "1", "--quiet")

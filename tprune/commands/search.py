@@ -14,6 +14,7 @@ import click
 from tprune.commands.common import (
     FAMILY_DEFAULTS,
     check_file,
+    default_model,
     model_options,
     parse_settings,
     with_absolute_paths,
@@ -65,7 +66,7 @@ def command(
     """
     goal = asked_goal(options)
     check_file(out, force)
-    base, choices = planned(family, model or FAMILY_DEFAULTS[family], options)
+    base, choices = planned(family, model, options)
     from tprune.pipelines.search import Search
     from tprune.pipelines.trials import Trials
     from tprune.progress import Progress
@@ -126,20 +127,25 @@ def asked_goal(options: dict[str, Any]) -> Goal:
     return Goal("drop", drop)
 
 
-def planned(family: str, model: str, options: dict[str, Any]) -> tuple[Recipe, list[Choice]]:
-    """The recipe without method and budget, and every method with every combination of what is tried."""
+def planned(family: str, model: str | None, options: dict[str, Any]) -> tuple[Recipe, list[Choice]]:
+    """The recipe that all trials share, and every method with every combination of what is tried; without a model
+    on the built-in one that the methods run on."""
     from tprune.pipelines import grid
 
     take = options.pop
-    source = ModelSource(model, take("revision"), take("weights"), take("random_weights"))
     methods, fixed = take("methods").split(","), parse_settings(take("settings"))
     lists = [[f"{name}={value}" for value in values.split(",")] for name, values in pairs(take("tries"))]
-    base = with_absolute_paths(Recipe(source, (Stage(family, grid.FLOOR),), **options))
     choices: list[Choice] = []
     for values in itertools.product(*lists):
         for choice in grid.choose(family, methods, fixed | parse_settings(values), [{}]):
             if choice not in choices:
                 choices.append(choice)
+    names = [one.method for one in choices]
+    source = ModelSource(
+        model or default_model(family, *names), take("revision"), take("weights"), take("random_weights")
+    )
+    stage = Stage(family, grid.shared_method(family, names))
+    base = with_absolute_paths(Recipe(source, (stage,), **options))
     grid.recipes(base, choices, 1)
     return base, choices
 

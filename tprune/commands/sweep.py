@@ -131,8 +131,9 @@ def planned(
     if seeds > 1 and source.random_weights:
         raise UserError(f"--seeds {seeds} with --random-weights: the seed makes the model; give one --seed")
     floored = grid.has_floor(family, names)
-    shared = grid.FLOOR if floored else names[0]
-    stage = Stage(family, shared, positions=take("positions"), loadable=take("loadable"))
+    stage = Stage(
+        family, grid.shared_method(family, names), positions=take("positions"), loadable=take("loadable")
+    )
     base = with_absolute_paths(Recipe(source, (stage,), **options))
     return base, grid.recipes(base, grid.with_floor(chosen) if floored else chosen, seeds, fit)
 

@@ -68,14 +68,14 @@ def command(
     given = {named(text): text for text in settings}
     ranges = {name: read for name, text in given.items() if (read := ranged(text)) is not None}
     recipe = planned(family, model or default_model(family, options["method"]), given, ranges, options)
-    from tprune.pipelines.grid import FLOOR, has_floor
+    from tprune.pipelines.grid import shared_method
     from tprune.pipelines.trials import Trials
     from tprune.pipelines.tune import Space, Tune
     from tprune.progress import Progress
 
     method, progress = recipe.stage.method, Progress(quiet or as_json)
     space = Space.of(family, method, ranges)
-    base = replace(recipe, stages=(Stage(family, FLOOR if has_floor(family, [method]) else method),))
+    base = replace(recipe, stages=(Stage(family, shared_method(family, [method])),))
     tune, found = Tune(Trials(base, progress), recipe, space), []
     for place, one in enumerate(tune.run(trials)):
         found.append(one)

@@ -140,6 +140,11 @@ def has_floor(family: str, names: Iterable[str]) -> bool:
     )
 
 
+def shared_method(family: str, names: Sequence[str]) -> str:
+    """The method of the recipe that all points share: the floor, or the first where there is none."""
+    return FLOOR if has_floor(family, names) else names[0]
+
+
 def with_floor(chosen: list[Choice]) -> list[Choice]:
     """The floor at every budget beside the others, budget by budget."""
     asked = list({str(one.budget): one.budget for one in chosen}.values())
