@@ -8,6 +8,9 @@ from tests.conftest import start, tiny_vit
 from tprune.errors import UserError
 from tprune.methods import registry
 from tprune.models.anatomy import anatomy
+from tprune.pipelines.run import execute
+from tprune.progress import Progress
+from tprune.recipe import ModelSource, Recipe, Stage
 
 METHODS = registry.running_on("plain")
 KINDS = {
@@ -173,3 +176,19 @@ def test_a_model_is_as_it_was_after_a_method_that_could_not_be_put_in_place(imag
     assert torch.equal(model(images), dense)
     with tprune.prune(model, "vit/random", keep=0.6):
         assert not torch.equal(model(images), dense)
+
+
+def test_a_recipe_with_two_methods_is_refused_before_a_model_is_loaded():
+    stages = tuple(Stage("vit", name, keep=0.6) for name in ("tome", "evit"))
+    with pytest.raises(UserError, match="keep one of tome, evit"):
+        execute(Recipe(ModelSource("no-such-model"), stages), Progress(quiet=True))
+
+
+def test_weights_and_tokens_of_one_model_are_pruned_by_one_recipe(images):
+    model = tiny_vit()
+    with tprune.prune(model, "vit/tome", keep=0.6):
+        tokens = model(images)
+        tprune.prune(model, "llm-weights/magnitude", sparsity=0.5)
+        both = model(images)
+    assert not torch.equal(both, tokens)
+    assert not torch.equal(model(images), both)

@@ -1,4 +1,4 @@
-"""One token method at a time in a vision transformer: a second one would not see what the first has left."""
+"""One token method at a time in a vision transformer or a text encoder: a second one is not told what has left."""
 
 from __future__ import annotations
 

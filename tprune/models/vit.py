@@ -92,7 +92,7 @@ class TokenDriver(Forwards):
         self.undo.callback(claim(self.parts.model, self.method.id))
         try:
             self._attach()
-        except UserError:
+        except Exception:
             self.undo.close()
             raise
 

@@ -100,7 +100,12 @@ class VitPipeline(Pipeline):
     """What `--fit` names, once it is read."""
 
     def check(self) -> None:
-        """A fit is asked for where there is one to make."""
+        """A fit is asked for where there is one to make, and tokens leave by one method."""
+        names = [stage.method for stage in self.recipe.stages if stage.family == self.family]
+        if len(names) > 1:
+            raise UserError(
+                f"one method at a time prunes tokens of a vision transformer; keep one of {', '.join(names)}"
+            )
         self.method.check_fit(self.stage.fit)
 
     def load(self) -> Subject:
