@@ -9,6 +9,7 @@ from PIL import Image
 import tprune
 from tests.conftest import tiny_vit
 from tests.llm_weights.test_contract import MASKING
+from tests.videos import videomae
 from tests.vit.test_towers import SMALL, TOWERS, built, logits
 from tprune.data import images as pictures
 from tprune.errors import UserError
@@ -234,6 +235,11 @@ def test_methods_for_decoders_of_text_say_what_works(method):
 def test_options_about_text_are_refused(options, said):
     with pytest.raises(UserError, match=said):
         prune(classifier(), "wanda", sparsity=0.5, **options)
+
+
+def test_models_of_videos_are_refused():
+    with pytest.raises(UserError, match="VideoMAEForVideoClassification reads videos, and weights are pruned of"):
+        prune(videomae(), "wanda", sparsity=0.5)
 
 
 def test_gradients_without_classes_are_refused():

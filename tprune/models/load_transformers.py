@@ -32,6 +32,7 @@ AUTO_CLASSES = {
         "AutoModelForCausalLM",
         "AutoModelForImageTextToText",
         "AutoModelForImageClassification",
+        "AutoModelForObjectDetection",
         "AutoModel",
     ),
 }

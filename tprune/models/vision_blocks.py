@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 from torch import nn
 
-from tprune.models.anatomy import anatomy
+from tprune.errors import UserError
+from tprune.models.anatomy import anatomy, clip_length
 from tprune.models.blocks import Decoder
 
 
@@ -20,11 +21,16 @@ def is_vision(model: nn.Module) -> bool:
 
 
 def find_vision(model: nn.Module) -> Decoder:
-    """The blocks of a plain vision transformer.
+    """The blocks of a plain vision transformer that reads images.
 
     Raises:
         UserError: it is none.
     """
+    if clip_length(model):
+        raise UserError(
+            f"{type(model).__name__} reads videos, and weights are pruned of vision transformers that read images; "
+            "tprune vit prunes the tokens of this one"
+        )
     parts = anatomy(model)
     lists = {id(module): name for name, module in model.named_modules()}
     config = getattr(model, "config", None) or SimpleNamespace(
