@@ -24,6 +24,7 @@ from tprune.models.subject import Subject
 from tprune.pipelines import prune_weights
 from tprune.pipelines.base import Handle
 from tprune.pipelines.journal import Journal
+from tprune.pipelines.weights_kinds import Samples
 
 if TYPE_CHECKING:
     from tprune.pipelines.llm_weights import LlmWeights
@@ -89,7 +90,7 @@ def bench(driver: LlmWeights, subject: Subject, rounds: int) -> dict[str, Any]:
     }
 
 
-def _plain_feed(driver: LlmWeights, subject: Subject, tokens: Tensor | Feed | TripleSets | None) -> Feed:
+def _plain_feed(driver: LlmWeights, subject: Subject, tokens: Samples | None) -> Feed:
     """What the plain pass is of: the calibration samples, also where the method reads none."""
     if tokens is None and driver.kind is not None:
         tokens, _ = driver.kind.calibration(driver.recipe, subject, driver.method, driver.progress)
@@ -102,7 +103,7 @@ def _plain_feed(driver: LlmWeights, subject: Subject, tokens: Tensor | Feed | Tr
 
 @contextmanager
 def _on_a_copy(
-    driver: LlmWeights, subject: Subject, budget: WeightBudget, tokens: Tensor | Feed | TripleSets | None
+    driver: LlmWeights, subject: Subject, budget: WeightBudget, tokens: Samples | None
 ) -> Iterator[tuple[Callable[[], Handle], Path]]:
     """Pruning of a copy of the model, to be called once, and the folder of its journal.
 
@@ -120,7 +121,7 @@ def _tensors(
     driver: LlmWeights,
     subject: Subject,
     budget: WeightBudget,
-    tokens: Tensor | Feed | TripleSets | None,
+    tokens: Samples | None,
     workers: int,
 ) -> tuple[float, float]:
     """Peak memory of tensors while a copy is pruned, and the size of the masks on disk, in MB."""
@@ -135,7 +136,7 @@ def _tensors(
 
 
 def _time(
-    driver: LlmWeights, subject: Subject, budget: WeightBudget, tokens: Tensor | Feed | TripleSets | None
+    driver: LlmWeights, subject: Subject, budget: WeightBudget, tokens: Samples | None
 ) -> tuple[float, float]:
     """Seconds of pruning a copy, and by how many MB the process (on CUDA: what is allocated) grew meanwhile."""
     with _on_a_copy(driver, subject, budget, tokens) as (prune, _):

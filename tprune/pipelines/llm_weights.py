@@ -19,7 +19,6 @@ from tprune.models import factored, save
 from tprune.models.blocks import Decoder
 from tprune.models.calibrate import Stream
 from tprune.models.encoder_decoder import EncoderDecoder, fed, find_blocks
-from tprune.models.feed import Feed
 from tprune.models.load import in_timm
 from tprune.models.source import Source
 from tprune.models.subject import Subject
@@ -30,7 +29,7 @@ from tprune.pipelines import stream as streaming
 from tprune.pipelines.base import Handle, Pipeline, Quality, Sample, Workload
 from tprune.pipelines.journal import Journal
 from tprune.pipelines.weight_budget import allocation_of, budget_of
-from tprune.pipelines.weights_kinds import Kind, Task, kind_of
+from tprune.pipelines.weights_kinds import Kind, Samples, Task, kind_of
 
 LENGTH = 512
 """Tokens per sequence, of calibration and evaluation."""
@@ -98,15 +97,13 @@ class LlmWeights(Pipeline):
         """Cut the evaluation windows; refuse a model or a budget that does not fit before anything is measured."""
         decoder = self.decoder(subject.model)
         self.kind = self.kind_of(subject)
+        streaming.check_pattern(decoder, self.budget().pattern, self.method.groups_outputs)
         if self.kind is not None:
-            streaming.check_pattern(decoder, self.budget().pattern, self.method.groups_outputs)
             self.task = self.kind.Task(self.recipe, subject, self.progress)
             return
         if subject.model.get_output_embeddings() is None:
             raise UserError(f"{self.recipe.model.name} has no language-modelling head: perplexity needs one")
         self.check_length(decoder)
-        if self.stage.pattern:
-            streaming.check_pattern(decoder, self.budget().pattern, self.method.groups_outputs)
         self.evaluation = text.read(self.recipe.data, "evaluation")
         limit = self.recipe.limit or self.default_limit
         self.windows = text.windows(self.evaluation, self.tokenizer(subject), self.length, limit)
@@ -199,8 +196,8 @@ class LlmWeights(Pipeline):
         given = fed(subject.model, window)
         return Workload(lambda: subject.model(**given, use_cache=False), window.numel(), "tokens")
 
-    def calibration_tokens(self, subject: Subject, decoder: Decoder) -> Tensor | Feed | None:
-        """The calibration sequences, tokens int64 [N, L] or other samples; None where the method reads nothing."""
+    def calibration_tokens(self, subject: Subject, decoder: Decoder) -> Samples | None:
+        """What calibrates; None where the method reads nothing."""
         kind = self.kind_of(subject)
         allocation = self.allocation()
         shared = allocation is not None and allocation.needs(self.method)
@@ -215,8 +212,8 @@ class LlmWeights(Pipeline):
         count = self.recipe.calibration or CALIBRATION
         return text.sample(source, self.tokenizer(subject), self.length, count, self.recipe.seed)
 
-    def calibration(self, decoder: Decoder, tokens: Tensor | Feed, folder: Path | None = None) -> Stream:
-        """Sequences, tokens int64 [N, L] or other samples, before the first block."""
+    def calibration(self, decoder: Decoder, tokens: Samples, folder: Path | None = None) -> Stream:
+        """The samples before the first block."""
         return memory.calibration(decoder, self.method, tokens, self.recipe, folder)
 
     def apply(self, subject: Subject, work: Path | None, state: dict[str, Tensor] | None = None) -> Handle:

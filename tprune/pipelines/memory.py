@@ -16,9 +16,9 @@ from tprune.methods.weights import WeightMethod
 from tprune.models.blocks import Decoder
 from tprune.models.calibrate import Stream, answering
 from tprune.models.embeddings import TripleSets
-from tprune.models.feed import Feed
 from tprune.models.gradients import POWERS
 from tprune.models.pair_stream import stream_of
+from tprune.pipelines.weights_kinds import Samples
 from tprune.progress import Progress
 from tprune.recipe import Recipe, size
 
@@ -64,7 +64,7 @@ def check(recipe: Recipe, method: WeightMethod) -> None:
 def calibration(
     decoder: Decoder,
     method: WeightMethod,
-    tokens: Tensor | Feed | TripleSets,
+    tokens: Samples,
     recipe: Recipe,
     folder: Path | None,
 ) -> Stream:

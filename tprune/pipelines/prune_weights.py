@@ -31,6 +31,7 @@ from tprune.pipelines.recover import TRAINED, put_back, split
 from tprune.pipelines.regularise import matrices, regularise
 from tprune.pipelines.stream import BlockPruner, Gradients
 from tprune.pipelines.structure import REMOVED, StructurePruner, edits_of, record
+from tprune.pipelines.weights_kinds import Samples
 from tprune.pipelines.weights_report import (
     WeightHandle,
     mask_row,
@@ -46,9 +47,9 @@ if TYPE_CHECKING:
 
 
 def prune(
-    driver: LlmWeights, decoder: Decoder, budget: WeightBudget, tokens: Tensor | None, journal: Journal
+    driver: LlmWeights, decoder: Decoder, budget: WeightBudget, tokens: Samples | None, journal: Journal
 ) -> WeightHandle:
-    """Prune a decoder in place, calibrated on `tokens` int64 [N, L]; in evaluation mode, whatever mode it is in."""
+    """Prune a decoder in place, calibrated on `tokens`; in evaluation mode, whatever mode it is in."""
     scopes = {"block": _block_by_block, "model": _structure, "whole": _in_rounds}
     training = decoder.model.training
     decoder.model.eval()
@@ -77,7 +78,7 @@ def _again(driver: LlmWeights, decoder: Decoder, edits: dict[str, Tensor]) -> We
 
 
 def _block_by_block(
-    driver: LlmWeights, decoder: Decoder, budget: WeightBudget, tokens: Tensor | None, journal: Journal
+    driver: LlmWeights, decoder: Decoder, budget: WeightBudget, tokens: Samples | None, journal: Journal
 ) -> WeightHandle:
     """Matrix by matrix, while the model streams by."""
     method, progress = driver.method, driver.progress
@@ -95,7 +96,7 @@ def _block_by_block(
 
 
 def _in_rounds(
-    driver: LlmWeights, decoder: Decoder, budget: WeightBudget, tokens: Tensor, journal: Journal
+    driver: LlmWeights, decoder: Decoder, budget: WeightBudget, tokens: Samples, journal: Journal
 ) -> WeightHandle:
     """All matrices together, in rounds."""
     pruner = WholePruner(decoder, driver.method, budget, tokens, driver.progress)
@@ -103,7 +104,7 @@ def _in_rounds(
 
 
 def _structure(
-    driver: LlmWeights, decoder: Decoder, budget: WeightBudget, tokens: Tensor | None, journal: Journal
+    driver: LlmWeights, decoder: Decoder, budget: WeightBudget, tokens: Samples | None, journal: Journal
 ) -> WeightHandle:
     """Heads, channels, halves and blocks.
 
@@ -158,7 +159,7 @@ def _structure(
     return WeightHandle(_kind_of_shapes(decoder), found, rows, kept, {})
 
 
-def _gradients(driver: LlmWeights, decoder: Decoder, tokens: Tensor | None) -> Gradients:
+def _gradients(driver: LlmWeights, decoder: Decoder, tokens: Samples | None) -> Gradients:
     """What the method reads of the dense model's gradients; nothing where it reads none."""
     stats = driver.method.stats
     kinds, found = [kind for kind in stats if kind in POWERS], {}

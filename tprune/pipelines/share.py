@@ -6,24 +6,22 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
 from tprune.core.statistics import SHARED
 from tprune.methods.region import RegionMethod
 from tprune.methods.weights import WeightMethod
 from tprune.models.blocks import Decoder
 from tprune.models.calibrate import Stream
-from tprune.models.feed import Feed
 from tprune.models.gradients import POWERS
 from tprune.models.together import Together
 from tprune.pipelines.journal import Journal
+from tprune.pipelines.weights_kinds import Samples
 
 if TYPE_CHECKING:
     from tprune.pipelines.llm_weights import LlmWeights
 
 
 def begin(
-    driver: LlmWeights, decoder: Decoder, tokens: Tensor | Feed | None, journal: Journal
+    driver: LlmWeights, decoder: Decoder, tokens: Samples | None, journal: Journal
 ) -> tuple[Callable[[], Stream], Journal]:
     """What puts the sequences before the first block, and the journal, for this process.
 

@@ -8,12 +8,16 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from tprune.methods.weights import WeightMethod
+from tprune.models.embeddings import TripleSets
 from tprune.models.feed import Feed
 from tprune.models.subject import Subject
 from tprune.pipelines import embedder_weights, encoder_weights, image_weights, question_weights
 from tprune.pipelines.base import Quality, Workload
 from tprune.progress import Progress
 from tprune.recipe import Recipe, Stage
+
+Samples = Tensor | Feed | TripleSets
+"""What calibrates: sequences of tokens int64 [N, L], other samples, or triples of a domain and general ones."""
 
 
 class Task(Protocol):
@@ -45,7 +49,7 @@ class Kind(Protocol):
 
     def calibration(
         self, recipe: Recipe, subject: Subject, method: WeightMethod, progress: Progress
-    ) -> tuple[Tensor | Feed, Tensor | None]:
+    ) -> tuple[Samples, Tensor | None]:
         """The samples, and their classes int64 [N], or None where there are none that fit the model."""
 
     def probe(self, subject: Subject, seed: int) -> dict[str, Tensor]:
