@@ -1,4 +1,8 @@
-"""How dynamic context pruning is trained: softly dropped tokens fade from the attention, ever more steeply."""
+"""How dynamic context pruning is trained: softly dropped tokens fade from the attention, ever more steeply.
+
+At first a token fades to sigmoid(bias) of itself with each later one, as the authors' do, and stays whole once the
+sigmoid is steep: what the first steps teach the model is to read what is near.
+"""
 
 from __future__ import annotations
 
