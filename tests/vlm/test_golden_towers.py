@@ -6,9 +6,11 @@ import torch
 from tests.golden_values import golden
 from tprune.core import outliers, score
 from tprune.core.budget import PROJECTOR, Site
+from tprune.errors import UserError
 from tprune.methods import registry
 from tprune.methods.attention import Attention
 from tprune.methods.token_view import TokenView
+from tprune.methods.tokens import Shape
 from tprune.methods.vlm.recoverable import Recoverable
 
 
@@ -141,3 +143,10 @@ def test_vflowopt_prunes_and_recycles_as_the_authors_do(case):
         tensors[f"{case}.tokens"],
         atol=1e-5,
     )
+
+
+@pytest.mark.parametrize("settings", [{"vision": 0.0}, {"decoder": (0.5, 0.0)}])
+def test_vflowopt_scales_no_fraction_of_nothing_to_a_budget(settings):
+    method = registry.build("vflowopt", "vlm", settings).counted()
+    with pytest.raises(UserError, match="vision or decoder of 0 cannot be scaled to a budget"):
+        method.stages(Shape(28, 144), 0.5)

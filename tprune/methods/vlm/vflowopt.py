@@ -16,6 +16,7 @@ import torch
 from tprune.core import fold, ranks, score, select
 from tprune.core.budget import PROJECTOR, Stage, exponent, scale_layer, staircase
 from tprune.core.reduction import Reduction
+from tprune.errors import UserError
 from tprune.methods.base import Paper, param
 from tprune.methods.tokens import TokenMethod
 
@@ -63,6 +64,10 @@ class VFlowOpt(TokenMethod):
         self.check_budget(knob)
         counts = [shape.tokens] * (1 + len(self.layers))
         if knob is not None:
+            if not all((self.vision, *self.decoder)):
+                raise UserError(
+                    "vision or decoder of 0 cannot be scaled to a budget: give more, or leave --keep out"
+                )
             kept = accumulate((fraction ** exponent(knob) for fraction in (self.vision, *self.decoder)), mul)
             counts = [max(1, round(share * shape.tokens)) for share in kept]
         return [Stage(PROJECTOR, counts[0]), *staircase(self.layers, counts[1:], 28, shape.depth)]
