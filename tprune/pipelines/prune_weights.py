@@ -30,7 +30,8 @@ from tprune.pipelines.levels import LevelPruner
 from tprune.pipelines.recover import TRAINED, put_back, split
 from tprune.pipelines.regularise import matrices, regularise
 from tprune.pipelines.stream import BlockPruner, Gradients
-from tprune.pipelines.structure import REMOVED, StructurePruner, edits_of, record
+from tprune.pipelines.structure import StructurePruner
+from tprune.pipelines.structure_record import REMOVED, edits_of, record
 from tprune.pipelines.weights_kinds import Samples
 from tprune.pipelines.weights_report import (
     WeightHandle,
