@@ -40,11 +40,9 @@ class LRSDIP(TokenMethod):
         notes="Of the pyramid it has the two levels that LLaVA-NeXT's and LLaVA-OneVision's inputs hold: the whole "
         "image, which is the authors' thumbnail too, and its tiles; other models have one, without a vote. All tiles "
         "go through the tower first (the authors encode those voted for alone). Cells alone vote: the whole has no row "
-        "ends here, which in the authors' code vote too, each for the last tile of its row. Cells that are not read "
-        "are not there (by the authors' mask their logits in the score gain 1). Training is not public: copies learn, "
-        "head by head, by the cross-entropy from their layers' attention, while the model stays as it is; which layers "
-        "are copied is ours too. --keep fixes the counts: the whole first, then row ends, tiles voted for, the others "
-        "(ours).",
+        "ends here, which vote in the code, each for the last tile of its row. Cells that are not read are not there "
+        "(by the authors' mask their logits in the score gain 1). Training is not public (ours: by the cross-entropy "
+        "from each head's attention); ours too: which layers, and that --keep takes the whole, row ends, voted tiles.",
     )
     reads = ()
     positions = "compact"
