@@ -2,7 +2,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tprune.core.reduction import Reduction
+from tprune.core.reduction import Reduction, gather_tokens
 
 
 def numbers(seed, *shape):
@@ -95,3 +95,13 @@ def test_padding_slots_own_no_token():
         torch.tensor([[0, 1, 2], [0, 0, 2]]), 3, torch.tensor([[True] * 3, [False, True, True]])
     )
     assert reduction.owner().tolist() == [[0, 1, 2], [1, -1, 2]]
+
+
+def test_tokens_are_gathered_alike_in_every_layout():
+    x, index = numbers(0, 3, 5, 8), torch.tensor([[4, 0], [1, 1], [3, 2]])
+    expected = torch.stack([row[place] for row, place in zip(x, index, strict=True)])
+    for laid in (x, x.mT.contiguous().mT, torch.cat([x, x], dim=2)[:, :, :8]):
+        assert torch.equal(gather_tokens(laid, index), expected)
+    assert torch.equal(gather_tokens(x.unflatten(2, (2, 4)), index), expected.unflatten(2, (2, 4)))
+    assert torch.equal(gather_tokens(x[..., 0], index), expected[..., 0])
+    assert gather_tokens(x[:, :0], index[:, :0]).shape == (3, 0, 8)

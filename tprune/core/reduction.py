@@ -18,7 +18,7 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
         return x.transpose(1, 2).gather(2, index.unsqueeze(1).expand(-1, x.shape[2], -1)).transpose(1, 2)
     if x.dim() > 2 and x.is_contiguous():
         # Whole rows at a time, which is ten times faster on a CPU than `gather`.
-        first = torch.arange(0, x.shape[0] * x.shape[1], x.shape[1], device=index.device).unsqueeze(1)
+        first = torch.arange(x.shape[0], device=index.device).unsqueeze(1) * x.shape[1]
         return x.flatten(0, 1).index_select(0, (index + first).flatten()).view(*index.shape, *x.shape[2:])
     index = index.view(*index.shape, *[1] * (x.dim() - 2)).expand(*index.shape, *x.shape[2:])
     return x.gather(1, index)
