@@ -72,7 +72,7 @@ def test_what_learns_is_fitted_on_clips(videos, saved):
         "batch=2",
     )
     report = json.loads(run(*words, saved, "--data", videos, "--json").stdout)
-    assert report["fit"]["steps"] == 2
+    assert (report["fit"]["steps"], report["fit"]["unit"]) == (2, "clips")
 
 
 def test_a_clip_is_drawn_frame_under_frame(videos, saved, tmp_path):
@@ -115,3 +115,11 @@ def test_bad_clips_are_one_line(videos, spoil, clue, tmp_path):
     with pytest.raises(UserError, match=clue) as error:
         clips.read(None if source is None else str(source), None, 8)
     assert "\n" not in str(error.value)
+
+
+def test_a_frame_that_is_no_image_is_told_by_the_option_that_named_it(videos, tmp_path):
+    root = shutil.copytree(videos, tmp_path / "videos")
+    (root / "jump" / "clip-0" / "003.png").write_text("no image")
+    found = clips.read(str(root), None, 8, "--fit")
+    with pytest.raises(UserError, match="--fit: .*jump/clip-0/003.png is not a readable image"):
+        found.open(0)

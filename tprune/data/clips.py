@@ -28,7 +28,7 @@ class Clips(Labelled):
         Raises:
             UserError: a file that is no image.
         """
-        return [open_file(file, "--data:") for file in self.items[place]]
+        return [open_file(file, f"{self.option}:") for file in self.items[place]]
 
 
 def read(source: str | None, limit: int | None, frames: int, option: str = "--data") -> Clips:
@@ -55,7 +55,7 @@ def read(source: str | None, limit: int | None, frames: int, option: str = "--da
         items = tuple(tuple(spread(folder, frames, option)) for _, folder in chosen)
     labels = tuple(label for label, _ in chosen)
     files = [file for item in items for file in item]
-    return Clips(items, labels, describe(source, root, files, len(items)))
+    return Clips(items, labels, describe(source, root, files, len(items)), option)
 
 
 def spread(folder: Path, frames: int, option: str) -> list[Path]:

@@ -32,7 +32,7 @@ class Images(Labelled):
             UserError: a file that is no image.
         """
         item = self.items[place]
-        return item.convert("RGB") if isinstance(item, Image.Image) else open_file(item, "--data:")
+        return item.convert("RGB") if isinstance(item, Image.Image) else open_file(item, f"{self.option}:")
 
 
 def open_file(file: str | Path, option: str) -> Image.Image:
@@ -121,7 +121,7 @@ def read(source: str | None, limit: int | None, option: str = "--data") -> Image
     chosen = dealt(groups, limit)
     files = tuple(file for _, file in chosen)
     labels = tuple(label for label, _ in chosen) if classes else None
-    return Images(files, labels, describe(source, root, files, len(files)))
+    return Images(files, labels, describe(source, root, files, len(files)), option)
 
 
 def built_in(limit: int) -> Images:

@@ -22,11 +22,13 @@ class Labelled:
         items: what is read, or where it is.
         labels: class indices, or None where there are none for this model.
         protocol: source, number and sha256, for the report.
+        option: what named them; begins the errors.
     """
 
     items: tuple[Any, ...]
     labels: tuple[int, ...] | None
     protocol: dict[str, Any]
+    option: str = "--data"
 
     def __len__(self) -> int:
         """How many there are."""

@@ -52,6 +52,11 @@ def noise(model: nn.Module, count: int, seed: int) -> Tensor:
     return torch.randn(count, *input_size(model), generator=generator)
 
 
+def unit(model: nn.Module) -> str:
+    """What the model sees, in the plural."""
+    return "clips" if clip_length(model) else "images"
+
+
 def input_size(model: nn.Module) -> tuple[int, ...]:
     """Channels, rows, columns of an input image; frames before them where it is a clip."""
     if hasattr(model, "config"):

@@ -89,9 +89,10 @@ class ImageTask:
         return Quality({"accuracy": accuracy}, predicted, chance=1 / self.classes)
 
     def workload(self, subject: Subject) -> Workload:
-        """One batch of noise images."""
+        """One batch of noise."""
         batch = image_encoder.noise(subject.model, self.recipe.batch_size, self.recipe.seed)
-        return Workload(lambda: image_encoder.answers(subject.model, batch), len(batch), "images")
+        unit = image_encoder.unit(subject.model)
+        return Workload(lambda: image_encoder.answers(subject.model, batch), len(batch), unit)
 
 
 def probe(subject: Subject, seed: int) -> dict[str, Tensor]:

@@ -155,7 +155,7 @@ class VitPipeline(Pipeline):
         if not self.asked().varies():
             return self.task.workload(subject)
         batch = self.task.batch(subject, range(min(self.recipe.batch_size, len(self.task.images.items))))
-        return Workload(lambda: self.outputs(subject, batch), len(batch), "images")
+        return Workload(lambda: self.outputs(subject, batch), len(batch), image_encoder.unit(subject.model))
 
     def apply(self, subject: Subject, work: Path | None, state: dict[str, Tensor] | None = None) -> VitHandle:
         """Put the method in place."""
@@ -222,7 +222,7 @@ class VitPipeline(Pipeline):
             self.method = for_timing(self.method, parts.shape, self.recipe.seed, subject.device)
         batch = image_encoder.noise(subject.model, self.recipe.batch_size, self.recipe.seed)
         found = self.beside_dense(subject, lambda one: self.outputs(one, batch), rounds)
-        return found | {"items": len(batch), "unit": "images"}
+        return found | {"items": len(batch), "unit": image_encoder.unit(subject.model)}
 
     def scoring(
         self, subject: Subject, handle: Handle, rounds: int, call: Callable[[], Any]

@@ -8,12 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
+from tprune.data.clips import Clips
 from tprune.data.images import Images, TrainingScenes
 from tprune.data.regions import Covering, Regions
 from tprune.errors import UserError
 from tprune.methods.fit import Fit
 from tprune.methods.tokens import TokenMethod
 from tprune.models.anatomy import Anatomy
+from tprune.models.image_encoder import unit
 from tprune.models.kinds import fit_driver, token_driver
 from tprune.models.ragged import check_head
 from tprune.models.relaxed import FitDriver
@@ -28,7 +30,7 @@ class VitCourse(Course):
     Args:
         method: which of both it learns from.
         parts: the model's anatomy.
-        data: training images.
+        data: training images, or clips.
         prepare: an image as the model wants it, [3, H, W].
         logits: the model's outputs for images, [B, C].
     """
@@ -37,7 +39,7 @@ class VitCourse(Course):
         self,
         method: TokenMethod,
         parts: Anatomy,
-        data: Images | TrainingScenes | Regions,
+        data: Images | TrainingScenes | Clips | Regions,
         prepare: Callable[[Any], Tensor],
         logits: Callable[[Tensor], Tensor],
     ):
@@ -48,7 +50,7 @@ class VitCourse(Course):
                 "take a method that is fitted to a detector, bavit"
             )
         self.model, self.parts, self.data, self.prepare = parts.model, parts, data, prepare
-        self.logits = logits
+        self.logits, self.unit = logits, unit(parts.model)
         self.shape = replace(parts.shape, names=data.names) if self.named else parts.shape
         self.labelled = self.named or data.fits(parts.shape.classes)
 
