@@ -238,7 +238,9 @@ def test_options_about_text_are_refused(options, said):
 
 
 def test_models_of_videos_are_refused():
-    with pytest.raises(UserError, match="VideoMAEForVideoClassification reads videos, and weights are pruned of"):
+    with pytest.raises(
+        UserError, match="VideoMAEForVideoClassification reads videos, and weights are pruned of"
+    ):
         prune(videomae(), "wanda", sparsity=0.5)
 
 
