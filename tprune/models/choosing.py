@@ -79,11 +79,13 @@ class Choosing(Compression):
         return self.method.choose(self.shape, place, self.foreseen, visible, self.keep, memory)
 
     def _foresee(self, visible: Tensor, memory: dict[str, Tensor]) -> Any:
-        known = {x.shape[2] for x in memory.values()} or {0}
-        if known != {visible.shape[3] - visible.shape[2]}:
+        before = visible.shape[3] - visible.shape[2]
+        if any(x.shape[2] != visible.shape[3] for x in memory.values()) or before and not memory:
             raise UserError(
                 f"{self.method.id} must see a cache from its first token on: start from an empty one"
             )
+        # The cache has made room for what came; the method tells it.
+        memory.update({name: x[:, :, :before] for name, x in memory.items()})
         shown = visible | ~visible.any(-1, keepdim=True)
         return self.method.foresee(self.shape, self.entering.inputs, self.position, shown, memory)
 

@@ -97,7 +97,8 @@ class LlmWeights(Pipeline):
         """Cut the evaluation windows; refuse a model or a budget that does not fit before anything is measured."""
         decoder = self.decoder(subject.model)
         self.kind = self.kind_of(subject)
-        streaming.check_pattern(decoder, self.budget().pattern, self.method.groups_outputs)
+        if self.stage.pattern is not None:
+            streaming.check_pattern(decoder, self.budget().pattern, self.method.groups_outputs)
         if self.kind is not None:
             self.task = self.kind.Task(self.recipe, subject, self.progress)
             return
