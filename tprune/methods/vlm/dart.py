@@ -53,7 +53,7 @@ class DART(TokenMethod):
 
     def reduce(self, site, view, count, memory):
         """Pivots by the L1 norm of their keys; each takes its share of the tokens least similar to it."""
-        norm = view.attention.key.abs().sum((1, 3), dtype=torch.float32)  # [B, N]
+        norm = view.attention.key.abs().sum(3, dtype=torch.float32).sum(1)  # [B, N]
         pivots, weight = self.pivots(norm, view, count)
         image = select.mark(pivots, weight > 0, norm.shape[1]) & view.prunable
         total = torch.as_tensor(count, device=norm.device).expand(len(norm))
