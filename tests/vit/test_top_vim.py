@@ -114,7 +114,7 @@ def test_a_class_token_that_moves_takes_no_gap_away(kept, before):
 
 def test_alignment_changes_what_comes_after_a_gap_alone():
     mixer = Mixer(8)
-    hidden = torch.randn(1, 6, 8, generator=torch.Generator().manual_seed(0))
+    hidden = 3 * torch.randn(1, 6, 8, generator=torch.Generator().manual_seed(0))
     hidden = torch.cat([hidden, hidden[:, :1]], 1)
     for step in (mixer.dt_proj, mixer.dt_proj_b):
         step.bias.data.fill_(0.5)
