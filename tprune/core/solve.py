@@ -37,7 +37,20 @@ def _invert(upper: Tensor, leaf: int = 128) -> None:
     top, corner, bottom = upper[:half, :half], upper[:half, half:], upper[half:, half:]
     _invert(top, leaf)
     _invert(bottom, leaf)
-    corner.copy_(top @ (corner @ bottom).neg_())
+    torch.mm(top, (corner @ bottom).neg_(), out=corner)
+
+
+def _turn(matrix: Tensor, rows: int = BLOCK) -> None:
+    """Reverse a square matrix's rows and columns in its place."""
+    size = matrix.shape[0]
+    for first in range(0, size // 2, rows):
+        last = min(first + rows, size // 2)
+        upper, lower = slice(first, last), slice(size - last, size - first)
+        above = matrix[upper].flip(0, 1)
+        matrix[upper] = matrix[lower].flip(0, 1)
+        matrix[lower] = above
+    if size % 2:
+        matrix[size // 2] = matrix[size // 2].flip(0)
 
 
 def dead_inputs(gram: Tensor) -> Tensor:
@@ -62,10 +75,9 @@ def inverse_factor(gram: Tensor, damp: float) -> Tensor:
         damped.diagonal().copy_((diagonal + damp * mean).flip(0))
         lower, failed = torch.linalg.cholesky_ex(damped, out=(damped, info))
         if not bool(failed) and bool(lower.diagonal().isfinite().all()):
-            upper = lower.flip(0, 1)
-            del damped, lower
-            _invert(upper)
-            return upper
+            _turn(lower)
+            _invert(lower)
+            return lower
         damp = 10 * max(damp, 1e-6)
     raise ValueError("the Gram matrix is not finite, or not positive definite at any damping")
 
