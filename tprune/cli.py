@@ -63,6 +63,15 @@ THREADING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
 """On small busy machines OpenMP threads that spin against each other lose more than half their speed."""
 
 
+def said(error: click.ClickException) -> str:
+    """What Click found wrong, in one line as every other mistake, where Click itself takes four."""
+    context, message = getattr(error, "ctx", None), error.format_message()
+    if context is not None and message == context.get_help():
+        return message
+    command = "tprune" if context is None else context.command_path
+    return f"error: {message[0].lower()}{message[1:].rstrip('.')}; see {command} --help"
+
+
 def main() -> None:
     """The console script: a user's mistake is one line on stderr and exit code 2, anything else 1."""
     from tprune.errors import UserError
@@ -86,7 +95,7 @@ def main() -> None:
         click.echo("interrupted", err=True)
         sys.exit(1)
     except click.ClickException as error:
-        error.show()
+        click.echo(said(error), err=True)
         sys.exit(error.exit_code)
 
 

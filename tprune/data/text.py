@@ -148,7 +148,9 @@ def _file(path: Path, option: str) -> list[str]:
             return [content]
         return [row if isinstance(row, str) else row["text"] for row in rows]
     except OSError as error:
-        raise UserError(f"{option} {path}: {error.strerror}") from None
+        raise UserError(
+            f"{option} {path}: {error.strerror}; give a text file, a folder of them, or hf:NAME"
+        ) from None
     except (UnicodeDecodeError, ValueError) as error:
         raise UserError(f"{option} {path}: not readable as text ({error})") from None
     except (KeyError, TypeError):

@@ -46,10 +46,12 @@ def pipelines(recipe: Recipe, progress: Progress) -> list[Pipeline]:
 def check_device(recipe: Recipe) -> None:
     """Refuse a device or a precision that is not there."""
     try:
-        torch.empty(0, device=recipe.device)
-    except (RuntimeError, AssertionError):
+        computes = not torch.empty(0, device=recipe.device).is_meta
+    except (RuntimeError, AssertionError, ImportError):
+        computes = False
+    if not computes:
         there = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-        raise UserError(f"--device {recipe.device}: no such device; there is {', '.join(there)}") from None
+        raise UserError(f"--device {recipe.device}: no such device; there is {', '.join(there)}")
     if recipe.dtype not in ("float32", "bfloat16", "float16"):
         raise UserError(f"--dtype {recipe.dtype}: expected float32, bfloat16 or float16")
 
