@@ -48,6 +48,12 @@ def _mask_future(logits: Tensor, row: Tensor) -> Tensor:
     return logits.masked_fill_(hidden if row.dim() == 1 else hidden.unsqueeze(1), -torch.inf)
 
 
+def _softmax(logits: Tensor) -> Tensor:
+    """Over the last dimension; on a CPU in their own memory, since new pages cost more than the softmax."""
+    own = logits.device.type == "cpu" and not logits.requires_grad
+    return torch.softmax(logits, dim=-1, out=logits if own else None)
+
+
 def attention_rows(
     query: Tensor,
     key: Tensor,
@@ -90,9 +96,7 @@ def attention_rows(
     logits = attention_logits(chosen, key, scale, bias, softcap)
     if causal:
         logits = _mask_future(logits, rows + (keys - length))
-    # On a CPU in their own memory: new pages cost more than the softmax.
-    own = logits.device.type == "cpu" and not logits.requires_grad
-    return torch.softmax(logits, dim=-1, out=logits if own else None)
+    return _softmax(logits)
 
 
 def attend(attention: Tensor, value: Tensor) -> Tensor:
@@ -128,12 +132,14 @@ def attention_column_sums(
     batch, heads, length = query.shape[:3]
     keys = key.shape[2]
     if tile is None:
-        elements = 1 << (20 if query.device.type == "cpu" else 25)
+        elements = 1 << ((21 if causal else 22) if query.device.type == "cpu" else 25)
         tile = min(max(elements // (batch * heads * keys), 16), length)
     key = key.float()
     future = torch.ones(tile, tile, dtype=torch.bool, device=query.device).triu(1)
     weight = decay ** torch.arange(length - 1, -1, -1, device=query.device, dtype=torch.float32)
     sums = torch.zeros(batch, heads, keys, device=query.device)
+    # Where all queries see the same keys, a sample's rows are all blind or none is.
+    alike = bias is None or (bias.shape[-2] == 1 and not causal)
     for first in range(0, length, tile):
         last = min(first + tile, length)
         rows, seen = last - first, keys - length + last if causal else keys
@@ -143,14 +149,14 @@ def attention_column_sums(
             logits = logits.masked_fill_(~part, -torch.inf) if part.dtype == torch.bool else logits.add_(part)
         if causal:
             logits[..., seen - rows :].masked_fill_(future[:rows, :rows], -torch.inf)
-        received = logits.softmax(dim=-1)
-        if bias is not None:
+        received = _softmax(logits)
+        if not alike:
             received = received.nan_to_num() if received.requires_grad else received.nan_to_num_()
         if counted is not None:
             asks = counted[:, None, first:last, None]
             received = received * asks if received.requires_grad else received.mul_(asks)
         sums[..., :seen] += received.sum(2) if decay == 1 else weight[first:last] @ received
-    return sums
+    return sums if bias is None or not alike else sums.nan_to_num()
 
 
 def window_attention(
@@ -167,7 +173,7 @@ def window_attention(
     logits[..., -rows:].masked_fill_(
         torch.ones(rows, rows, dtype=torch.bool, device=key.device).triu(1), -torch.inf
     )
-    return logits.softmax(dim=-1).sum(2)[..., : key.shape[2] - window]
+    return _softmax(logits).sum(2)[..., : key.shape[2] - window]
 
 
 def pool_neighbours(scores: Tensor, kernel: int, kind: str) -> Tensor:
