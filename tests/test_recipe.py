@@ -1,3 +1,4 @@
+import shlex
 from pathlib import Path
 
 import pytest
@@ -90,3 +91,19 @@ def test_every_method_has_a_recipe_named_after_it_with_its_paper():
         read = recipe.read(RECIPES / fact.family / f"{fact.id}.yaml")
         assert (read.stage.family, read.stage.method) == (fact.family, fact.id)
         assert read.paper["title"] == fact.paper.title
+
+
+@pytest.mark.parametrize("file", sorted((RECIPES / "vit").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_vit_recipe_tells_the_papers_figures_and_a_command_that_checks_them(
+    file, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("VIM_S.safetensors").touch()
+    paper = recipe.read(file).paper
+    for told in (paper, paper.get("measured_by_others", paper)):
+        assert told["setting"]
+        assert told["reported"]
+        name, *options = shlex.split(told["command"])
+        assert name == "tprune"
+        result = CliRunner().invoke(command, [*options, "--dry-run"], catch_exceptions=False)
+        assert f"with vit {file.stem} " in result.output
