@@ -274,6 +274,28 @@ def test_an_artifact_that_does_not_reproduce_its_outputs_is_not_kept(vit_folder,
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("family", "method", "own", "clue"),
+    [
+        ("llm-context", "snapkv", "vision", "tprune llm-context does not prune; use tprune vit"),
+        ("vlm", "fastv", "vision", "tprune vlm does not prune; use tprune vit"),
+        ("vlm", "fastv", "text", "which tprune vlm does not prune"),
+        ("vit", "tome", "text", "tprune vit prunes ViT"),
+    ],
+)
+def test_a_model_of_another_family_is_refused_by_name(family, method, own, clue, vit_folder, folder):
+    model = vit_folder if own == "vision" else folder
+    with pytest.raises(UserError, match=clue):
+        call(family, "--method", method, "--keep", "0.5", model, "--no-eval", "--quiet")
+
+
+def test_a_vision_model_in_memory_has_no_cache(vit):
+    import tprune
+
+    with pytest.raises(UserError, match="no language model of transformers"):
+        tprune.prune(vit, "snapkv", keep=0.5)
+
+
 def test_an_unreachable_hub_is_said_in_one_line():
     with pytest.raises(UserError, match="the hub cannot be reached for deit_s; go on with --weights"):
         call("vit", "--method", "tome", "--keep", "0.6", "deit_s", "--quiet")

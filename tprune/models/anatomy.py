@@ -101,7 +101,10 @@ def _transformers(model: nn.Module) -> Anatomy:
     ]
     config = getattr(model.config, "vision_config", model.config)
     if len(lists) != 1 or not hasattr(config, "patch_size"):
-        raise UserError(f"{type(model).__name__} is not a plain vision transformer of transformers")
+        raise UserError(
+            f"{type(model).__name__} is not a plain vision transformer of transformers; tprune vit prunes ViT, DeiT, "
+            "DINOv2, CLIP, SigLIP, YOLOS and VideoMAE; use the command of this model's own family"
+        )
     blocks = lists[0]
     size = config.image_size if isinstance(config.image_size, tuple | list) else (config.image_size,) * 2
     patch = config.patch_size if isinstance(config.patch_size, tuple | list) else (config.patch_size,) * 2

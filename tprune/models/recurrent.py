@@ -52,6 +52,8 @@ def admit(method: Method, model: nn.Module) -> None:
     """
     check_no_encoder(model)
     recurrent, name = is_recurrent(model), type(model).__name__
+    if not hasattr(model, "config"):
+        raise UserError(f"{name} is no language model of transformers; use one such as smollm2-135m")
     if is_encoder(model.config):
         able = ", ".join(registry.running_on("encoder", method.family))
         raise UserError(

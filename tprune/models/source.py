@@ -58,8 +58,19 @@ def resolve(asked: ModelSource, family: str) -> Source:
     """Where the model `asked` for comes from.
 
     Raises:
-        UserError: a folder without a model, a missing package or weights file.
+        UserError: a folder without a model, a missing package or weights file, a model without text for families of
+            text.
     """
+    source = _found(asked, family)
+    if source.library == "timm" and family in ("vlm", "llm-context"):
+        raise UserError(
+            f"{source.name} is a vision model without text, which tprune {family} does not prune; use tprune vit or "
+            f"tprune llm-weights, or a model such as {'digits-llava' if family == 'vlm' else 'smollm2-135m'}"
+        )
+    return source
+
+
+def _found(asked: ModelSource, family: str) -> Source:
     name = asked.name
     extra = {
         "revision": asked.revision,
@@ -79,7 +90,7 @@ def resolve(asked: ModelSource, family: str) -> Source:
     if Path(name).is_dir():
         return Source(name, "folder", str(Path(name).resolve()), _library(name), **extra)
     if "/" in name and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise UserError(f"no model folder {name}")
+        raise UserError(f"no model folder {name}; give one with a config.json, a name, or a hub id")
     if family == "vit" and "/" not in name:
         return Source(name, "timm", name, "timm", **extra)
     return Source(name, "hub", name, "transformers", **extra)
