@@ -19,7 +19,7 @@ from tprune.models.calibrate import Stream
 from tprune.models.embeddings import embed, embeddings, encode
 from tprune.pipelines.load import open_artifact
 from tprune.pipelines.run import execute
-from tprune.pipelines.structure import at_last_tokens
+from tprune.pipelines.structure import at_summaries
 from tprune.progress import Progress
 from tprune.recipe import ModelSource, Recipe, Stage
 
@@ -95,7 +95,7 @@ def test_what_blocks_are_compared_by_is_the_last_token_of_every_text_however_sho
     stream.advance(0)
     expected = [stream.hidden[place, length - 1] for place, length in enumerate(given.lengths)]
     assert len(set(given.lengths)) > 1
-    assert torch.equal(at_last_tokens(stream), torch.stack(expected))
+    assert torch.equal(at_summaries(stream), torch.stack(expected))
 
 
 def test_methods_that_compare_foretold_tokens_do_not_go_with_one_that_embeds(file, tmp_path):

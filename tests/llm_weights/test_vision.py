@@ -218,10 +218,12 @@ def test_by_reference_the_masks_alone_make_the_same_model(folder, tmp_path):
     assert torch.equal(whole(pixels()), small(pixels()))
 
 
-@pytest.mark.parametrize("method", ["shortgpt", "flap", "llm-surgeon", "movement", *REFUSED])
+@pytest.mark.parametrize("method", ["sleb", "bonsai", "flexigpt", "llm-surgeon", "movement", *REFUSED])
 def test_methods_for_decoders_of_text_say_what_works(method):
     options = {"fit": "built-in"} if method == "movement" else {}
-    with pytest.raises(UserError, match="is a vision transformer, and .* choose a method .* wanda"):
+    with pytest.raises(
+        UserError, match="is a vision transformer, and .* choose a method .* wanda.* one of cfsp, flap"
+    ):
         prune(classifier(), method, sparsity=0.5, **options)
 
 

@@ -83,7 +83,8 @@ class Method:
     answers are read, or of all the "foreground"."""
     runs_on: ClassVar[tuple[str, ...]] = ("plain",)
     """The kinds of model it works in: of vision models those of `tokens.Shape.kind`, of language models "plain" (a
-    decoder with attention), "state-space" and "encoder"."""
+    decoder with attention), "state-space" and "encoder". A method that takes structure out of language models says
+    "vision" where it does so of vision transformers, too."""
     built_in: ClassVar[dict[str, Any]] = {}
     """Training hyperparameters for `--fit built-in`, where the paper's need more images than there are."""
 

@@ -157,8 +157,8 @@ class BlockView:
             before and after the block, if asked for.
         contrast: the loss of what is read behind the block as embeddings of triples of texts, if asked for.
         sensitivity: float32 [D], of the residual stream behind the block, as `UnitView.sensitivity`.
-        entering, leaving: float32 [N, D], the residual stream at the last token of each calibration sequence before
-            and after the block, if statistics of dense blocks were asked for.
+        entering, leaving: float32 [N, D], the residual stream at the last token of each calibration sequence (of an
+            image at its class token) before and after the block, if statistics of dense blocks were asked for.
     """
 
     index: int

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -52,6 +53,10 @@ class Feed:
         """The loss of one sample, with its graph."""
         raise NotImplementedError
 
+    def summary(self) -> Tensor:
+        """The token of every sample that stands for all of it, int64 [N]: the last."""
+        return torch.tensor(self.lengths) - 1
+
     def visual(self, part: slice) -> Tensor | None:
         """Which tokens of some samples show images and which are text, bool [B, L]; None where all are of a kind."""
         return None
@@ -93,6 +98,10 @@ class Pictures(Feed):
     def call(self, decoder: Decoder, part: slice) -> None:
         """Through the whole model."""
         decoder.core(self._given(decoder.core, part))
+
+    def summary(self) -> Tensor:
+        """The class token, or of a model without one the first patch."""
+        return torch.zeros(len(self), dtype=torch.int64)
 
     def _given(self, model: nn.Module, part: slice) -> Tensor:
         parameter = next(model.parameters())

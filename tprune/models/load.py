@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tprune.errors import UserError
+from tprune.models import shapes, vision_blocks
 from tprune.models.load_transformers import load_transformers
 from tprune.models.loading import guard, replace_weights, seeded
 from tprune.models.source import Source
@@ -39,13 +40,16 @@ def _timm(source: Source, seed: int) -> Subject:
     name = f"local-dir:{source.location}" if source.kind == "folder" else source.location
     if source.kind == "timm" and not timm.is_model(name):
         raise UserError(f"no model '{source.name}': not built in, no folder, and timm does not know it")
+    rows = vision_blocks.own_shapes(source)
     with seeded(seed):
-        if source.weights or source.random_weights:
+        if source.weights or source.random_weights or rows:
             model = guard(source, lambda: timm.create_model(name, pretrained=False))
         else:
             model = guard(source, lambda: timm.create_model(name, pretrained=True))
-    if source.weights:
-        replace_weights(model, source.weights)
+    if rows:
+        shapes.restore(vision_blocks.find_vision(model), rows)
+    if source.weights or (rows and not source.random_weights):
+        replace_weights(model, source.weights or f"{source.location}/model.safetensors")
     return Subject(model, timm_transform(model), source)
 
 

@@ -77,11 +77,11 @@ def _of_own_shapes(kind: Any) -> Any:
     The shapes are there before weights are loaded, so transformers' own loader does the rest.
     """
     from tprune.models import factored, shapes
-    from tprune.models.blocks import find_decoder
+    from tprune.models.encoder_decoder import find_blocks
 
     def __init__(self: Any, config: Any, *more: Any, **named: Any) -> None:  # noqa: N807
         kind.__init__(self, config, *more, **named)
-        decoder = find_decoder(self)
+        decoder = find_blocks(self)
         shapes.resize(decoder, decoder.config.tprune.get("layers", []))
         factored.make_room(decoder, decoder.config.tprune.get("wrapped", {}))
 

@@ -10,6 +10,7 @@ from typing import Any
 from tprune import artifact
 from tprune.errors import UserError
 from tprune.models import load as loaders
+from tprune.models import vision_blocks
 from tprune.models.load_paged import load_paged
 from tprune.models.source import Source, sha256
 from tprune.models.subject import Subject, pages_of
@@ -33,7 +34,8 @@ def _timm(subject: Subject, folder: Path) -> None:
 
     state = {name: tensor.contiguous() for name, tensor in subject.model.state_dict().items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    save_config_for_hf(subject.model, str(folder / "config.json"))
+    arguments, ours = vision_blocks.written(subject.model)
+    save_config_for_hf(subject.model, str(folder / "config.json"), ours, arguments)
 
 
 def load(folder: Path, recipe: Recipe, report: dict[str, Any]) -> Subject:

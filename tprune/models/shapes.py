@@ -8,6 +8,7 @@ model the same shapes before its weights are loaded.
 from __future__ import annotations
 
 from dataclasses import astuple, replace
+from math import inf, nextafter
 from typing import Any
 
 import torch
@@ -91,10 +92,23 @@ EXPLICIT_HEADS = (
     "phi3",
     "mixtral",
     "qwen2_moe",
+    "vit",
+    "deit",
+    "dinov2",
+    "dinov2_with_registers",
 )
 """Model types that take the width of a head from the configuration, so that heads can be fewer."""
-CHANNELS = {"gpt2": "n_inner", "opt": "ffn_dim", "distilbert": "hidden_dim"}
-"""What the number of channels is called where it is not intermediate_size."""
+CHANNELS = {
+    "gpt2": "n_inner",
+    "opt": "ffn_dim",
+    "distilbert": "hidden_dim",
+    "VisionTransformer": "mlp_ratio",
+    "VisionTransformerDistilled": "mlp_ratio",
+}
+"""What the number of channels is called where it is not intermediate_size; a ratio is to the hidden size."""
+NO_CHANNELS = ("dinov2", "dinov2_with_registers", "siglip_vision_model", "Eva")
+"""Model types whose configuration takes whole multiples of the hidden size alone (DINOv2), means other layers, too
+(SigLIP's head), or goes by other rules."""
 
 
 def bias_switch(decoder: Decoder, kind: str) -> str | None:
@@ -104,7 +118,9 @@ def bias_switch(decoder: Decoder, kind: str) -> str | None:
 
 def plain_kinds(decoder: Decoder) -> list[str]:
     """The kinds of unit whose number, equal in all blocks, stock transformers can load."""
-    return [kind for kind in WIRING if kind != "heads" or decoder.config.model_type in EXPLICIT_HEADS]
+    name = decoder.config.model_type
+    told = {"heads": name in EXPLICIT_HEADS, "channels": name not in NO_CHANNELS}
+    return [kind for kind in WIRING if told[kind]]
 
 
 def plain_bias(decoder: Decoder, kind: str) -> bool:
@@ -144,10 +160,18 @@ def _plainly(decoder: Decoder, before: list[dict[str, Any]], rows: list[dict[str
 def _write_count(decoder: Decoder, kind: str, count: int) -> None:
     config, place = decoder.config, site(decoder, 0, kind)
     if kind == "channels":
-        setattr(config, CHANNELS.get(config.model_type, "intermediate_size"), count)
+        name = CHANNELS.get(config.model_type, "intermediate_size")
+        setattr(config, name, _ratio(count, config.hidden_size) if name == "mlp_ratio" else count)
     else:
-        config.head_dim = place.width // place.heads
-        config.num_attention_heads, config.num_key_value_heads = count * place.heads, count
+        config.head_dim, config.num_attention_heads = place.width // place.heads, count * place.heads
+        if hasattr(config, "num_key_value_heads"):
+            config.num_key_value_heads = count
+
+
+def _ratio(count: int, whole: int) -> float:
+    """What `whole` is multiplied with so that it is `count`, rounded down."""
+    ratio = count / whole
+    return ratio if int(whole * ratio) == count else nextafter(ratio, inf)
 
 
 def _write_bias(decoder: Decoder, kind: str) -> None:
@@ -157,6 +181,12 @@ def _write_bias(decoder: Decoder, kind: str) -> None:
         for module in site(decoder, index, kind).feeds.values():
             if module.bias is None:
                 add_bias(module, torch.zeros(width(module)[0]))
+
+
+def restore(decoder: Decoder, rows: list[dict[str, Any]]) -> None:
+    """Give a freshly built model the shapes of `rows`, and let its configuration say so."""
+    resize(decoder, rows)
+    decoder.config.tprune = {"layers": rows}
 
 
 def resize(decoder: Decoder, rows: list[dict[str, Any]]) -> None:

@@ -23,6 +23,9 @@ WIRING = {
         ("self_attn", ("q_proj", "k_proj", "v_proj"), "out_proj"),
         ("self_attn", ("qkv_proj",), "o_proj"),
         ("attention", ("query_key_value",), "dense"),
+        ("attention", ("q_proj", "k_proj", "v_proj"), "o_proj"),
+        ("attn", ("qkv",), "proj"),
+        ("attn", ("q_proj", "k_proj", "v_proj"), "proj"),
         ("attn", ("c_attn",), "c_proj"),
         ("attention", ("self.query", "self.key", "self.value"), "output.dense"),
         ("attention", ("q_lin", "k_lin", "v_lin"), "out_lin"),
@@ -78,7 +81,7 @@ def site(decoder: Decoder, index: int, kind: str) -> Site | None:
         reads = part_of(parent, reader)
         found = Site(
             kind,
-            getattr(parent, "self", parent),
+            part_of(parent, feeds[0].rpartition(".")[0]),
             {prefix + part: part_of(parent, part) for part in feeds},
             reads,
             prefix + reader,
@@ -87,15 +90,39 @@ def site(decoder: Decoder, index: int, kind: str) -> Site | None:
         )
         if kind == "channels":
             found.count = width(reads)[1]
-            return found
+            return found if _by_channel(found) else None
         size = head_size(found.parent)
-        norms = (getattr(parent, norm, None) for norm in ("q_norm", "k_norm"))
-        if any(norm is not None and norm.weight.numel() != size for norm in norms):
+        if not _by_head(found.parent, size):
             return None
         found.heads = decoder.config.num_attention_heads // key_value_heads(decoder.config)
         found.count = width(reads)[1] // (size * found.heads)
         return found
     return None
+
+
+def _by_channel(place: Site) -> bool:
+    """Whether every channel has a row of its own in each feeding projection, and no norm mixes it with others."""
+    fused = {"gate_up_proj": 2}
+    return not _weighs(place.parent, "norm") and all(
+        width(module)[0] == fused.get(name.rpartition(".")[2], 1) * place.count
+        for name, module in place.feeds.items()
+    )
+
+
+def _by_head(attention: nn.Module, size: int) -> bool:
+    """Whether an attention has nothing but its projections that tells heads, of `size` values, apart."""
+    norms = (_weighs(attention, norm) for norm in ("q_norm", "k_norm"))
+    if any(weights not in (0, size) for weights in norms):
+        return False
+    # EVA's makes its outputs as wide as its inputs again, however many heads it has.
+    mixes = _weighs(attention, "norm") or _weighs(attention, "gate")
+    return not mixes and type(attention).__name__ != "EvaAttention"
+
+
+def _weighs(module: nn.Module, part: str) -> int:
+    """How many weights the part of this name has; 0 for one without, and where there is none."""
+    weight = getattr(getattr(module, part, None), "weight", None)
+    return 0 if weight is None else weight.numel()
 
 
 def members(decoder: Decoder, index: int, place: Site) -> list[tuple[Matrix, int]]:
@@ -151,6 +178,9 @@ def set_heads(place: Site, groups: int, config: Any) -> None:
         ("num_attention_heads", heads),
         ("n_heads", heads),
         ("num_key_value_heads", groups),
+        ("num_kv_heads", groups),
+        ("attn_dim", heads * head_size(attention)),
+        ("kv_dim", groups * head_size(attention)),
         ("split_size", heads * head_size(attention)),
         ("all_head_size", heads * head_size(attention)),
     ):
@@ -221,6 +251,9 @@ def remove_blocks(decoder: Decoder, gone: list[int]) -> None:
         config.decoder_sparse_step = 1
         config.mlp_only_layers = [place for place, index in enumerate(stay) if index in dense_mlp]
     config.num_hidden_layers = len(stay)
+    if hasattr(config, "stage_names"):  # what a backbone calls its blocks
+        config.stage_names = config.stage_names[: len(stay) + 1]
+        config.set_output_features_output_indices(None, None)
 
 
 def _dense_mlp_layers(config: Any, depth: int) -> set[int] | None:

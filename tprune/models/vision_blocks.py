@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from torch import nn
 
 from tprune.errors import UserError
-from tprune.models.anatomy import anatomy, clip_length
+from tprune.models.anatomy import Anatomy, anatomy, clip_length
 from tprune.models.blocks import Decoder
+from tprune.models.source import Source
+
+PER_BLOCK = ("relative_position_bias_table", "mid_position_embeddings")
+"""Parameters outside the projections that have an entry for every head or block."""
 
 
 def is_vision(model: nn.Module) -> bool:
@@ -33,10 +40,55 @@ def find_vision(model: nn.Module) -> Decoder:
         )
     parts = anatomy(model)
     lists = {id(module): name for name, module in model.named_modules()}
-    config = getattr(model, "config", None) or SimpleNamespace(
-        model_type=type(model).__name__,
-        num_hidden_layers=parts.shape.depth,
-        num_attention_heads=parts.shape.heads,
-        hidden_size=parts.shape.width,
-    )
+    config = getattr(model, "config", None) or _timm_config(parts)
     return Decoder(model, model, config, parts.blocks, lists[id(parts.blocks)])
+
+
+def check_structure(model: nn.Module) -> None:
+    """Refuse to take heads, channels or blocks out of a model that has more than projections for each of them.
+
+    Raises:
+        UserError: naming what.
+    """
+    names = [name for name, _ in model.named_parameters() if name.endswith(PER_BLOCK)]
+    if getattr(model, "rope_mixed", False):
+        names.append("rope.freqs")
+    if names:
+        raise UserError(
+            f"{type(model).__name__} has positions for every block or head ({names[0]}), which cannot leave with them; "
+            "choose a method that masks weights, such as wanda"
+        )
+
+
+def _timm_config(parts: Anatomy) -> SimpleNamespace:
+    """What transformers' configurations say, of a timm model; it stays with the model, and changes with its shapes."""
+    model = parts.model
+    if not hasattr(model, "tprune_config"):
+        model.tprune_config = SimpleNamespace(
+            model_type=type(model).__name__,
+            num_hidden_layers=parts.shape.depth,
+            num_attention_heads=parts.shape.heads,
+            num_key_value_heads=getattr(parts.attentions[0], "num_kv_heads", None),
+            hidden_size=parts.shape.width,
+            built_depth=parts.shape.depth,
+        )
+    return model.tprune_config
+
+
+def written(model: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a timm model's config.json has to say of its shapes: timm's own arguments, and entries of ours."""
+    config = getattr(model, "tprune_config", None)
+    if config is None:
+        return {}, {}
+    said = {"mlp_ratio": config.mlp_ratio} if hasattr(config, "mlp_ratio") else {}
+    if config.num_hidden_layers != config.built_depth:
+        said["depth"] = config.num_hidden_layers
+    return said, {"tprune": config.tprune} if hasattr(config, "tprune") else {}
+
+
+def own_shapes(source: Source) -> list[dict[str, Any]]:
+    """Per block the shapes of a folder of timm's format that stock timm has no words for; none for any other."""
+    file = Path(source.location) / "config.json"
+    if source.kind != "folder":
+        return []
+    return json.loads(file.read_text(encoding="utf-8")).get("tprune", {}).get("layers", [])

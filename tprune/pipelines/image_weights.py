@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tprune.data import images
 from tprune.errors import UserError
+from tprune.methods import registry
 from tprune.methods.weights import WeightMethod
 from tprune.models import image_encoder
 from tprune.models.anatomy import anatomy, classes
@@ -17,10 +18,12 @@ from tprune.models.vision_blocks import is_vision
 from tprune.pipelines import image_task
 from tprune.pipelines.drawn import CALIBRATION as CALIBRATION
 from tprune.pipelines.drawn import drawn
-from tprune.pipelines.masks_only import check_masks_only
+from tprune.pipelines.masks_only import check_masks_only, check_no_recovery
 from tprune.progress import Progress
 from tprune.recipe import Recipe, Stage
 
+VISION = "vision"
+"""What methods that take structure out of vision transformers say they run on."""
 Task = image_task.ImageTask
 probe = image_task.probe
 
@@ -31,12 +34,16 @@ def admits(subject: Subject, recipe: Recipe) -> bool:
 
 
 def check(stage: Stage, method: WeightMethod, recipe: Recipe) -> None:
-    """Refuse what reads text, removes structure, or has no place in timm's files.
+    """Refuse what reads text, or has no place in timm's files.
 
     Raises:
         UserError: naming the method or the option.
     """
-    check_masks_only(stage, method, f"{recipe.model.name} is a vision transformer")
+    said = f"{recipe.model.name} is a vision transformer"
+    if VISION not in method.runs_on:
+        able = ", ".join(registry.running_on(VISION, "llm-weights"))
+        check_masks_only(stage, method, said, f"; or, to take structure out, one of {able}")
+    check_no_recovery(stage, said)
     if recipe.length is not None:
         raise UserError(f"--length {recipe.length}: images have their own number of tokens; leave it out")
 

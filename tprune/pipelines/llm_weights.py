@@ -23,7 +23,7 @@ from tprune.models.load import in_timm
 from tprune.models.source import Source
 from tprune.models.subject import Subject
 from tprune.models.text_encoder import is_encoder
-from tprune.models.vision_blocks import is_vision
+from tprune.models.vision_blocks import check_structure, is_vision
 from tprune.pipelines import learned_masks, memory, pair_weights, prune_weights, recover
 from tprune.pipelines import stream as streaming
 from tprune.pipelines.base import Handle, Pipeline, Quality, Sample, Workload
@@ -130,6 +130,8 @@ class LlmWeights(Pipeline):
                 f"{self.method.id} prunes text encoders such as minilm-topics, and this is a "
                 f"{found.config.model_type} model; choose a method for decoders, such as flap"
             )
+        if self.method.scope == "model" and is_vision(model):
+            check_structure(model)
         found.part = self.method.part
         return found
 

@@ -8,20 +8,29 @@ from tprune.models.gradients import TRIPLES
 from tprune.recipe import Stage
 
 
-def check_masks_only(stage: Stage, method: WeightMethod, said: str) -> None:
-    """Refuse all but methods that mask weights matrix by matrix; and recovery, which is by text.
+def check_masks_only(stage: Stage, method: WeightMethod, said: str, others: str = "") -> None:
+    """Refuse all but methods that mask weights matrix by matrix.
 
     Args:
         stage, method: what was asked.
         said: of the model, as the error begins.
+        others: what else can be chosen, as it ends.
 
     Raises:
-        UserError: naming the method or the option.
+        UserError: naming the method.
     """
     if method.scope != "block" or method.wraps or TRIPLES in method.stats:
         raise UserError(
             f"{said}, and {stage.method} is made for a decoder of text as a whole; choose a method that needs a matrix "
-            "and its inputs, such as magnitude, wanda, sparsegpt or alps"
+            f"and its inputs, such as magnitude, wanda, sparsegpt or alps{others}"
         )
+
+
+def check_no_recovery(stage: Stage, said: str) -> None:
+    """Refuse recovery, which is by text.
+
+    Raises:
+        UserError: that.
+    """
     if stage.recover is not None:
         raise UserError(f"--recover {stage.recover}: {said}, and text is what recovers; leave it out")

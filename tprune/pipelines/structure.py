@@ -180,12 +180,12 @@ class StructurePruner:
         readers = [place.reader_name for place in places.values()]
         known = {}
         if dense:
-            known["entering"] = at_last_tokens(self.stream)
+            known["entering"] = at_summaries(self.stream)
             routed = "routing" in self.method.stats
             with experts.watching_routes(self.decoder, index) if routed else nullcontext({}) as routes:
                 inputs, turned = self.stream.gather_and_advance(index, self.method.stats, readers)
             known |= routes
-            known["leaving"] = at_last_tokens(self.stream)
+            known["leaving"] = at_summaries(self.stream)
             known |= {kind: torch.tensor(mean, dtype=torch.float64) for kind, mean in turned.items()}
             if "contrast" in self.method.stats:
                 known["contrast"] = self.method.contrast(embeddings(self.stream, self.method.pool))
@@ -238,10 +238,10 @@ class StructurePruner:
         return replace(edit, bias=stay)
 
 
-def at_last_tokens(stream: Stream) -> Tensor:
-    """The hidden states at the last token of every sequence, float32 [N, D] on the CPU."""
-    last = torch.tensor(stream.feed.lengths) - 1
-    return stream.hidden[torch.arange(len(last)), last].float().cpu()
+def at_summaries(stream: Stream) -> Tensor:
+    """The hidden states at the last token of every text, or an image's class token: float32 [N, D] on the CPU."""
+    chosen = stream.feed.summary()
+    return stream.hidden[torch.arange(len(chosen)), chosen].float().cpu()
 
 
 def _stored(place: units.Site) -> Tensor:

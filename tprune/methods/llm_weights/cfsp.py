@@ -39,6 +39,7 @@ class CFSP(WeightMethod):
     )
     kind = "calibrated"
     scope = "model"
+    runs_on = ("plain", "vision")
     stats = ("norm", "similarity", "angle")
     units = ("channels",)
     propagate = "dense"

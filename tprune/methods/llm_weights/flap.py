@@ -36,6 +36,7 @@ class Flap(WeightMethod):
     )
     kind = "calibrated"
     scope = "model"
+    runs_on = ("plain", "vision")
     stats = ("moments", "norm")
     units = ("heads", "channels")
     propagate = "dense"

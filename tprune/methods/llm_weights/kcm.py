@@ -35,6 +35,7 @@ class KCM(WeightMethod):
     )
     kind = "calibrated"
     scope = "model"
+    runs_on = ("plain", "vision")
     stats = ("moments",)
     units = ("channels",)
     propagate = "dense"

@@ -39,6 +39,7 @@ class LLMPruner(WeightMethod):
     )
     kind = "calibrated"
     scope = "model"
+    runs_on = ("plain", "vision")
     units = ("heads", "channels")
     patterns = False
 

@@ -26,6 +26,7 @@ class MagSP(WeightMethod):
         "round down, channels take; at the authors' ratios that is nothing.",
     )
     scope = "model"
+    runs_on = ("plain", "vision")
     units = ("heads", "channels")
     patterns = False
 

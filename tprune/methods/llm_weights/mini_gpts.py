@@ -33,6 +33,7 @@ class MiniGPTs(WeightMethod):
     )
     kind = "calibrated"
     scope = "model"
+    runs_on = ("plain", "vision")
     stats = ("absolute",)
     units = ("channels",)
     propagate = "dense"

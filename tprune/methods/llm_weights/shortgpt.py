@@ -32,6 +32,7 @@ class ShortGPT(WeightMethod):
     )
     kind = "calibrated"
     scope = "model"
+    runs_on = ("plain", "vision")
     stats = ("similarity",)
     propagate = "dense"
     patterns = False

@@ -28,6 +28,7 @@ class WandaSP(WeightMethod):
     )
     kind = "calibrated"
     scope = "model"
+    runs_on = ("plain", "vision")
     stats = ("norm",)
     units = ("heads", "channels")
     propagate = "pruned"
