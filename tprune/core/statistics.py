@@ -51,8 +51,8 @@ class Norm:
     def __init__(self) -> None:
         self.total: Tensor | None = None
 
-    def add(self, x: Tensor) -> None:
-        """Take in x [N, L, C]."""
+    def add(self, x: Tensor, goes_on: bool = False) -> None:
+        """Take in x [N, L, C], of whatever sequences."""
         if self.total is None:
             self.total = torch.zeros(x.shape[-1], device=x.device)
         for part in x.flatten(0, -2).split(self.strip):
@@ -78,8 +78,8 @@ class Absolute:
         self.total: Tensor | None = None
         self.tokens = 0
 
-    def add(self, x: Tensor) -> None:
-        """Take in x [N, L, C]."""
+    def add(self, x: Tensor, goes_on: bool = False) -> None:
+        """Take in x [N, L, C], of whatever sequences."""
         x = x.flatten(0, -2)
         total = x.abs().sum(0, dtype=torch.float32)
         self.total = total if self.total is None else self.total + total
@@ -108,10 +108,10 @@ class Gram:
         self.total: Tensor | None = None
         self.sequences = 0
 
-    def add(self, x: Tensor) -> None:
-        """Take in x [N, L, C]."""
+    def add(self, x: Tensor, goes_on: bool = False) -> None:
+        """Take in x [N, L, C]; `goes_on`: further tokens of the sequences before."""
         x = _sequences(x)
-        self.sequences += x.shape[0]
+        self.sequences += 0 if goes_on else x.shape[0]
         x = x.flatten(0, 1)
         width = x.shape[1]
         if self.total is None:
@@ -209,7 +209,7 @@ class Inputs:
     def add(self, x: Tensor, goes_on: bool = False) -> None:
         """Take in x [N, L, C] or [T, C]; nothing happens where T is 0.
 
-        `goes_on`: these are further tokens of the sequences before, for kinds in `PER_CHANNEL` only.
+        `goes_on`: these are further tokens of the sequences before, for kinds in `SHARED` only.
         """
         count = x.numel() // x.shape[-1]
         if count:
@@ -217,7 +217,7 @@ class Inputs:
             if not goes_on:
                 self.sequences += 1 if x.dim() == 2 else x.shape[0]
             for part in self.parts:
-                part.add(x)
+                part.add(x, goes_on) if goes_on else part.add(x)
 
     def share(self) -> tuple[int, int, list[tuple[Tensor, ...]]]:
         """What it took in as sums, float64 on the CPU, for `join`; there are none where it took in nothing."""

@@ -8,7 +8,7 @@ statistics gathered at the inputs of its linear layers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from math import pi
 from pathlib import Path
 from threading import local
@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tprune.core.statistics import KINDS, PER_CHANNEL, Inputs, token_cosine
+from tprune.core.statistics import KINDS, PER_CHANNEL, SHARED, Inputs, token_cosine
 from tprune.models.blocks import Decoder
 from tprune.models.feed import Feed, Tokens
-from tprune.models.inputs import LastInput, Watch
+from tprune.models.inputs import Watch
 from tprune.models.pages import at_hand
 from tprune.models.pieces import in_pieces
 from tprune.models.spill import Spilled
 from tprune.models.subject import pages_of
-from tprune.models.threads import side_by_side
+from tprune.models.threads import Turns, side_by_side
 
 TOKENS_AT_ONCE = {"cpu": 512}
 """At most so many tokens go through a block together (at least one sequence): on a CPU more hardly run faster, and
@@ -194,23 +194,28 @@ class Stream:
             By the name of a matrix's `input`; modules with the same input share one object.
         """
         sequences = len(self.hidden) if chosen is None else len(chosen)
-        # What is as large as a matrix is not gathered by several.
-        count = self.workers if set(kinds) & KINDS.keys() <= PER_CHANNEL else 1
-        count = min(count, -(-sequences // self.rows))
+        sums = set(kinds) & KINDS.keys()
+        count = min(self.workers, -(-sequences // self.rows)) if sums <= set(SHARED) else 1
+        # What is as large as a matrix is there once for all of them.
+        turns, inputs = None if count == 1 or sums <= PER_CHANNEL else Turns(), {}
         with at_hand(self.decoder, index), self._small(index, count), ExitStack() as stack:
-            watches = [stack.enter_context(Watch(self.decoder, index, kinds, names)) for _ in range(count)]
+            watches = [
+                stack.enter_context(
+                    Watch(self.decoder, index, kinds, names, inputs if turns else None, turns)
+                )
+                for _ in range(count)
+            ]
 
             def work(worker: int) -> None:
                 for place, (first, x) in enumerate(self.batches(chosen)):
                     if place % count == worker:  # always the same ones: sums depend on their order
-                        watches[worker].begin(len(x), stop=True)
-                        with suppress(LastInput):
+                        with watches[worker].batch(place, len(x)):
                             self.run(index, x, first)
                 watches[worker].end()
 
             self._know(index, sequences)
             side_by_side(work, count)
-        return self._joined(_united([watch.inputs for watch in watches]))
+        return self._joined(inputs if turns else _united([watch.inputs for watch in watches]))
 
     def _joined(self, inputs: dict[str, Inputs]) -> dict[str, Inputs]:
         """The statistics of all processes' sequences; modules with the same input share one object."""
@@ -231,7 +236,7 @@ class Stream:
         turned, tokens = {kind: 0.0 for kind in ("similarity", "angle") if kind in kinds}, 0
         with at_hand(self.decoder, index), Watch(self.decoder, index, kinds, names) as watch:
             for first, x in self.batches():
-                watch.begin(len(x), stop=False)
+                watch.begin(len(x))
                 out = self.run(index, x, first)
                 if turned:
                     cosine = token_cosine(x, out)

@@ -60,7 +60,7 @@ def _watched(sequences: Iterable[Tensor], watches: Sequence[Watch]) -> Iterator[
     """The sequences, each once everybody who watches is ready for it."""
     for sequence in sequences:
         for watch in watches:
-            watch.begin(1, stop=False)
+            watch.begin(1)
         yield sequence
 
 

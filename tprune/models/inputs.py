@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from threading import get_ident
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from threading import get_ident, local
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,30 +13,54 @@ from torch.nn import functional
 
 from tprune.core.statistics import KINDS, Inputs
 from tprune.models.blocks import Decoder, is_experts
+from tprune.models.threads import Turns
+
+_now = local()  # `more`, whether further pieces follow what this thread sends through a module
 
 
 class LastInput(Exception):  # noqa: N818  (a signal, not an error)
     """Raised where the last statistic of a block is gathered: what follows need not be computed."""
 
 
+@contextmanager
+def piece(more: bool) -> Iterator[None]:
+    """Inside, a piece of a batch's tokens goes through modules, and, where `more`, further ones will."""
+    _now.more = more
+    try:
+        yield
+    finally:
+        _now.more = False
+
+
 class Watch:
     """Gathers statistics at the inputs of a block's modules while it runs in the thread that began.
 
     Modules that are given the same tensor (q, k and v; gate and up) share their statistics: they are found by the
-    tensor's identity in the first batch. The last input is remembered, so that later batches can stop there.
+    tensor's identity in the first batch. Where `turns` are given, several threads, each with a watch of its own, add
+    to the same `inputs`; each then adds the pieces of a batch together.
     """
 
-    def __init__(self, decoder: Decoder, index: int, kinds: tuple[str, ...], names: list[str] | None):
-        self.kinds = kinds
+    def __init__(
+        self,
+        decoder: Decoder,
+        index: int,
+        kinds: tuple[str, ...],
+        names: list[str] | None,
+        inputs: dict[str, Inputs] | None = None,
+        turns: Turns | None = None,
+    ):
+        self.kinds, self.turns = kinds, turns
         modules = decoder.inputs(index)
         self.modules = modules if names is None else {name: modules[name] for name in names}
-        self.inputs: dict[str, Inputs] = {}
+        self.inputs = {} if inputs is None else inputs
+        self._kept: dict[str, list[Tensor]] = {}
         self._leader: dict[str, str] = {}
         self._seen: list[tuple[weakref.ref[Tensor], str]] = []
         self._last: str | None = None
         self._begun: set[str] = set()
         self._stop = False
         self._sequences = 1
+        self._number = 0
         self._thread: int | None = None
 
     def __enter__(self) -> Watch:
@@ -50,13 +76,21 @@ class Watch:
             hook.remove()
         self._seen.clear()
 
-    def begin(self, sequences: int, stop: bool) -> None:
-        """A new batch of so many sequences; it stops at the last input of the one before, if `stop`."""
-        self._sequences = sequences
-        self._stop = stop and self._last is not None
+    def begin(self, sequences: int, stop: bool = False) -> None:
+        """A new batch of so many sequences; with `stop`, `LastInput` is raised when all modules have seen it."""
+        self._sequences, self._stop = sequences, stop
+        self._last = None
         self._thread = get_ident()
         self._seen.clear()
         self._begun.clear()
+
+    @contextmanager
+    def batch(self, number: int, sequences: int) -> Iterator[None]:
+        """Inside, the batch of this number runs, as far as there is something to see."""
+        self.begin(sequences, stop=True)
+        self._number = number
+        with nullcontext() if self.turns is None else self.turns.job(number), suppress(LastInput):
+            yield
 
     def end(self) -> None:
         """No more batches; what the thread does next is not looked at."""
@@ -71,17 +105,31 @@ class Watch:
                 same = (leader for seen, leader in self._seen if seen() is x)
                 self._leader[name] = next(same, name)
                 self._seen.append((weakref.ref(x), name))
-                leader = self._leader[name]
-                self.inputs[name] = Inputs(self.kinds) if leader == name else self.inputs[leader]
+                self.inputs[name] = self.inputs.setdefault(self._leader[name], Inputs(self.kinds))
             if self._leader[name] == name:
                 # OPT flattens its tokens before the MLP.
                 x = x.detach()
-                x = x if x.dim() == 3 else x.unflatten(0, (self._sequences, -1))
-                self.inputs[name].add(x, goes_on=name in self._begun)
-                self._begun.add(name)
+                self._take(name, x if x.dim() == 3 else x.unflatten(0, (self._sequences, -1)))
             self._done(name)
 
         return look
+
+    def _take(self, name: str, x: Tensor) -> None:
+        """Add an input [b, ·, C], or keep it until the batch has no further pieces where others wait for their turn."""
+        if self.turns is None:
+            self.inputs[name].add(x, goes_on=name in self._begun)
+            return
+        kept = self._kept.setdefault(name, [])
+        kept.append(x)
+        if not getattr(_now, "more", False):
+            with self._turn(name):
+                for place, part in enumerate(kept):
+                    self.inputs[name].add(part, goes_on=place > 0)
+            kept.clear()
+
+    def _turn(self, name: str) -> AbstractContextManager[None]:
+        """Inside, nobody else adds to this input's statistics."""
+        return nullcontext() if self.turns is None else self.turns.at(name, self._number)
 
     def _experts(self, name: str) -> Any:
         """Routed experts: each sees the tokens sent to it, and its second matrix what its first makes of them."""
@@ -90,21 +138,24 @@ class Watch:
             if get_ident() != self._thread:
                 return
             x, chosen = arguments[0], arguments[1]
-            for expert in range(module.gate_up_proj.shape[0]):
-                first = self.inputs.setdefault(f"{name}.{expert}.in", Inputs(self.kinds))
-                second = self.inputs.setdefault(f"{name}.{expert}.out", Inputs(self.kinds))
-                mine = x[(chosen == expert).any(-1)]
-                if len(mine):
-                    first.add(mine)
-                    second.add(_expert_activation(module, expert, mine))
+            with self._turn(name):
+                for expert in range(module.gate_up_proj.shape[0]):
+                    first = self.inputs.setdefault(f"{name}.{expert}.in", Inputs(self.kinds))
+                    second = self.inputs.setdefault(f"{name}.{expert}.out", Inputs(self.kinds))
+                    mine = x[(chosen == expert).any(-1)]
+                    if len(mine):
+                        first.add(mine)
+                        second.add(_expert_activation(module, expert, mine))
             self._done(name)
 
         return look
 
     def _done(self, name: str) -> None:
-        if not self._stop:
+        """A module has seen the batch; the last one of all stops it, at every piece."""
+        self._begun.add(name)
+        if self._last is None and len(self._begun) == len(self.modules):
             self._last = name
-        elif name == self._last:
+        if self._stop and name == self._last:
             raise LastInput
 
 

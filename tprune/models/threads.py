@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import cache
+from math import inf
+from threading import Condition
 from typing import TypeVar
 
 import torch
@@ -72,6 +74,43 @@ def side_by_side(work: Callable[[int], T], count: int) -> list[T]:
             return [future.result() for future in started]
         finally:
             wait(started)  # also when interrupted: what they read is about to change
+
+
+class Turns:
+    """Numbered jobs, 0, 1, …, done side by side, pass places one after the other in the order of their numbers.
+
+    Sums that all add to are so the same however fast each is. A worker takes its jobs in ascending order.
+    """
+
+    def __init__(self) -> None:
+        self._changed = Condition()
+        self._passed: dict[str, int] = {}
+        self._done: float = 0
+
+    @contextmanager
+    def job(self, number: int) -> Iterator[None]:
+        """Inside, a job is done; if it fails, nobody waits for another one any more."""
+        try:
+            yield
+            with self._changed:
+                self._changed.wait_for(lambda: self._done >= number)
+                self._done = max(self._done, number + 1)
+        except BaseException:
+            self._done = inf
+            raise
+        finally:
+            with self._changed:
+                self._changed.notify_all()
+
+    @contextmanager
+    def at(self, place: str, number: int) -> Iterator[None]:
+        """Inside, a job has a place for itself, once all before it have been there or are done."""
+        with self._changed:
+            self._changed.wait_for(lambda: max(self._passed.get(place, 0), self._done) >= number)
+        yield
+        with self._changed:
+            self._passed[place] = number + 1
+            self._changed.notify_all()
 
 
 @cache
