@@ -29,6 +29,7 @@ from tprune.recipe import ModelSource, Recipe, Stage
 
 LEARNERS = [name for name in registry.running_on("plain") if registry.load(name, "vit").learns != "no"]
 REQUIRED = [name for name in LEARNERS if registry.load(name, "vit").learns == "required"]
+OPTIONAL = [name for name in LEARNERS if name not in REQUIRED]
 every_learner = pytest.mark.parametrize("method", LEARNERS)
 STEPS = {"epochs": 3 * 4 / 2048, "batch": 4}
 LARGE = {"diffrate": {"lr": 2.0}}
@@ -158,6 +159,25 @@ def test_a_method_that_must_learn_says_so_in_one_line(method, vit_folder):
             call("vit", "--method", method, "--keep", "0.6", vit_folder, *extra)
 
 
+@pytest.mark.parametrize("method", OPTIONAL)
+def test_a_method_that_runs_without_having_learned_says_so_in_one_line(method, vit_folder):
+    asked = [
+        "vit",
+        "--method",
+        method,
+        "--keep",
+        "0.6",
+        vit_folder,
+        "--limit",
+        4,
+        "--calibration",
+        4,
+        "--no-eval",
+    ]
+    lines = call(*asked).stderr.splitlines()
+    assert lines.count(f"{method} has learned nothing for this model; --fit DATA trains it") == 1
+
+
 def test_what_learns_nothing_is_not_fitted(vit):
     with pytest.raises(UserError, match="tome learns nothing"):
         tprune.prune(vit, "vit/tome", keep=0.6, fit="built-in")
@@ -194,6 +214,7 @@ def test_a_fit_is_written_loaded_and_run_again_to_the_same_bytes(method, vit_fol
     with torch.no_grad():
         assert torch.allclose(model(probe["input"]), probe["output"], atol=1e-5)
     assert same(model.tprune_handle.tensors(False), stored)
+    assert "learned nothing" not in call("eval", out, "--limit", 4).output
     assert "fit: 3 steps of 4 images" in call("run", out / "recipe.yaml", "--out", again, "--quiet").output
     assert all((again / file).read_bytes() == (out / file).read_bytes() for file in files)
 

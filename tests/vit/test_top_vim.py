@@ -7,6 +7,7 @@ import timm
 import torch
 
 import tprune
+from tests.fits import interrupted, same
 from tests.golden_values import golden, under
 from tests.test_cli import call
 from tprune import artifact
@@ -18,6 +19,9 @@ from tprune.models.source import Source
 from tprune.models.state_space import gaps, in_front
 from tprune.models.subject import Subject
 from tprune.models.vim import Mixer, VisionMamba
+from tprune.pipelines.run import pipeline
+from tprune.progress import Progress
+from tprune.recipe import ModelSource, Recipe, Stage
 
 TENSORS, FACTS = golden("vit", "top-vim")
 LAYERS = (11, 22)
@@ -176,14 +180,38 @@ def test_it_runs_in_half_precision(model, images):
         assert model(images.bfloat16()).dtype == torch.bfloat16
 
 
-def test_a_vim_is_fitted_written_loaded_and_drawn(tmp_path):
-    folder, out = tmp_path / "vim", tmp_path / "out"
-    folder.mkdir()
+def subject_for_a_fit(folder):
+    """A small Vim that tells as many classes as there are digits."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         settings = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 5, "num_classes": 10}
         model = timm.create_model("vim_tiny_patch16_224", pretrained=False, **settings)
-    save.model(Subject(model, None, Source("vim", "folder", str(folder), "timm")), folder)
+    return Subject(model, None, Source("vim", "folder", str(folder), "timm"))
+
+
+def test_an_interrupted_fit_of_a_vim_goes_on_to_the_same_weights(monkeypatch, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    stage = Stage("vit", "top-vim", keep=0.6, set={"epochs": 3 * 4 / 2048, "batch": 4}, fit="built-in")
+    recipe = Recipe(ModelSource("a Vim in memory"), (stage,))
+
+    def run(folder):
+        folder.mkdir(exist_ok=True)
+        subject = subject_for_a_fit(folder)
+        with pipeline(recipe, stage, Progress()).apply(subject, folder):
+            return {name: tensor.clone() for name, tensor in subject.model.state_dict().items()}
+
+    first = subject_for_a_fit(whole).model.state_dict()
+    learned = run(whole)
+    assert not same(learned, first)
+    assert same(interrupted(lambda: run(parts), parts, monkeypatch), learned)
+
+
+def test_a_vim_is_fitted_written_loaded_and_drawn(tmp_path):
+    folder, out = tmp_path / "vim", tmp_path / "out"
+    folder.mkdir()
+    save.model(subject_for_a_fit(folder), folder)
+    unfitted = call("vit", "--method", "top-vim", "--keep", "0.6", folder, "--limit", 2, "--no-eval").stderr
+    assert "top-vim has learned nothing for this model; --fit DATA trains it" in unfitted.splitlines()
     asked = ["vit", "--method", "top-vim", "--keep", "0.6", "--fit", "built-in", "--set", "epochs=0.004"]
     report = json.loads(call(*asked, "--set", "batch=4", folder, "--limit", 4, "--out", out, "--json").stdout)
     assert report["fit"]["tuned"]

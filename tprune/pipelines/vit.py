@@ -124,6 +124,8 @@ class VitPipeline(Pipeline):
         if self.stage.fit is not None and self.method.state is None:
             self.lessons = self.read_lessons(subject)
             self.progress.say(f"{len(self.lessons):,} samples to learn from")
+        elif self.method.learns == "optional" and self.method.state is None:
+            self.progress.say(f"{self.method.id} has learned nothing for this model; --fit DATA trains it")
 
     def read_lessons(
         self, subject: Subject
