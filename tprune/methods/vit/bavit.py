@@ -32,7 +32,7 @@ class BAViT(TokenMethod):
         checked="abstract",
         notes="From the abstract and the claims of the authors' patent application (US 2026/0087793: no class token, a "
         "linear layer with two outputs per token, cross-entropy summed over all tokens); widths are ViT-S's, schedule "
-        "and initial values are ours. The detector is not fine-tuned.",
+        "and initial values are ours. The detector is not fine-tuned. None is built in: no quality is claimed.",
     )
     kind = "trained"
     needs_image = True

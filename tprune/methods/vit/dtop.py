@@ -39,7 +39,7 @@ class DToP(TokenMethod):
         notes="Heads learn from the class that covers most of a patch, the authors' from pixels; all tokens are there "
         "meanwhile, as in the authors' base models, without the 40,000 steps in which some leave; no dropout, and a "
         "cosine where their learning rate falls by a polynomial. --keep with heads that have met no budget ranks "
-        "tokens by confidence.",
+        "tokens by confidence. Its result is a map of patches, so that no class of digits-vit ranks it beside random.",
     )
     kind = "trained"
     needs_image = True

@@ -36,7 +36,7 @@ class NOSE(TokenMethod):
         "entropy at the class head, against the whole model, an attention left out is x <- x. They choose on 33,280 "
         "images. A fit fades by steps, not by epochs, without their augmentation. Without a fit x <- x stays; the "
         "paper has no such model. On the built-in scenes a fit ends there too: 2x takes longer to "
-        "learn. One attention always stays.",
+        "learn. One attention always stays: --keep reaches 13/24 in 12 blocks.",
     )
     kind = "calibrated"
     reads = ()

@@ -35,7 +35,8 @@ class ToPViM(TokenMethod):
         notes="The released code neither clips the scores nor turns the backward scan's into the order of the tokens, "
         "and protects the class token of the first image alone; score=released does the first two. Its alignment "
         "kernel is not public: here a token that has left has the step of one without content, softplus of the "
-        "bias. Runs without the paper's fine-tuning; --fit does it, at a constant learning rate.",
+        "bias. Runs without the paper's fine-tuning; --fit does it, at a constant learning rate. No trained Vim is "
+        "built in, so that it is not measured beside random.",
     )
     kind = "trained"
     reads = ()
