@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from tprune import zoo
 from tprune.cli import COMMANDS, command
 from tprune.errors import UserError
 from tprune.methods import registry
@@ -188,6 +189,10 @@ BAD = {
     "a device that computes nothing": (["--device", "meta"], "no such device; there is cpu"),
     "an unknown precision": (["--dtype", "float12"], "expected float32"),
     "a missing weights file": (["--weights", "nowhere.safetensors"], "no such file"),
+    "weights of another model": (
+        ["--weights", str(zoo.path("digits-vit") / "model.safetensors")],
+        "does not fit",
+    ),
     "positions of a vit": (["--positions", "compact"], "keep their positions"),
 }
 
@@ -237,7 +242,7 @@ def test_a_corrupt_model_is_refused(vit_folder, tmp_path):
     copy = tmp_path / "model"
     shutil.copytree(vit_folder, copy)
     (copy / "model.safetensors").write_bytes(b"garbage")
-    with pytest.raises(UserError, match="not readable safetensors"):
+    with pytest.raises(UserError, match="model are not readable safetensors .*; get or save the model again"):
         prune(copy)
 
 

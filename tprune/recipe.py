@@ -154,7 +154,9 @@ def parse(content: Any, where: str = "recipe") -> Recipe:
     version = content.pop("tprune", None)
     if version is None:
         raise UserError(f"{where}: no 'tprune: {VERSION}' line; is this a tprune recipe?")
-    if not isinstance(version, int) or version > VERSION:
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise UserError(f"{where}: version {version!r} is none; write 'tprune: {VERSION}'")
+    if version > VERSION:
         raise UserError(
             f"{where}: version {version} is newer than this tprune reads ({VERSION}); upgrade with "
             "pip install -U tprune"
@@ -164,6 +166,7 @@ def parse(content: Any, where: str = "recipe") -> Recipe:
     model = content.pop("model")
     model = {"name": model} if isinstance(model, str) else model
     stages = content.pop("stages")
+    _check_counts(content, where)
     if not isinstance(stages, list) or not stages:
         raise UserError(f"{where}: 'stages' must be a list of at least one stage")
     return _fill(
@@ -175,6 +178,14 @@ def parse(content: Any, where: str = "recipe") -> Recipe:
         },
         where,
     )
+
+
+def _check_counts(content: dict[str, Any], where: str) -> None:
+    """What is counted is at least one, as the options of the same names say."""
+    for name in ("limit", "calibration", "length", "batch_size"):
+        value = content.get(name)
+        if isinstance(value, int) and value < 1:
+            raise UserError(f"{where}: {name}: {value}: expected 1 or more")
 
 
 TYPES = {"str": str, "int": int, "float": (int, float), "bool": bool, "dict[str, Any]": dict}

@@ -117,7 +117,7 @@ def read(source: str | None, limit: int | None, option: str = "--data") -> Image
         classes = folders(root)
         groups = [in_folder(one) for one in classes] or [in_folder(root)]
     if not any(groups):
-        raise UserError(f"{option} {source}: no images ({', '.join(ENDINGS)}) in it")
+        raise UserError(f"{option} {source}: no images ({', '.join(ENDINGS)}) in it; put some there")
     chosen = dealt(groups, limit)
     files = tuple(file for _, file in chosen)
     labels = tuple(label for label, _ in chosen) if classes else None

@@ -47,7 +47,7 @@ def read(source: str | None, split: str, option: str = "--data") -> Text:
     documents = _built_in() if source in (None, BUILT_IN) else _documents(source, option)
     documents = [document for document in documents if document.strip()]
     if not documents:
-        raise UserError(f"{option} {source}: no text in it")
+        raise UserError(f"{option} {source}: no text in it; give a text file, a folder of them, or hf:NAME")
     digest = hashlib.sha256("\0".join(documents).encode()).hexdigest()
     if len(documents) == 1:
         middle = len(documents[0]) // 2
@@ -131,7 +131,9 @@ def _documents(source: str, option: str) -> list[str]:
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix in (".txt", ".md", ".json", ".jsonl"))
         if not files:
-            raise UserError(f"{option} {source}: no .txt, .md, .json or .jsonl files in this folder")
+            raise UserError(
+                f"{option} {source}: no .txt, .md, .json or .jsonl files in this folder; put some there"
+            )
     else:
         files = [path]
     return [document for file in files for document in _file(file, option)]

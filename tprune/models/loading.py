@@ -42,7 +42,9 @@ def replace_weights(model: nn.Module, file: str) -> None:
         model.load_state_dict(read_tensors(file))
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise UserError(f"--weights {file} does not fit the model: {first}") from None
+        raise UserError(
+            f"--weights {file} does not fit the model ({first[:120]}…); give a file saved from this architecture"
+        ) from None
 
 
 def guard(source: Source, make: Callable[[], T]) -> T:
@@ -62,7 +64,10 @@ def guard(source: Source, make: Callable[[], T]) -> T:
             warnings.simplefilter("ignore")
             return make()
     except SafetensorError as error:
-        raise UserError(f"the weights of {source.name} are not readable safetensors ({error})") from None
+        place = source.location if source.kind == "folder" else source.name
+        raise UserError(
+            f"the weights of {place} are not readable safetensors ({error}); get or save the model again"
+        ) from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, ConnectionError, TimeoutError):
         raise unreachable from None
     except (OSError, RuntimeError, ValueError, KeyError) as error:

@@ -167,7 +167,7 @@ def measure(
         same = 1.0 if reference is None else agreement(quality, reference)
         found = quality.metrics | {"agreement": same}
         if reference is None:
-            warn_if_silly(quality, progress)
+            warn_if_silly(quality, progress, name)
     if not costs:
         return found, quality
     workload = driver.workload(subject)
@@ -184,14 +184,16 @@ def agreement(quality: Quality, reference: Quality) -> float:
     return (quality.predictions == reference.predictions).double().mean().item()
 
 
-def warn_if_silly(quality: Quality, progress: Progress) -> None:
-    """Say so when the dense model itself is broken, before anyone blames a method."""
+def warn_if_silly(quality: Quality, progress: Progress, name: str = "dense") -> None:
+    """Say so when the dense (or given) model itself is broken, before anyone blames a method."""
     perplexity, accuracy = quality.metrics.get("perplexity"), quality.metrics.get("accuracy")
     if perplexity is not None and not perplexity <= SILLY_PERPLEXITY:
-        progress.warn(f"the dense model's perplexity is {perplexity:,.0f}: wrong weights, tokenizer or data?")
+        progress.warn(
+            f"the {name} model's perplexity is {perplexity:,.0f}: wrong weights, tokenizer or data?"
+        )
     if accuracy is not None and quality.chance is not None and accuracy <= 1.2 * quality.chance:
         progress.warn(
-            f"the dense model's accuracy, {accuracy:.1%}, is that of guessing: wrong weights or labels?"
+            f"the {name} model's accuracy, {accuracy:.1%}, is that of guessing: wrong weights or labels?"
         )
 
 
