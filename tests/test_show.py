@@ -223,7 +223,7 @@ def test_weights_have_no_sample(folder, text, tmp_path):
         call("show", out, "--sample", 0)
 
 
-@pytest.mark.parametrize("method", ["snapkv", "streaming-llm", "lazyllm"])
+@pytest.mark.parametrize("method", ["snapkv", "streaming-llm", "lazyllm", "ftp"])
 def test_the_mean_of_the_shades_of_a_prompt_is_what_was_kept(method, folder, text, tmp_path):
     words = ("--length", 128, "--data", text, "--no-eval", "--quiet", "--out", tmp_path / "out")
     call("llm-context", "--method", method, "--keep", 0.6, folder, *words)

@@ -29,6 +29,7 @@ STEPS = {"sequence": 32, "batch": 2, "lr": 1e-2}
 SMALL = {
     "cskv": {"looks": 4},
     "dynamic-context-pruning": {"size": 4},
+    "ftp": {"population": 3, "generations": 1, "looks": 1},
     "tokenbutler": {"reduce": 2, "inner": 12, "size": 4},
 }
 

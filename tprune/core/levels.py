@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from random import Random
 
 ATTEMPTS = 100
@@ -64,3 +64,54 @@ def offspring(
         failed = failed + 1 if child in known else 0
         known[child] = None
     return [levels for levels in known if levels != parent]
+
+
+def cross(one: Sequence[int], two: Sequence[int], random: Random) -> tuple[int, ...]:
+    """A child of two of the same sum: each level is from either, or between both where the sum wants it."""
+    found = [random.choice(pair) for pair in zip(one, two, strict=True)]
+    due = sum(one) - sum(found)
+    step = 1 if due > 0 else -1
+    for _ in range(abs(due)):
+        pairs = zip(found, one, two, strict=True)
+        free = [site for site, (own, *both) in enumerate(pairs) if min(both) <= own + step <= max(both)]
+        found[random.choice(free)] += step
+    return tuple(found)
+
+
+def fittest(
+    first: tuple[int, ...],
+    ranges: Sequence[tuple[int, int]],
+    fitness: Callable[[tuple[int, ...]], float],
+    population: int,
+    generations: int,
+    most: int,
+    random: Random,
+) -> tuple[int, ...]:
+    """The best levels that a genetic search meets, of the sum that `first` has.
+
+    At first there are `first` and mutations of it. In every generation the better half stays, and mutated children of
+    two of them take the place of the others. No levels are tried twice.
+
+    Args:
+        first, ranges: levels of every site, and the lowest and the highest of each.
+        fitness: less is better.
+        population: how many are alive.
+        generations: how often.
+        most: exchanges of a mutation.
+        random: decides everything.
+    """
+    kinds = [""] * len(first)
+    others = offspring(first, kinds, ranges, population - 1, most, random)
+    alive = {levels: fitness(levels) for levels in (first, *others)}
+    known = dict(alive)
+    for _ in range(generations):
+        parents = sorted(alive, key=alive.get)[: max(2, population // 2)]
+        if len(parents) < 2:
+            break
+        alive = {levels: alive[levels] for levels in parents}
+        for _ in range(population - len(parents)):
+            child = mutate(cross(*random.sample(parents, 2), random), kinds, ranges, most, random)
+            if child not in known:
+                known[child] = fitness(child)
+            alive[child] = known[child]
+    return min(alive, key=alive.get)

@@ -120,8 +120,12 @@ class Fit(nn.Module):
 
     def begin(self, forwards: Iterator[dict[str, Any]]) -> None:
         """Before the first step, where initial values depend on the data: `forwards` gives the memories of forwards on
-        the training data, one step's after another's and without an end; no gradient is asked for.
+        the training data, one step's after another's and without an end; no gradient is asked for. Each has "inputs"
+        and "again" as in `losses`.
         """
+
+    def end(self, forwards: Iterator[dict[str, Any]]) -> None:
+        """After the last step, the same once more."""
 
     def finish(self, view: TokenView, memory: dict[str, Any]) -> None:
         """After the last block, of a method that `restores`: as the method's `finish`."""

@@ -59,6 +59,9 @@ class TokenMethod(Method):
     routes: ClassVar[bool] = False
     """Whether whole layers of a decoder are passed by. Stages that skip both its sublayers say how many; `reduce` has
     that in `memory["passed"]`, int64 [B], and leaves in `memory["passes"]`, bool [B, depth], which."""
+    returns: ClassVar[bool] = False
+    """Whether what leaves inside a decoder passes one layer by: at the next site it is back, with the values it left
+    with. There `view.attention` is among the tokens that the layer between had."""
     sees: ClassVar[bool] = False
     """Whether its reductions may say what the next attention sees (`core.reduction.Sight`)."""
 

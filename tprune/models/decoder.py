@@ -191,7 +191,8 @@ class DecoderDriver:
         run = self.run
         if run is None or not run.is_prompt or not run.track.layers:
             return output
-        return fill_up(output, run.track.at(len(self.layers)), run.track.entered)
+        full = run.full if self.method.returns else None
+        return fill_up(output, run.track.at(len(self.layers)), run.track.entered, full)
 
     def _leave(self, module: nn.Module, args: tuple, output: Any) -> Any:
         """After the decoder: as many tokens as the caller gave; and the record travels with the cache."""
@@ -222,9 +223,10 @@ class DecoderDriver:
                 return None
             names = self.names[module][: len(args)]
             given = dict(zip(names, args, strict=True)) | kwargs
-            if run.is_prompt and site == self.rejoin:
+            counted = run.is_prompt and site in run.counts
+            if (run.is_prompt and site == self.rejoin) or (counted and self.method.returns):
                 given["hidden_states"] = self._come_back(run, site, given["hidden_states"])
-            elif run.is_prompt and site in run.counts:
+            if counted and site != self.rejoin:
                 given["hidden_states"] = self._reduce(run, site, given, run.counts[site])
             kept = run.track.at(place)
             if kept is not None:
@@ -267,7 +269,7 @@ class DecoderDriver:
         if before is None:
             return hidden
         slots = torch.arange(run.full.shape[1], device=hidden.device).expand(run.full.shape[:2])
-        run.attention, run.neurons, run.sublayers = None, None, {}
+        run.neurons, run.sublayers = None, {}
         run.track.layers[site.layer] = Kept.of(slots, None, run.track.entered)
         if run.trace is not None:
             run.trace.append((site, slots if run.track.entry is None else run.track.entry.index))
@@ -275,7 +277,7 @@ class DecoderDriver:
 
     def _remembers(self, site: Site) -> bool:
         """Whether what leaves at `site` is kept as it was (`Run.full`)."""
-        return self.rejoin is not None and site < self.rejoin
+        return self.method.returns or (self.rejoin is not None and site < self.rejoin)
 
     def _take(
         self, run: Run, site: Site, view: TokenView, slots: Tensor, reduction: Reduction | None

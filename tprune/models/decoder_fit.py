@@ -74,11 +74,14 @@ class DecoderFitDriver(DecoderDriver):
         self.fit, self.memory = method.fit, {}
         self.answers: Tensor | None = None
         self.present: Tensor | None = None
+        self.passing: Tensor | None = None
         self.absent = False
         super().__init__(model, method, *more, **named)
         modules = [attention_of(layer) for layer in self.layers]
         self.places = {module: place for place, module in enumerate(modules)}
         self.weigher = Tap(modules, self._weigh)
+        if method.returns:
+            self.handles += [layer.register_forward_hook(self._mix) for layer in self.layers]
 
     def remove(self) -> None:
         """Take all hooks out again."""
@@ -124,10 +127,20 @@ class DecoderFitDriver(DecoderDriver):
     ) -> Tensor:
         if isinstance(found, Relaxed):
             self.present, run.attention = found.present, None
-            return found.hidden.to(view.hidden.dtype)
+            self.passing = found.hidden.to(view.hidden.dtype)
+            return self.passing
         if self.present is not None:
             self.present = found.gather(self.present)
         return super()._take(run, site, view, slots, found)
+
+    def _mix(self, layer: nn.Module, args: tuple, output: Any) -> Any:
+        """Behind a layer that tokens pass by: those come out as they went in."""
+        if self.present is None:
+            return output
+        through = output[0] if isinstance(output, tuple) else output
+        gate = self.present.unsqueeze(2).to(through.dtype)
+        through = gate * through + (1 - gate) * self.passing
+        return (through, *output[1:]) if isinstance(output, tuple) else through
 
     def _weigh(self, call: AttentionCall) -> Output | None:
         """Attention among what is present; kept where the fit watches, with its map in the graph."""

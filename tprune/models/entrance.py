@@ -13,7 +13,7 @@ from tprune.core.select import mark
 from tprune.errors import UserError
 from tprune.models.layer_inputs import SLIDING, LayerInputs, latest, window_in
 from tprune.models.run import Inputs, Run
-from tprune.models.track import Kept, gather_any_mask, gather_last, restore, visible
+from tprune.models.track import Kept, gather_any_mask, gather_last, restore, restored, visible
 
 Entrance = Callable[[Run, Tensor], tuple[Tensor, Tensor, Tensor | None]]
 """What happens at `PROJECTOR`: (run, embeddings [B, N, D]) -> embeddings [B, K, D], slots [B, K], valid [B, K]."""
@@ -134,11 +134,19 @@ def _mask_behind(run: Run, given: Inputs, kept: Kept, rows: Tensor, inputs: Laye
     return gather_any_mask(others, rows, kept, run.track.length) | {SLIDING: inputs.as_mask(shown)}
 
 
-def fill_up(output: Any, kept: Kept, length: int) -> Any:
-    """A module's output with its hidden states at the slots of what is `kept` of `length`, zeros elsewhere."""
+def fill_up(output: Any, kept: Kept, length: int, full: Tensor | None = None) -> Any:
+    """A module's output with its hidden states at the slots of what is `kept` of `length`; elsewhere those of `full`
+    [B, length, D], or zeros.
+    """
+
+    def filled(hidden: Tensor) -> Tensor:
+        if full is None:
+            return restore(hidden, kept.index, kept.valid, length)
+        return restored(hidden, kept, full)
+
     if isinstance(output, Tensor):
-        return restore(output, kept.index, kept.valid, length)
+        return filled(output)
     if isinstance(output, tuple):
-        return (restore(output[0], kept.index, kept.valid, length), *output[1:])
-    output.last_hidden_state = restore(output.last_hidden_state, kept.index, kept.valid, length)
+        return (filled(output[0]), *output[1:])
+    output.last_hidden_state = filled(output.last_hidden_state)
     return output

@@ -8,11 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tprune.core.budget import Stage
 from tprune.data.text import Sequences
 from tprune.methods.cache import CacheMethod
 from tprune.methods.fit import Fit
+from tprune.methods.tokens import Shape, TokenMethod
 from tprune.models.cache_fit import CacheFitDriver, cache_shape
+from tprune.models.decoder_fit import DecoderFitDriver, Learning
 from tprune.models.subject import Subject
+from tprune.pipelines.context_prompts import prompt_tokens
 from tprune.pipelines.course import Course
 from tprune.pipelines.fit_loop import Batches
 
@@ -29,9 +33,14 @@ class ContextCourse(Course):
     labelled = True
     unit = "sequences"
 
-    def __init__(self, method: CacheMethod, subject: Subject, data: Sequences):
+    def __init__(self, method: CacheMethod | TokenMethod, subject: Subject, data: Sequences):
         self.model, self.data = subject.model, data
-        self.shape = cache_shape(self.model, method.id if "inputs" in method.reads else None)
+        if isinstance(method, CacheMethod):
+            self.shape = cache_shape(self.model, method.id if "inputs" in method.reads else None)
+        else:
+            self.shape = Shape(
+                self.model.config.get_text_config(decoder=True).num_hidden_layers, data.tokens.shape[1] - 1
+            )
         self.answers = True
 
     def lessons(self, size: int, seed: int, share: tuple[int, int] = (0, 1)) -> Batches:
@@ -53,7 +62,15 @@ class ContextCourse(Course):
             return self.model.get_decoder()(input_ids=inputs, use_cache=False).last_hidden_state
         return self.model(input_ids=inputs, use_cache=False).logits[:, :-1].flatten(0, 1).float()
 
-    def driver(self, method: CacheMethod, fit: Fit, seed: int) -> CacheFitDriver:
-        """`fit` beside the attention."""
+    def driver(
+        self, method: CacheMethod | TokenMethod, fit: Fit, seed: int
+    ) -> CacheFitDriver | DecoderFitDriver:
+        """`fit` beside the attention, or between the layers."""
         self.answers = fit.answers
-        return CacheFitDriver(self.model, method, fit)
+        if isinstance(method, CacheMethod):
+            return CacheFitDriver(self.model, method, fit)
+
+        def stages(tokens: int) -> list[Stage]:
+            return [Stage(site, tokens) for site in fit.sites]
+
+        return DecoderFitDriver(self.model, Learning(method, fit), prompt_tokens, stages)

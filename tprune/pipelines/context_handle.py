@@ -60,8 +60,12 @@ class PrefillHandle(Handle):
 
     kind = "wrapped"
 
-    def __init__(self, driver: DecoderDriver, keep: float | None):
-        self.driver, self.keep = driver, keep
+    def __init__(self, driver: DecoderDriver, keep: float | None, fitted: dict[str, Any] | None = None):
+        self.driver, self.keep, self.fitted = driver, keep, fitted
+
+    def tensors(self, by_reference: bool) -> dict[str, Tensor]:
+        """What the method learned."""
+        return dict(self.driver.method.state or {})
 
     def remove(self) -> None:
         """Take all hooks out again."""

@@ -82,11 +82,10 @@ def kept_in_prefill(subject: Subject, handle: PrefillHandle, ids: Tensor) -> lis
         inner.trace = steps = []
         subject.model(input_ids=ids[None].to(subject.device), use_cache=False, logits_to_keep=1)
     depth, place = len(handle.driver.layers), torch.arange(len(ids))
-    layers = torch.full((len(ids),), depth)
+    enters = torch.ones(depth, len(ids))
     for site, stands in steps:
-        gone = stands[0].cpu() != place
-        layers = torch.where(gone, layers.clamp_max(max(0, site.layer)), layers)
-    return (layers / depth).tolist()
+        enters[max(0, site.layer) :] = (stands[0].cpu() == place).float()
+    return enters.mean(0).tolist()
 
 
 def spelled(tokenizer: Any, ids: Tensor) -> list[str]:

@@ -90,6 +90,7 @@ class Fitting:
         accelerator = processes(course.model, plan.batch)
         share = accelerator.process_index, accelerator.num_processes
         loop.run(course.lessons(plan.batch, self.seed, share), accelerator, self.seed)
+        fit.end(self.forwards(plan.batch, driver))
         return loop
 
     def forwards(self, size: int, driver: Any) -> Iterator[dict[str, Any]]:
@@ -97,7 +98,7 @@ class Fitting:
         for inputs, _ in self.course.lessons(size, self.seed).read(count()):
             with torch.no_grad():
                 self.course.outputs(inputs)
-            yield driver.memory
+            yield driver.memory | {"inputs": inputs, "again": self.course.outputs}
 
     def settled(self, method: Method) -> Method:
         """`method` loosened or tightened until it keeps what was asked, measured on training images.

@@ -136,12 +136,10 @@ class ContextPipeline(Pipeline):
         """Put the method in place."""
         admit(self.method, subject.model)
         positions = self.stage.positions or self.method.positions
+        if isinstance(self.method, CacheMethod) and self.stage.keep is None:
+            raise UserError(f"{self.stage.method} needs --keep R, the fraction of cache entries that stay")
+        self.learn(subject, work, state)
         if isinstance(self.method, CacheMethod):
-            if self.stage.keep is None:
-                raise UserError(
-                    f"{self.stage.method} needs --keep R, the fraction of cache entries that stay"
-                )
-            self.learn(subject, work, state)
             compact = positions == "compact"
             given = subject.model, self.method, self.stage.keep, self.recipe.seed, compact
             if self.method.chooses:
@@ -150,7 +148,8 @@ class ContextPipeline(Pipeline):
             compression = Probing(*given, subject.processor) if asks else Compression(*given)
             return CacheHandle(compression, subject.model, self.fitted)
         given = subject.model, self.method, prompt_tokens, partial(self.stages, subject.model)
-        return PrefillHandle(self.driver(subject.model)(*given, positions=positions), self.stage.keep)
+        driver = self.driver(subject.model)(*given, positions=positions)
+        return PrefillHandle(driver, self.stage.keep, self.fitted)
 
     def stages(self, model: nn.Module, tokens: int) -> tuple[Stage, ...]:
         """Where tokens leave a prompt with so many that may."""
