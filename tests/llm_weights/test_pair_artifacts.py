@@ -1,6 +1,7 @@
 """Encoders with a decoder beside them on disk: written, read, interrupted, and as the command has them."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -73,24 +74,26 @@ def test_a_run_interrupted_in_either_stack_goes_on_there_and_ends_with_the_same_
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (
-            ["llm-context", "--method", "snapkv", "--keep", "0.5"],
-            "model, which tprune llm-context does not prune",
-        ),
-        (
-            ["llm-weights", "--method", "wanda", "--sparsity", "0.5", "--max-memory", "1GB"]
-            + ["--out", "nowhere"],
-            "has an encoder beside its decoder, and blocks are read from files for one stack alone",
-        ),
-    ],
-)
-def test_what_does_not_go_with_two_stacks_is_said_in_one_line(arguments, message, source):
-    with pytest.raises(UserError, match=message) as said:
-        CliRunner().invoke(command, [*arguments, str(source)], catch_exceptions=False)
+def test_a_cache_method_is_refused_in_one_line(source):
+    asked = ["llm-context", "--method", "snapkv", "--keep", "0.5", str(source)]
+    with pytest.raises(UserError, match="model, which tprune llm-context does not prune") as said:
+        CliRunner().invoke(command, asked, catch_exceptions=False)
     assert "\n" not in str(said.value)
+
+
+def test_blocks_of_both_stacks_are_read_from_their_files(source, text, tmp_path):
+    reports = []
+    for name, memory in (("whole", None), ("paged", "2MB")):
+        asked = replace(recipe(source, text, "sparsegpt"), max_memory=memory)
+        reports.append(execute(asked, QUIET, out=str(tmp_path / name)))
+    whole, paged = reports
+    assert paged["per_layer"] == whole["per_layer"]
+    for kind in ("dense", "pruned"):
+        assert paged[kind]["perplexity"] == pytest.approx(whole[kind]["perplexity"], rel=1e-5)
+    models = [AutoModelForSeq2SeqLM.from_pretrained(tmp_path / one) for one in ("whole", "paged")]
+    one, other = (dict(model.named_parameters()) for model in models)
+    assert one.keys() == other.keys()
+    assert all(torch.allclose(one[part], other[part], atol=1e-6) for part in one)
 
 
 def test_the_command_says_what_it_did(source, text):

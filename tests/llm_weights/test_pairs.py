@@ -9,11 +9,13 @@ from tests.llm_weights.test_contract import MASKING
 from tests.llm_weights.tiny import prune
 from tests.pairs import NAMES, pair
 from tprune.errors import UserError
+from tprune.evaluate import perplexity as scoring
 from tprune.evaluate.perplexity import perplexity, score_windows
 from tprune.methods import registry
 from tprune.methods.region import RegionMethod
 from tprune.methods.selective import SelectiveMethod
-from tprune.models.encoder_decoder import fed, find_blocks, foretold
+from tprune.models.encoder_decoder import fed, foretold
+from tprune.models.find import find_blocks
 from tprune.models.gradients import gradient_norms
 from tprune.models.masks import MASK
 from tprune.models.pair_stream import PairStream
@@ -193,11 +195,44 @@ def test_methods_that_would_see_one_stack_alone_are_refused_in_one_line(method, 
     assert "\n" not in str(said.value)
 
 
-def test_cache_methods_and_recovery_are_refused_in_one_line(text):
+def test_cache_methods_are_refused_in_one_line():
     with pytest.raises(UserError, match="BartForConditionalGeneration has an encoder beside its decoder"):
         tprune.prune(pair("bart"), "snapkv", keep=0.5)
-    with pytest.raises(UserError, match="--recover full: T5ForConditionalGeneration has an encoder beside"):
-        prune(pair(), "wanda", text, sparsity=0.5, recover="full")
+
+
+@pytest.mark.parametrize(
+    ("name", "how"), [("t5", "full:epochs=2,lr=0.01"), ("bart", "lora:epochs=2,lr=0.01")]
+)
+def test_recovery_foretells_the_second_halves_and_keeps_the_zeros(name, how, text):
+    model = pair(name)
+    handle = prune(model, "wanda", text, sparsity=0.5, recover=how)
+    first, last = handle.recovered["losses"]["next token"]
+    assert last < first
+    found = find_blocks(model)
+    for index in range(len(found.blocks)):
+        for matrix in found.matrices(index):
+            assert (matrix.read() == 0).float().mean() == 0.5
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_states_of_both_stacks_in_a_file_are_those_in_memory(name, tmp_path):
+    found, ids = find_blocks(pair(name)), tokens(5, 21)
+    held, spilled = (PairStream(found, ids, 2, folder) for folder in (None, tmp_path))
+    for index in range(len(found.blocks)):
+        for stream in (held, spilled):
+            stream.advance(index)
+    assert torch.allclose(spilled.hidden.read(0, 5), held.hidden, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_logits_come_a_run_of_positions_at_a_time(name, monkeypatch):
+    model, ids = pair(name), tokens(2, 21)
+    expected = logits(model, ids)
+    monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", 2 * 4 * expected.shape[-1])
+    with torch.no_grad():
+        parts = list(scoring.logits_in_parts(model, ids))
+    assert [first for first, _ in parts] == [9, 13, 17]
+    assert torch.allclose(torch.cat([part for _, part in parts], 1), expected, atol=1e-6)
 
 
 def test_a_picture_has_a_row_for_every_block_the_encoder_s_first(text):

@@ -16,8 +16,8 @@ from tprune.errors import UserError
 from tprune.methods import registry
 from tprune.methods.selective import SelectiveMethod
 from tprune.models.calibrate import Stream, answering
-from tprune.models.encoder_decoder import find_blocks
 from tprune.models.feed import Pictures
+from tprune.models.find import find_blocks
 from tprune.models.gradients import gradient_norms
 from tprune.pipelines.drawn import drawn
 from tprune.pipelines.run import execute

@@ -17,8 +17,8 @@ from tprune.errors import UserError
 from tprune.methods import registry
 from tprune.models import shapes, units
 from tprune.models.calibrate import Stream
-from tprune.models.encoder_decoder import find_blocks
 from tprune.models.feed import Pictures
+from tprune.models.find import find_blocks
 from tprune.models.halves import masked
 from tprune.pipelines.run import execute
 from tprune.pipelines.structure import at_summaries

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from inspect import signature
+from contextlib import ExitStack, contextmanager
+from copy import copy
 
 import torch
 from torch import Tensor, nn
@@ -72,8 +72,8 @@ def score_batch(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
 def logits_in_parts(model: nn.Module, tokens: Tensor) -> Iterator[tuple[int, Tensor]]:
     """The logits behind all tokens but the last, or those that an encoder reads, a run of positions at a time.
 
-    The decoder runs once; its output is handed to the model's own forward again for every further part, so that
-    what comes behind it (scaling, soft caps) is the model's own. A model without `logits_to_keep` gives all at once.
+    Its stacks run once; what the decoder made of a part is handed to the model's own forward, so that what comes
+    behind it (scaling, soft caps) is the model's own.
 
     Args:
         model: a transformers model with a language-modelling head.
@@ -82,34 +82,43 @@ def logits_in_parts(model: nn.Module, tokens: Tensor) -> Iterator[tuple[int, Ten
     Yields:
         The first position of the part, and its logits [B, positions, V].
     """
-    if has_encoder(model):
-        first = tokens.shape[1] // 2 - 1
-        yield first, model(**fed(model, tokens), use_cache=False).logits
-        return
-    count, vocabulary = tokens.shape[1] - 1, model.get_output_embeddings().weight.shape[0]
+    pair = has_encoder(model)
+    first = tokens.shape[1] // 2 - 1 if pair else 0
+    count = tokens.shape[1] - 1 - first
+    given, vocabulary = fed(model, tokens), model.get_output_embeddings().weight.shape[0]
     width = max(1, LOGITS_AT_ONCE // (len(tokens) * vocabulary))
-    if width >= count or "logits_to_keep" not in signature(model.forward).parameters:
-        yield 0, model(input_ids=tokens, use_cache=False).logits[:, :-1]
+    if width >= count:
+        yield first, model(**given, use_cache=False).logits[:, :count]
         return
-    places = torch.arange(count, device=tokens.device)
-    with _run_once(model.get_decoder()):
-        for part in places.split(width):
-            yield int(part[0]), model(input_ids=tokens, use_cache=False, logits_to_keep=part).logits
+    with ExitStack() as stack:
+        part = stack.enter_context(_run_once(model.get_decoder()))
+        if pair:
+            stack.enter_context(_run_once(model.get_encoder()))
+        for start in range(0, count, width):
+            part[:] = [slice(start, min(start + width, count))]
+            yield first + start, model(**given, use_cache=False).logits
 
 
 @contextmanager
-def _run_once(module: nn.Module) -> Iterator[None]:
-    """`module` computes at its first call, and answers with the same output from then on."""
-    own, computed, outputs = vars(module).get("forward"), module.forward, []
+def _run_once(module: nn.Module) -> Iterator[list[slice]]:
+    """`module` computes at its first call, and answers with the same output from then on.
+
+    Yields:
+        Which of its last hidden states it answers with, all where the list is empty.
+    """
+    own, computed, outputs, parts = vars(module).get("forward"), module.forward, [], []
 
     def forward(*positional: object, **named: object) -> object:
         if not outputs:
             outputs.append(computed(*positional, **named))
-        return outputs[0]
+        found = copy(outputs[0])
+        for part in parts:
+            found.last_hidden_state = found.last_hidden_state[:, part]
+        return found
 
     try:
         module.forward = forward
-        yield
+        yield parts
     finally:
         del module.forward
         if own is not None:

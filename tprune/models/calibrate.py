@@ -143,6 +143,10 @@ class Stream:
 
         return map(batch, enumerate(hidden.split(self.rows)))  # no generator: several threads take from it
 
+    def answering(self, hidden: Tensor) -> AbstractContextManager[None]:
+        """As the function of this name."""
+        return answering(self.decoder, hidden)
+
     def _keep(self, first: int, hidden: Tensor) -> None:
         """Put the hidden states of the batch from sequence `first` on where they belong."""
         if isinstance(self.hidden, Spilled):
@@ -152,15 +156,21 @@ class Stream:
             self.hidden[first:][: len(hidden), : hidden.shape[1]] = hidden
 
     @torch.no_grad()
-    def advance(self, index: int, whole: bool = False) -> None:
-        """Send all sequences through block `index` as it stands; `whole`: its modules never see pieces of them."""
+    def advance(self, index: int) -> None:
+        """Send all sequences through block `index` as it stands."""
+        with at_hand(self.decoder, index), self._small(index, self.workers):
+            self.advance_whole(index)
+
+    @torch.no_grad()
+    def advance_whole(self, index: int) -> None:
+        """The same for whoever looks at its modules, which never see pieces of a sequence."""
         coming = self.batches()
 
         def work(worker: int) -> None:
             for first, x in coming:  # whoever is free takes the next
                 self._keep(first, self.run(index, x, first))
 
-        with at_hand(self.decoder, index), self._small(index, 1 if whole else self.workers):
+        with at_hand(self.decoder, index):
             self._know(index, len(self.hidden))
             side_by_side(work, self.workers)
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tprune.errors import UserError
-from tprune.models.blocks import Decoder, find_decoder, has_encoder
-from tprune.models.vision_blocks import find_vision, is_vision
+from tprune.models.blocks import Decoder, has_encoder
 
 
 @dataclass(eq=False, kw_only=True)
@@ -46,16 +45,12 @@ class EncoderDecoder(Decoder):
         self.core(input_ids=given["decoder_input_ids"], encoder_hidden_states=read, use_cache=False)
 
 
-def find_blocks(model: nn.Module) -> Decoder:
-    """The blocks of a model: its decoder's, an encoder's and those of the decoder beside it, or a vision transformer's.
+def find_pair(model: nn.Module) -> EncoderDecoder:
+    """The blocks of an encoder and of the decoder beside it.
 
     Raises:
-        UserError: as `find_decoder`; of two stacks, one without a single list of blocks, or different widths.
+        UserError: one without a single list of blocks, or different widths.
     """
-    if is_vision(model):
-        return find_vision(model)
-    if not has_encoder(model):
-        return find_decoder(model)
     stacks = model.get_encoder(), model.get_decoder()
     names = {module: name for name, module in model.named_modules()}
     lists = [[part for part in stack.children() if isinstance(part, nn.ModuleList)] for stack in stacks]
@@ -107,4 +102,4 @@ def fed(model: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
 
 def foretold(model: nn.Module, tokens: Tensor) -> Tensor:
     """The labels that go with `fed`: of texts int64 [B, L] what is foretold."""
-    return halves(tokens)[1] if has_encoder(model) else tokens
+    return halves(tokens)[1].contiguous() if has_encoder(model) else tokens

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from tprune.errors import UserError
-from tprune.models.blocks import find_decoder
+from tprune.models.find import find_blocks
 from tprune.models.load_transformers import auto_class, converted, processor
 from tprune.models.loading import guard
 from tprune.models.pages import Pages
@@ -21,8 +21,8 @@ def load_paged(source: Source, family: str, *, device: str, dtype: str) -> Subje
     """As `load.load`, of a model whose decoder blocks are read when they run (`tprune.models.pages`).
 
     Raises:
-        UserError: as there; no safetensors files, a model that is converted while it is loaded, one of two stacks, or
-            a vision transformer.
+        UserError: as there; no safetensors files, a model that is converted while it is loaded, or a vision
+            transformer.
     """
     import transformers
     from accelerate import init_empty_weights
@@ -46,11 +46,6 @@ def load_paged(source: Source, family: str, *, device: str, dtype: str) -> Subje
     config = guard(source, lambda: transformers.AutoConfig.from_pretrained(folder))
     if hasattr(config.get_text_config(decoder=True), "tprune"):
         raise UserError(f"--max-memory: {source.name} has shapes of its own; leave --max-memory out")
-    if config.is_encoder_decoder:
-        raise UserError(
-            f"--max-memory: {source.name} has an encoder beside its decoder, and blocks are read from files for one "
-            "stack alone; leave --max-memory out"
-        )
     kind = auto_class(transformers, family, config, source)
     build = getattr(kind, "from_config", None) or kind._from_config
     precision = getattr(torch, dtype)
@@ -58,7 +53,7 @@ def load_paged(source: Source, family: str, *, device: str, dtype: str) -> Subje
         model = build(config, dtype=precision).requires_grad_(False).eval()
     if is_vision(model):
         raise refused
-    Pages(find_decoder(model), Shards(files), device, precision)
+    Pages(find_blocks(model), Shards(files), device, precision)
     return Subject(model, processor(transformers, family, model, folder, {}), source)
 
 

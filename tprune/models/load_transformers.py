@@ -77,7 +77,7 @@ def _of_own_shapes(kind: Any) -> Any:
     The shapes are there before weights are loaded, so transformers' own loader does the rest.
     """
     from tprune.models import factored, shapes
-    from tprune.models.encoder_decoder import find_blocks
+    from tprune.models.find import find_blocks
 
     def __init__(self: Any, config: Any, *more: Any, **named: Any) -> None:  # noqa: N807
         kind.__init__(self, config, *more, **named)

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tprune.models.blocks import find_decoder, is_linear
+from tprune.models.blocks import is_linear
+from tprune.models.find import find_blocks
 
 
 def changed(model: nn.Module) -> list[str]:
     """The parameters that `low_rank` changes: the weights of the linear layers in the decoder blocks."""
-    decoder = find_decoder(model)
+    decoder = find_blocks(model)
     return [
         f"{name}.weight"
         for index in range(len(decoder.blocks))

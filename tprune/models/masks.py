@@ -16,7 +16,7 @@ from tprune.core.mask import count_true
 from tprune.core.weights import WeightEdit, pack_bits, unpack_bits
 from tprune.errors import UserError
 from tprune.models import factored
-from tprune.models.encoder_decoder import find_blocks
+from tprune.models.find import find_blocks
 from tprune.models.matrix import Matrix
 
 MASK, WEIGHT = "mask/", "weight/"

@@ -39,7 +39,7 @@ def likeness_and_advance(stream: Stream, index: int) -> dict[str, tuple[float, .
         noted.setdefault(matrix.name, []).append(alike)
 
     with _watching(stream, index, see, "--allocate tamp-das"):
-        stream.advance(index, whole=True)
+        stream.advance_whole(index)
     found = {}
     for name, parts in noted.items():
         terms = torch.cat(parts).double().sort(0).values.nanmean(0)  # batches come in any order

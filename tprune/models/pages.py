@@ -155,10 +155,11 @@ class Pages:
         model = self.decoder.model
         again = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         again -= {name for name, _ in model.named_parameters()}
+        inside = tuple(f"{self.decoder.block_name(index)}." for index in range(len(self.decoder.blocks)))
         return {
             name: tensor
             for name, tensor in model.state_dict().items()
-            if not name.startswith(f"{self.decoder.name}.") and name not in again
+            if not name.startswith(inside) and name not in again
         }
 
 

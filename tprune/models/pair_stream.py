@@ -7,8 +7,9 @@ padding, so every token counts in the statistics.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from contextlib import AbstractContextManager
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,9 +37,15 @@ class PairStream(Stream):
 
     decoder: EncoderDecoder
 
-    def __init__(self, decoder: EncoderDecoder, sequences: Tensor | Feed, batch_size: int):
+    def __init__(
+        self,
+        decoder: EncoderDecoder,
+        sequences: Tensor | Feed,
+        batch_size: int,
+        spill: Path | None = None,
+    ):
         self._beside: dict[tuple[int, int], tuple[Any, ...] | None] = {}
-        super().__init__(decoder, sequences, batch_size)
+        super().__init__(decoder, sequences, batch_size, spill)
 
     @torch.no_grad()
     def _enter(self, part: slice) -> Tensor:
@@ -75,9 +82,15 @@ class PairStream(Stream):
         beside = self._beside[self.decoder.entrance(index), len(hidden)]
         return hidden if beside is None else (hidden, *beside)
 
-    def _answering(self, hidden: Tensor, index: int) -> Callable[..., Any]:
-        """What stands in for a block and answers with these hidden states."""
-        return lambda *positional, **named: self._answer(index, hidden)
+    def answering(self, hidden: Tensor) -> AbstractContextManager[None]:
+        """Whatever goes in, of `hidden` [b, L, D] each stack's own part leaves its last block."""
+        parts = halves(hidden)
+
+        def stand_in(index: int) -> Callable[..., Any]:
+            part = parts[index >= self.decoder.entrances[1]]
+            return lambda *positional, **named: self._answer(index, part)
+
+        return standing_in(self.decoder, stand_in)
 
     def run(self, index: int, x: Tensor, first: int = 0) -> Tensor:
         """Block `index` on the states of both stacks x [b, L, D], of which one's stay."""
@@ -90,9 +103,9 @@ class PairStream(Stream):
             said = _states(block(said, **{READ: read}, **named))
         return torch.cat([read, said], 1)
 
-    def advance(self, index: int, whole: bool = False) -> None:
+    def advance_whole(self, index: int) -> None:
         """Send all sequences through block `index` as it stands."""
-        super().advance(index, whole)
+        super().advance_whole(index)
         self._close(index)
 
     def gather_and_advance(
@@ -111,15 +124,17 @@ class PairStream(Stream):
         for first, x in self.batches():
             read, said = halves(x)
             ids = halves(self.tokens[first : first + len(x)])[0].to(x.device)
-            with standing_in(self.decoder, partial(self._answering, read)):
+            with self.answering(x):
                 read = self.decoder.encoder(input_ids=ids).last_hidden_state
             self._keep(first, torch.cat([read, said], 1))
 
 
-def stream_of(decoder: Decoder, sequences: Tensor | Feed, batch_size: int) -> Stream:
+def stream_of(
+    decoder: Decoder, sequences: Tensor | Feed, batch_size: int, spill: Path | None = None
+) -> Stream:
     """Sequences, tokens int64 [N, L] or other samples, before the first block, whatever the blocks are of."""
     kind = PairStream if isinstance(decoder, EncoderDecoder) else Stream
-    return kind(decoder, sequences, batch_size)
+    return kind(decoder, sequences, batch_size, spill)
 
 
 def _states(out: Any) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tprune.models.encoder_decoder import find_blocks
+from tprune.models.find import find_blocks
 
 MULTIPLES = (32, 64)
 """What the (outputs, inputs) of a layer must be multiples of, in float16 and bfloat16."""

@@ -18,7 +18,8 @@ from tprune.methods.weights import WeightBudget
 from tprune.models import factored, save
 from tprune.models.blocks import Decoder
 from tprune.models.calibrate import Stream
-from tprune.models.encoder_decoder import EncoderDecoder, fed, find_blocks
+from tprune.models.encoder_decoder import EncoderDecoder, fed
+from tprune.models.find import find_blocks
 from tprune.models.load import in_timm
 from tprune.models.source import Source
 from tprune.models.subject import Subject

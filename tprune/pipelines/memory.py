@@ -14,7 +14,7 @@ from tprune.errors import UserError
 from tprune.evaluate.perplexity import score_batch
 from tprune.methods.weights import WeightMethod
 from tprune.models.blocks import Decoder
-from tprune.models.calibrate import Stream, answering
+from tprune.models.calibrate import Stream
 from tprune.models.embeddings import TripleSets
 from tprune.models.gradients import POWERS
 from tprune.models.pair_stream import stream_of
@@ -75,9 +75,8 @@ def calibration(
         tokens = tokens.texts if isinstance(tokens, TripleSets) else tokens
         return stream_of(decoder, tokens, recipe.batch_size)
     found = room(decoder, method, tuple(tokens.shape), recipe.batch_size, recipe.max_memory)
-    return Stream(
-        decoder, tokens, found.rows, (folder or Path(tempfile.gettempdir())) if found.spill else None
-    )
+    spill = (folder or Path(tempfile.gettempdir())) if found.spill else None
+    return stream_of(decoder, tokens, found.rows, spill)
 
 
 @torch.no_grad()
@@ -88,7 +87,7 @@ def score_paged(stream: Stream, progress: Progress) -> tuple[Tensor, Tensor]:
         stream.advance(index)
     pairs = zip(stream.hidden.split(stream.rows), stream.tokens.split(stream.rows), strict=True)
     for hidden, tokens in pairs:
-        with answering(decoder, hidden):
+        with stream.answering(hidden):
             found = score_batch(decoder.model, tokens.to(hidden.device))
         losses.append(found[0])
         predictions.append(found[1])
@@ -113,7 +112,7 @@ def room(decoder: Decoder, method: WeightMethod, tokens: tuple[int, int], most: 
     inside = {id(parameter) for parameter in decoder.blocks.parameters()}
     outside = sum(tensor.nbytes for tensor in decoder.model.parameters() if id(tensor) not in inside)
     block = max(sum(tensor.nbytes for tensor in one.parameters()) for one in decoder.blocks)
-    shapes = {matrix.name: matrix.shape for matrix in decoder.matrices(0)}
+    shapes = {matrix.name: matrix.shape for matrix in decoder.matrices(len(decoder.blocks) - 1)}
     pruning = COPIES * FLOAT * max(rows * columns for rows, columns in shapes.values())
     if "gram" in method.stats:
         widths = {columns for _, columns in shapes.values()}

@@ -9,7 +9,7 @@ from tprune.methods.region import RegionMethod
 from tprune.methods.weights import WeightMethod
 from tprune.models.blocks import Decoder
 from tprune.models.encoder_decoder import EncoderDecoder
-from tprune.pipelines.masks_only import check_masks_only, check_no_recovery
+from tprune.pipelines.masks_only import check_masks_only
 from tprune.progress import Progress
 from tprune.recipe import Stage
 
@@ -22,7 +22,6 @@ def check(stage: Stage, method: WeightMethod, model: nn.Module) -> None:
     """
     said = f"{type(model).__name__} has an encoder beside its decoder"
     check_masks_only(stage, method, said)
-    check_no_recovery(stage, said)
     if isinstance(method, RegionMethod):
         raise UserError(
             f"{said}, and {stage.method} trains blocks that stand alone; choose a method that needs a matrix and its "

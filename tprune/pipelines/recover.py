@@ -18,6 +18,7 @@ from tprune.methods.fit import Plan
 from tprune.methods.recovery import Full, Lora, Recovery, parse
 from tprune.models import masks
 from tprune.models.calibrate import rows_at_once
+from tprune.models.encoder_decoder import fed, foretold
 from tprune.models.gradients import asking_for
 from tprune.models.lora import changed, low_rank
 from tprune.models.matrix import Matrix
@@ -63,9 +64,10 @@ class NextToken(nn.Module):
         self.model, self.fit = model, fit
 
     def forward(self, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """The mean loss over the predicted tokens of sequences [b, L]."""
+        """The mean loss over the predicted tokens of sequences [b, L]; beside an encoder, over their second half."""
         ids = inputs.to(next(self.model.parameters()).device)
-        return {"next token": self.model(input_ids=ids, labels=ids, use_cache=False).loss}
+        given, labels = fed(self.model, ids), foretold(self.model, ids)
+        return {"next token": self.model(**given, labels=labels, use_cache=False).loss}
 
 
 def check(driver: LlmWeights) -> Recovery:
