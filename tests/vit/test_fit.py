@@ -160,7 +160,7 @@ def test_a_method_that_must_learn_says_so_in_one_line(method, vit_folder):
 
 
 @pytest.mark.parametrize("method", OPTIONAL)
-def test_a_method_that_runs_without_having_learned_says_so_in_one_line(method, vit_folder):
+def test_a_method_that_runs_unfitted_says_so_in_one_line(method, vit_folder):
     asked = [
         "vit",
         "--method",
@@ -175,7 +175,7 @@ def test_a_method_that_runs_without_having_learned_says_so_in_one_line(method, v
         "--no-eval",
     ]
     lines = call(*asked).stderr.splitlines()
-    assert lines.count(f"{method} has learned nothing for this model; --fit DATA trains it") == 1
+    assert lines.count(f"{method} runs unfitted; --fit DATA fits it to this model") == 1
 
 
 def test_what_learns_nothing_is_not_fitted(vit):
@@ -214,7 +214,7 @@ def test_a_fit_is_written_loaded_and_run_again_to_the_same_bytes(method, vit_fol
     with torch.no_grad():
         assert torch.allclose(model(probe["input"]), probe["output"], atol=1e-5)
     assert same(model.tprune_handle.tensors(False), stored)
-    assert "learned nothing" not in call("eval", out, "--limit", 4).output
+    assert "unfitted" not in call("eval", out, "--limit", 4).output
     assert "fit: 3 steps of 4 images" in call("run", out / "recipe.yaml", "--out", again, "--quiet").output
     assert all((again / file).read_bytes() == (out / file).read_bytes() for file in files)
 

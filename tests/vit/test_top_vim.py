@@ -211,7 +211,7 @@ def test_a_vim_is_fitted_written_loaded_and_drawn(tmp_path):
     folder.mkdir()
     save.model(subject_for_a_fit(folder), folder)
     unfitted = call("vit", "--method", "top-vim", "--keep", "0.6", folder, "--limit", 2, "--no-eval").stderr
-    assert "top-vim has learned nothing for this model; --fit DATA trains it" in unfitted.splitlines()
+    assert "top-vim runs unfitted; --fit DATA fits it to this model" in unfitted.splitlines()
     asked = ["vit", "--method", "top-vim", "--keep", "0.6", "--fit", "built-in", "--set", "epochs=0.004"]
     report = json.loads(call(*asked, "--set", "batch=4", folder, "--limit", 4, "--out", out, "--json").stdout)
     assert report["fit"]["tuned"]

@@ -125,7 +125,7 @@ class VitPipeline(Pipeline):
             self.lessons = self.read_lessons(subject)
             self.progress.say(f"{len(self.lessons):,} samples to learn from")
         elif self.method.learns == "optional" and self.method.state is None:
-            self.progress.say(f"{self.method.id} has learned nothing for this model; --fit DATA trains it")
+            self.progress.say(f"{self.method.id} runs unfitted; --fit DATA fits it to this model")
 
     def read_lessons(
         self, subject: Subject
