@@ -44,6 +44,9 @@ MAKES = MAKES | {
 @pytest.mark.parametrize("name", MAKES)
 def test_silenced_masked_and_sliced_vision_transformers_are_the_same(name):
     sliced, given = MAKES[name](), pixels(2)
+    for parameter_name, parameter in sliced.named_parameters():
+        if parameter_name.endswith(("gamma_1", "gamma_2")):
+            parameter.fill_(0.5)  # 1e-5 at first, with which blocks do nothing
     found = find_blocks(sliced)
     places = {kind: units.site(found, 0, kind) for kind in units.WIRING}
     assert set(places) == {kind for kind, place in places.items() if place} or name == "dinov3"
@@ -53,7 +56,7 @@ def test_silenced_masked_and_sliced_vision_transformers_are_the_same(name):
     silence(find_blocks(silent), [cut])
     with masked(find_blocks(silent), [gone]):
         expected = logits(silent, given)
-    assert not torch.allclose(logits(dense, given), expected, atol=1e-6)
+    assert (logits(dense, given) - expected).abs().max() > 1e-3
     with masked(find_blocks(dense), [cut, gone]):
         assert torch.allclose(logits(dense, given), expected, atol=1e-5)
     shapes.apply(found, [cut, gone])
@@ -134,6 +137,13 @@ def test_what_was_cut_can_be_pruned_again_and_lose_tokens(name, tmp_path):
     assert report["kind"] == "wrapped"
     tokens = Recipe(ModelSource(str(tmp_path / "masked")), (Stage("vit", "tome", keep=0.75),), limit=2)
     assert execute(tokens, QUIET)["budget"]["achieved"] < 1
+
+
+def test_plain_is_refused_where_a_configuration_has_no_words_for_it():
+    with pytest.raises(
+        UserError, match="--loadable plain: the configuration of a siglip_vision_model model has no"
+    ):
+        tprune.prune(tower("siglip"), "mag-sp", sparsity=0.3, loadable="plain", tokenizer=processor())
 
 
 def test_angles_of_blocks_are_between_class_tokens():

@@ -95,9 +95,19 @@ class StructurePruner:
         return edits, view
 
     def _kinds(self) -> list[str]:
-        """The kinds of unit that the method looks at and that may be removed."""
-        kinds = shapes.plain_kinds(self.decoder) if self.plain else units.WIRING
-        return [kind for kind in kinds if kind in self.method.units]
+        """The kinds of unit that the method looks at and that may be removed.
+
+        Raises:
+            UserError: none of them may, so that stock transformers or timm loads the result.
+        """
+        asked = [kind for kind in units.WIRING if kind in self.method.units]
+        told = shapes.plain_kinds(self.decoder) if self.plain else asked
+        if asked and not set(asked) & set(told):
+            raise UserError(
+                f"--loadable plain: the configuration of a {self.decoder.config.model_type} model has no words for "
+                f"fewer {' or '.join(asked)}; leave it out, and load the result with tprune.load"
+            )
+        return [kind for kind in asked if kind in told]
 
     def _seen_with(self, edits: Sequence[StructureEdit]) -> list[BlockView]:
         """All blocks as they would be seen if the edits were carried out, without a journal."""
