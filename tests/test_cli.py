@@ -236,6 +236,26 @@ def test_an_existing_output_folder_is_kept_unless_forced(vit_folder, tmp_path):
     assert (out / "report.json").exists()
 
 
+def test_the_aliases_name_models_that_timm_knows():
+    from tprune.models.load import in_timm
+    from tprune.models.source import ALIASES
+
+    assert {"deit_t", "deit_s", "deit_b", "vit_s", "vit_b", "vit_l"} <= set(ALIASES)
+    assert all(in_timm(name) for alias, name in ALIASES.items() if not alias.startswith("vim"))
+
+
+def test_weights_of_a_file_take_the_place_of_the_model_s_own(vit_folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    import tprune
+
+    weights = load_file(vit_folder / "model.safetensors")
+    weights["head.bias"] += 1
+    save_file(weights, tmp_path / "other.safetensors")
+    prune(vit_folder, "--weights", tmp_path / "other.safetensors", "--out", tmp_path / "out", "--quiet")
+    assert tprune.load(tmp_path / "out").head.bias.equal(weights["head.bias"])
+
+
 def test_a_corrupt_model_is_refused(vit_folder, tmp_path):
     import shutil
 

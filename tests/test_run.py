@@ -1,5 +1,7 @@
 """What every run does around a method: checks on the dense model, staging, resuming."""
 
+import errno
+
 import pytest
 import torch
 
@@ -61,6 +63,18 @@ def test_finished_parts_outlive_an_interruption_for_the_same_recipe_only(tmp_pat
     with pytest.raises(KeyboardInterrupt) as stop:
         interrupted("two")
     assert stop.value.args[0] == []
+
+
+def test_a_full_disk_says_where_finished_parts_wait(tmp_path):
+    with pytest.raises(
+        UserError, match=r"free some space and run again; .*\.out\.partial keeps what is finished"
+    ):
+        with artifact.staging(tmp_path / "out", "key", False) as (whole, parts):
+            (parts / "block-0").write_text("done")
+            (whole / "half").write_text("written")
+            raise OSError(errno.ENOSPC, "No space left on device")
+    assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
+    assert sorted(path.name for path in (tmp_path / ".out.partial").iterdir()) == ["key", "parts"]
 
 
 def test_reports_hold_no_numbers_that_json_does_not_know():

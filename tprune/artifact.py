@@ -68,7 +68,8 @@ def staging(out: str | Path, key: str, force: bool) -> Iterator[tuple[Path, Path
             shutil.rmtree(partial, ignore_errors=True)
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         if full:
-            raise UserError(f"--out {out}: the disk is full; free some space and run again") from None
+            kept = f"; {partial} keeps what is finished" if partial.exists() else ""
+            raise UserError(f"--out {out}: the disk is full; free some space and run again{kept}") from None
         if isinstance(error, OSError):
             raise UserError(f"--out {out}: {error.strerror or error}") from None
         raise

@@ -30,6 +30,7 @@ TOWERS = {
 }
 TIMM = (
     "deit_small_patch16_224",
+    "deit_small_distilled_patch16_224",
     "vit_small_patch14_dinov2",
     "vit_small_patch14_reg4_dinov2",
     "deit3_small_patch16_224",

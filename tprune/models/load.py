@@ -39,7 +39,10 @@ def _timm(source: Source, seed: int) -> Subject:
 
     name = f"local-dir:{source.location}" if source.kind == "folder" else source.location
     if source.kind == "timm" and not timm.is_model(name):
-        raise UserError(f"no model '{source.name}': not built in, no folder, and timm does not know it")
+        raise UserError(
+            f"no model '{source.name}': not built in, no folder, and timm does not know it; tprune zoo list names the "
+            "built-in ones"
+        )
     rows = vision_blocks.own_shapes(source)
     with seeded(seed):
         if source.weights or source.random_weights or rows:
