@@ -40,7 +40,7 @@ class CoViPAL(TokenMethod):
     )
     reads = ()
     native = ("ratio",)
-    built_in = {"epochs": 2.0, "batch": 16, "lr": 3e-3, "guide": 21, "first": 0.25}
+    built_in = {"epochs": 2.0, "batch": 16, "lr": 3e-3, "guide": 21, "first": 0.25, "temperature": 0.3}
 
     layer: int = param(2, "image tokens leave before this layer, of 32", low=1)
     guide: int = param(16, "fit: the layer whose attention is learned first, of 32", low=1)
