@@ -11,7 +11,8 @@ from tests.llm_weights.tiny import EXPERTS, NAMES, prune
 from tprune.core.statistics import Inputs
 from tprune.models import pieces
 from tprune.models.blocks import find_decoder, is_linear
-from tprune.models.calibrate import Stream, _united, rows_at_once, workers_at_once
+from tprune.models.calibrate import Stream, rows_at_once, workers_at_once
+from tprune.models.inputs import united
 from tprune.models.threads import Turns, side_by_side
 
 
@@ -197,7 +198,7 @@ def test_a_module_that_only_some_workers_ran_keeps_what_these_gathered():
     for part, name, x in ((0, "all", rows[0]), (1, "all", rows[1]), (2, "some", rows[2])):
         parts[part][name] = Inputs(("norm",))
         parts[part][name].add(x)
-    found = _united(parts)
+    found = united(parts)
     assert {name: inputs.tokens for name, inputs in found.items()} == {"all": 8, "some": 4}
     assert torch.allclose(found["all"].result()["norm"], rows[:2].flatten(0, 1).norm(dim=0))
     assert torch.allclose(found["some"].result()["norm"], rows[2].norm(dim=0))

@@ -5,16 +5,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from tests.llm_weights.test_contract import _driver
 from tests.vlm import tiny
 from tprune.errors import UserError
 from tprune.methods.weights import WeightBudget
 from tprune.models.blocks import find_decoder
-from tprune.models.calibrate import Stream, answering
+from tprune.models.calibrate import Stream
 from tprune.models.feed import Prompts
 from tprune.models.gradients import gradient_norms
 from tprune.models.prompts import noise_prompts
+from tprune.models.standing_in import answering
 from tprune.models.subject import Subject
 from tprune.pipelines import prune_weights, question_weights
 from tprune.pipelines.journal import Journal
@@ -46,6 +48,22 @@ def test_prompts_sent_through_block_by_block_end_where_the_decoder_ends(name):
             expected = model(**inputs, use_cache=False).logits
             with answering(decoder, hidden):
                 assert torch.allclose(model(**inputs, use_cache=False).logits, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_blocks_of_many_prompts_are_called_with_is_kept_in_little_room(name):
+    model = tiny.tiny(name)
+    decoder, feed = find_decoder(model), prompts(model)
+    stream = Stream(decoder, feed, batch_size=4)
+    for place in range(len(feed)):
+        alone = Stream(decoder, feed[place : place + 1], batch_size=4)
+        for index in range(len(decoder.blocks)):
+            kept, given = stream.arguments(index, 1, place), alone.arguments(index, 1, 0)
+            assert_close(kept, given, rtol=0, atol=0)
+    for kept in stream._arguments.values():
+        assert not any(isinstance(one, torch.Tensor) and one.dtype == torch.bool for one in kept[1].values())
+    cosines = {kept[1]["position_embeddings"][0].data_ptr() for kept in stream._arguments.values()}
+    assert len(cosines) < len(feed)
 
 
 def test_statistics_are_over_the_tokens_of_prompts_and_none_of_padding():

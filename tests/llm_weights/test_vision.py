@@ -15,10 +15,11 @@ from tprune.data import images as pictures
 from tprune.errors import UserError
 from tprune.methods import registry
 from tprune.methods.selective import SelectiveMethod
-from tprune.models.calibrate import Stream, answering
+from tprune.models.calibrate import Stream
 from tprune.models.feed import Pictures
 from tprune.models.find import find_blocks
 from tprune.models.gradients import gradient_norms
+from tprune.models.standing_in import answering
 from tprune.pipelines.drawn import drawn
 from tprune.pipelines.run import execute
 from tprune.progress import Progress

@@ -8,7 +8,7 @@ statistics gathered at the inputs of its linear layers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from math import pi
 from pathlib import Path
 from threading import local
@@ -20,11 +20,13 @@ from torch.nn import functional
 
 from tprune.core.statistics import KINDS, PER_CHANNEL, SHARED, Inputs, token_cosine
 from tprune.models.blocks import Decoder
+from tprune.models.compact import Compact, whole
 from tprune.models.feed import Feed, Tokens
-from tprune.models.inputs import Watch
+from tprune.models.inputs import Watch, united
 from tprune.models.pages import at_hand
 from tprune.models.pieces import in_pieces
 from tprune.models.spill import Spilled
+from tprune.models.standing_in import answering, noting
 from tprune.models.subject import pages_of
 from tprune.models.threads import Turns, side_by_side
 
@@ -83,6 +85,7 @@ class Stream:
         if spill is None and pages_of(decoder.model) is None and not hooked:
             self.workers = workers_at_once(batch_size, self.rows, shape, device)
         self._arguments: dict[tuple[int, int, int], tuple[tuple, dict[str, Any]]] = {}
+        self._compact = None if self.feed.alike else Compact()
         self.hidden: Tensor | Spilled = torch.empty(0)
         for first in range(0, shape[0], self.rows):
             part = self._enter(slice(first, min(first + self.rows, shape[0])))
@@ -106,8 +109,13 @@ class Stream:
     def _enter(self, part: slice) -> Tensor:
         """What some sequences, one batch, enter the first block as; what all blocks are called with is noted."""
         parts: list[Tensor] = []
-        with _noting(self.decoder, parts, self._arguments, 0 if self.feed.alike else part.start):
+        noted: dict[tuple[int, int], tuple[tuple, dict[str, Any]]] = {}
+        with noting(self.decoder, parts, noted):
             self.feed.call(self.decoder, part)
+        first, done = 0 if self.feed.alike else part.start, {}
+        for (index, size), given in noted.items():
+            kept = given if self._compact is None else self._compact.small(given, done)
+            self._arguments.setdefault((index, size, first), kept)
         return parts.pop()
 
     def arguments(self, index: int, size: int, first: int = 0) -> tuple[tuple, dict[str, Any]]:
@@ -115,7 +123,8 @@ class Stream:
         first = 0 if self.feed.alike else first
         if (index, size, first) not in self._arguments:
             self._enter(slice(first, first + size))
-        return self._arguments[index, size, first]
+        given = self._arguments[index, size, first]
+        return given if self._compact is None else whole(given)
 
     def run(self, index: int, x: Tensor, first: int = 0) -> Tensor:
         """Block `index` on the hidden states x [b, L, D] of the sequences from number `first` on."""
@@ -225,7 +234,7 @@ class Stream:
 
             self._know(index, sequences)
             side_by_side(work, count)
-        return self._joined(inputs if turns else _united([watch.inputs for watch in watches]))
+        return self._joined(inputs if turns else united([watch.inputs for watch in watches]))
 
     def _joined(self, inputs: dict[str, Inputs]) -> dict[str, Inputs]:
         """The statistics of all processes' sequences; modules with the same input share one object."""
@@ -255,60 +264,3 @@ class Stream:
                     tokens += cosine.numel()
                 self._keep(first, out)
         return self._joined(watch.inputs), {kind: total.item() / tokens for kind, total in turned.items()}
-
-
-def _noting(
-    decoder: Decoder,
-    parts: list[Tensor],
-    arguments: dict[tuple[int, int, int], tuple[tuple, dict[str, Any]]],
-    first: int,
-) -> AbstractContextManager[None]:
-    """Every block answers with its own input and notes what it was called with, per batch size and first sequence.
-
-    Sequences that are alike have the same length and no padding, so the arguments depend on the size alone.
-    """
-
-    def stand_in(index: int) -> Callable[..., Tensor]:
-        def forward(hidden_states: Tensor, *positional: Any, **named: Any) -> Tensor:
-            arguments.setdefault((index, hidden_states.shape[0], first), (positional, named))
-            if index == 0:
-                parts.append(hidden_states)
-            return hidden_states
-
-        return forward
-
-    return standing_in(decoder, stand_in)
-
-
-def answering(decoder: Decoder, hidden: Tensor) -> AbstractContextManager[None]:
-    """Whatever goes in, `hidden` [B, L, D] leaves the last block: what follows up to the logits is the model's own."""
-    return standing_in(decoder, lambda index: lambda *positional, **named: hidden)
-
-
-@contextmanager
-def standing_in(decoder: Decoder, stand_in: Callable[[int], Callable[..., Tensor]]) -> Iterator[None]:
-    """Block i runs `stand_in(i)` instead of its own forward."""
-    own = [
-        vars(block).get("forward") for block in decoder.blocks
-    ]  # accelerate leaves one on a dispatched block
-    try:
-        for index, block in enumerate(decoder.blocks):
-            block.forward = stand_in(index)
-        yield
-    finally:
-        for block, forward in zip(decoder.blocks, own, strict=True):
-            del block.forward
-            if forward is not None:
-                block.forward = forward
-
-
-def _united(parts: list[dict[str, Inputs]]) -> dict[str, Inputs]:
-    """The statistics of several workers as if one had gathered them; a module need not have run for all of them."""
-    found: dict[str, Inputs] = {}
-    for part in parts:
-        for name, inputs in part.items():
-            found.setdefault(name, inputs)
-    if len(parts) > 1:
-        for inputs, name in {inputs: name for name, inputs in found.items()}.items():
-            inputs.join([part[name].share() for part in parts if name in part])
-    return found

@@ -13,8 +13,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tprune.errors import UserError
 from tprune.models.blocks import Decoder, find_decoder
-from tprune.models.calibrate import Stream, answering
+from tprune.models.calibrate import Stream
 from tprune.models.feed import Feed
+from tprune.models.standing_in import answering
 from tprune.models.subject import Subject
 
 Pool = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -169,3 +169,15 @@ def _expert_activation(module: nn.Module, expert: int, x: Tensor) -> Tensor:
         return module._apply_gate(out)
     gate, up = out.chunk(2, dim=-1)
     return module.act_fn(gate) * up
+
+
+def united(parts: list[dict[str, Inputs]]) -> dict[str, Inputs]:
+    """The statistics of several workers as if one had gathered them; a module need not have run for all of them."""
+    found: dict[str, Inputs] = {}
+    for part in parts:
+        for name, inputs in part.items():
+            found.setdefault(name, inputs)
+    if len(parts) > 1:
+        for inputs, name in {inputs: name for name, inputs in found.items()}.items():
+            inputs.join([part[name].share() for part in parts if name in part])
+    return found

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from tprune.core.statistics import Inputs
 from tprune.models.blocks import Decoder
-from tprune.models.calibrate import Stream, standing_in
+from tprune.models.calibrate import Stream
 from tprune.models.encoder_decoder import EncoderDecoder, halves
 from tprune.models.feed import Feed
+from tprune.models.standing_in import standing_in
 
 READ = "encoder_hidden_states"
 """How transformers calls what a decoder's block reads of the encoder."""

@@ -15,8 +15,9 @@ from tprune.core.weights import StructureEdit
 from tprune.evaluate.perplexity import logits_in_parts
 from tprune.models import shapes
 from tprune.models.blocks import find_decoder
-from tprune.models.calibrate import Stream, answering
+from tprune.models.calibrate import Stream
 from tprune.models.halves import masked
+from tprune.models.standing_in import answering
 from tprune.pipelines.journal import Journal
 from tprune.pipelines.removal import Questions
 from tprune.progress import Progress

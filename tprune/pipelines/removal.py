@@ -11,8 +11,9 @@ from torch import Tensor
 from tprune.core.weights import StructureEdit
 from tprune.errors import UserError
 from tprune.evaluate.perplexity import logits_in_parts, token_losses
-from tprune.models.calibrate import Stream, answering
+from tprune.models.calibrate import Stream
 from tprune.models.halves import masked
+from tprune.models.standing_in import answering
 from tprune.pipelines.journal import Journal
 from tprune.progress import Progress
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from tprune.core.weights import StructureEdit
 from tprune.methods.weight_view import Trajectory
 from tprune.models import units
-from tprune.models.calibrate import Stream, answering
+from tprune.models.calibrate import Stream
 from tprune.models.halves import masked
+from tprune.models.standing_in import answering
 from tprune.pipelines.journal import Journal
 from tprune.pipelines.removal import Questions
 from tprune.progress import Progress
