@@ -41,7 +41,7 @@ class LVPruning(TokenMethod):
     )
     reads = ()
     native = ("ratios",)
-    built_in = {"epochs": 2.0, "batch": 16, "lr": 1e-3}
+    built_in = {"epochs": 2.0, "batch": 16, "lr": 1e-3, "penalty": 4.0}
 
     layers: tuple[int, ...] = param((1, 8, 16), "image tokens leave before these layers, of 32", low=1)
     ratios: tuple[float, ...] = param(
