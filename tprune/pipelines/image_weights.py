@@ -18,7 +18,7 @@ from tprune.models.vision_blocks import is_vision
 from tprune.pipelines import image_task
 from tprune.pipelines.drawn import CALIBRATION as CALIBRATION
 from tprune.pipelines.drawn import drawn
-from tprune.pipelines.masks_only import check_masks_only, check_no_recovery
+from tprune.pipelines.masks_only import check_masks_only
 from tprune.progress import Progress
 from tprune.recipe import Recipe, Stage
 
@@ -43,7 +43,8 @@ def check(stage: Stage, method: WeightMethod, recipe: Recipe) -> None:
     if VISION not in method.runs_on:
         able = ", ".join(registry.running_on(VISION, "llm-weights"))
         check_masks_only(stage, method, said, f"; or, to take structure out, one of {able}")
-    check_no_recovery(stage, said)
+    if stage.recover is not None:
+        raise UserError(f"--recover {stage.recover}: {said}, and text is what recovers; leave it out")
     if recipe.length is not None:
         raise UserError(f"--length {recipe.length}: images have their own number of tokens; leave it out")
 

@@ -24,13 +24,3 @@ def check_masks_only(stage: Stage, method: WeightMethod, said: str, others: str 
             f"{said}, and {stage.method} is made for a decoder of text as a whole; choose a method that needs a matrix "
             f"and its inputs, such as magnitude, wanda, sparsegpt or alps{others}"
         )
-
-
-def check_no_recovery(stage: Stage, said: str) -> None:
-    """Refuse recovery, which is by text.
-
-    Raises:
-        UserError: that.
-    """
-    if stage.recover is not None:
-        raise UserError(f"--recover {stage.recover}: {said}, and text is what recovers; leave it out")
