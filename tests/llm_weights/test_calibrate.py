@@ -125,28 +125,29 @@ def test_a_pass_stops_at_its_last_input_from_the_first_batch_on():
     assert all(made.shape[:2] == (1, 1) for _, _, made in ran)  # a trial of whether it takes less memory
 
 
-def test_numbered_jobs_pass_a_place_in_order_and_a_failure_keeps_nobody_waiting():
+@pytest.mark.parametrize("workers", [2, 7])  # more than there are cores, too
+def test_numbered_jobs_pass_a_place_in_order_and_a_failure_keeps_nobody_waiting(workers):
     turns, order = Turns(), []
 
     def work(worker):
-        for number in range(worker, 6, 2):
+        for number in range(worker, 20, workers):
             with turns.job(number):
                 if number != 3:  # not every job comes by
                     with turns.at("place", number):
                         order.append(number)
 
-    side_by_side(work, 2)
-    assert order == [0, 1, 2, 4, 5]
+    side_by_side(work, workers)
+    assert order == [number for number in range(20) if number != 3]
     turns = Turns()
 
     def fail(worker):
-        for number in range(worker, 6, 2):
+        for number in range(worker, 20, workers):
             with turns.job(number), turns.at("place", number):
                 if number == 1:
                     raise RuntimeError("job 1")
 
     with pytest.raises(RuntimeError, match="job 1"):
-        side_by_side(fail, 2)
+        side_by_side(fail, workers)
 
 
 def test_a_stopped_pass_holds_nothing_of_what_it_computed():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -14,6 +13,8 @@ from typing import TypeVar
 import torch
 
 T = TypeVar("T")
+MOST = 1 << 10
+"""Threads side by side, more than any machine has for one process."""
 SMALL = 1 << 18
 """Elements up to which one thread is done before a second one has been woken."""
 
@@ -115,7 +116,7 @@ class Turns:
 
 @cache
 def _pool() -> ThreadPoolExecutor:
-    """Threads that stay, one for each core at most, whatever the count: each has memory of its own, from the C library
-    and from BLAS, which new ones would add to.
+    """Threads that stay, as many as were ever at work together: each has memory of its own, from the C library and from
+    BLAS, which new ones would add to. None waits for another to end, since those at work may wait for it.
     """
-    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="tprune")
+    return ThreadPoolExecutor(MOST, thread_name_prefix="tprune")
