@@ -94,6 +94,8 @@ def test_every_method_has_a_recipe_named_after_it_with_its_paper():
         read = recipe.read(RECIPES / fact.family / f"{fact.id}.yaml")
         assert (read.stage.family, read.stage.method) == (fact.family, fact.id)
         assert read.paper["title"] == fact.paper.title
+        assert read.paper["setting"]
+        assert read.paper["reported"]
 
 
 @pytest.mark.parametrize("file", sorted((RECIPES / "vit").glob("*.yaml")), ids=lambda file: file.stem)
