@@ -1,5 +1,8 @@
 """How FTP is fitted: a search for what every layer saves, the router, and the search once more, with the router.
 
+A router that begins anywhere skips nearly everything, and the error of the output then says nothing: it begins as the
+fixed one.
+
 The model computes every token and keeps apart what those would be that pass a layer by; nothing attends to them there.
 """
 
@@ -24,6 +27,8 @@ UNITS = 20
 """Levels of a layer's savings: a twentieth of the tokens each."""
 EXCHANGES = 4
 """Of a mutation, at most."""
+TAUGHT, TAUGHT_RATE = 300, 1e-2
+"""Steps, on one step's text, in which the router learns the fixed one's choices before anything else (ours)."""
 
 
 class Routing(Fit):
@@ -62,12 +67,13 @@ class Routing(Fit):
         total = view.prunable.sum(1)
         count = (total * (1 - self.levels[site.layer - 1] / UNITS)).round()
         wanted = best_of(self.method.fixed(scores, view.real), view.prunable, count)
+        looked_at, target = factors(scores, view.real, 1 - count / total), (~wanted).long()[view.prunable]
         if self.searching and not self.learned:
+            memory.setdefault("fixed", []).append((looked_at[view.prunable], target))
             return Relaxed(view.hidden, self.marked(wanted, view))
-        logits = routed(dict(self.named_parameters()), factors(scores, view.real, 1 - count / total))
+        logits = routed(dict(self.named_parameters()), looked_at)
         if self.searching:
             return Relaxed(view.hidden, self.marked(best_of(margin(logits), view.prunable, count), view))
-        target = (~wanted).long()[view.prunable]
         memory.setdefault("guides", []).append(functional.cross_entropy(logits[view.prunable], target))
         return Relaxed(view.hidden, self.marked(gate(margin(logits), 0.0, 1.0), view))
 
@@ -103,8 +109,17 @@ class Routing(Fit):
         self.guided = 1 - done
 
     def begin(self, forwards):
-        """What every layer saves, by the fixed router."""
+        """What every layer saves, by the fixed router; and the other one is taught what that does."""
         self.search(forwards)
+        self.searching = True
+        seen = next(forwards)
+        self.searching = False
+        looked_at, target = (torch.cat(parts) for parts in zip(*seen["fixed"], strict=True))
+        optimizer = torch.optim.Adam(self.parameters(), lr=TAUGHT_RATE)
+        for _ in range(TAUGHT):
+            optimizer.zero_grad()
+            functional.cross_entropy(routed(dict(self.named_parameters()), looked_at), target).backward()
+            optimizer.step()
 
     def end(self, forwards):
         """And by the one that has learned."""

@@ -43,7 +43,7 @@ class FTP(TokenMethod):
         "by their margin. The first layer has all, since no attention was seen; a generated token skips none.",
     )
     native = ("skipped",)
-    built_in = {"sequence": 256, "epochs": 0.1, "lr": 3e-2, "population": 8, "generations": 4}
+    built_in = {"sequence": 256, "epochs": 0.1, "population": 8, "generations": 4}
 
     skipped: float = param(0.3, "mean fraction of the tokens that pass a layer by", low=0, high=1)
     order: str = param(
@@ -63,7 +63,7 @@ class FTP(TokenMethod):
     sequence: int = param(512, "fit: tokens of a training sequence", low=2)
     epochs: float = param(1.0, "fit: passes over the training text", low=0)
     batch: int = param(1, "fit: sequences per step", low=1)
-    lr: float = param(1e-2, "fit: peak learning rate", low=0)
+    lr: float = param(1e-3, "fit: peak learning rate", low=0)
 
     def stages(self, shape, knob):
         """So many of the tokens enter each layer but the first; --keep raises these fractions to one power."""
