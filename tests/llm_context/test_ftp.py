@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import tprune
 from tests.decoders import decoder, tokens
@@ -21,6 +22,8 @@ from tprune.models.taps import Capture
 from tprune.pipelines.context_course import ContextCourse
 
 PROMPT = 40
+CONTEXT = 30
+"""Of a window of so many: what a fit takes for the prompt."""
 DEPTH = 3
 UNEVEN = torch.tensor([0.5, 0.2])
 """What enters the second and the third layer."""
@@ -116,8 +119,10 @@ def test_a_search_tries_what_is_then_done(learned):
     more = {"state": fit.state()} if learned else {"order": "attention", "skipped": 0.65 * 2 / 3}
     counts = [1 - level / 20 for level in fit.levels]
     with tprune.prune(model, "ftp", **more) as handle:
-        done = model.model(ids, use_cache=False).last_hidden_state
-        entering = [row["tokens"] / (PROMPT - 1) for row in handle.per_layer()[1:]]
+        cache = DynamicCache()
+        parts = [model.model(some, past_key_values=cache) for some in ids.tensor_split([CONTEXT], dim=1)]
+        done = torch.cat([part.last_hidden_state for part in parts], dim=1)
+        entering = [row["tokens"] / (CONTEXT - 1) for row in handle.per_layer()[1:]]
     assert entering == pytest.approx(counts, abs=0.02)
     assert torch.allclose(tried, done, atol=1e-3)
 
@@ -127,11 +132,12 @@ def test_only_too_little_is_punished_and_the_guide_fades():
     driver.remove()
     fit.levels = (10, 16)
     guides = [torch.tensor(0.5), torch.tensor(1.5)]
-    outputs = torch.full((1, 2), 2.0)
+    outputs = torch.tensor([[[9.0], [2.0]]])
+    more = {"guides": guides, "whole": torch.tensor([[False, True]])}
 
     def losses(*left):
-        memory = {"left": [Stage(Site(1 + i), torch.tensor(x)) for i, x in enumerate(left)], "guides": guides}
-        return fit.losses(outputs, None, memory, lambda: torch.ones(1, 2))
+        memory = {"left": [Stage(Site(1 + i), torch.tensor(x)) for i, x in enumerate(left)]} | more
+        return fit.losses(outputs, None, memory, lambda: torch.ones(1, 2, 1))
 
     assert losses(0.7, 0.6)["sparsity"] == pytest.approx(0.2 + 0.4)
     assert losses(0.1, 0.3)["sparsity"] == pytest.approx(0.1)

@@ -4,6 +4,7 @@ A router that begins anywhere skips nearly everything, and the error of the outp
 fixed one.
 
 The model computes every token and keeps apart what those would be that pass a layer by; nothing attends to them there.
+The output is compared from the last token of the prompt on, where every token goes through every layer, as in use.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ class Routing(Fit):
     def at(self, site, view, memory):
         """The tokens that pass the next layer by are marked: by the gates, or in a search by what is asked."""
         scores = memory["table"] = self.looked_up(view, memory)
+        memory["whole"] = ~view.prunable
         total = view.prunable.sum(1)
         count = (total * (1 - self.levels[site.layer - 1] / UNITS)).round()
         wanted = best_of(self.method.fixed(scores, view.real), view.prunable, count)
@@ -80,12 +82,11 @@ class Routing(Fit):
     @torch.no_grad()
     def looked_up(self, view, memory):
         """The attention that every token received when it last had any, as `FTP.reduce` has it: [B, N]."""
-        rows = view.attention.rows()
         if view.present is None:
-            return rows.sum(2).mean(1)
+            return view.attention.column_sums(counted=view.real).mean(1)
         there = view.present.detach()
-        rows = mask_attention(rows, there, self.epsilon, self.keep_self)
-        received = (there.unsqueeze(1) @ rows.mean(1)).squeeze(1)
+        rows = mask_attention(view.attention.rows(), there, self.epsilon, self.keep_self)
+        received = ((there * view.real).unsqueeze(1) @ rows.mean(1)).squeeze(1)
         return torch.where(there > 0, received, memory["table"])
 
     def marked(self, chosen, view):
@@ -93,13 +94,13 @@ class Routing(Fit):
         return torch.where(view.prunable, chosen.to(view.hidden.dtype), 1.0)
 
     def losses(self, outputs, labels, memory, dense):
-        """The error of the last layer's output, what is saved too little, and the fixed router's choices."""
+        """The error of the output behind the prompt, what is saved too little, and the fixed router's choices."""
         missing = [
             (level / UNITS - (1 - stage.count)).clamp_min(0)
             for level, stage in zip(self.levels, memory["left"], strict=True)
         ]
         return {
-            "distillation": self.method.distillation * relative_error(outputs, dense()),
+            "distillation": self.method.distillation * relative_error(outputs, dense(), memory["whole"]),
             "sparsity": self.method.constraint * torch.stack(missing).sum(),
             "guide": self.method.guide * self.guided * torch.stack(memory["guides"]).mean(),
         }
@@ -128,19 +129,21 @@ class Routing(Fit):
 
     @torch.no_grad()
     def search(self, forwards):
-        """The division of the savings that changes the last layer's output least."""
+        """The division of the savings that changes least what stands behind the prompt."""
         self.searching = True
         found, nothing = self.levels, (0,) * len(self.levels)
-        texts = [(seen["inputs"], seen["again"]) for seen in islice(forwards, self.method.looks)]
+        texts = [
+            (seen["inputs"], seen["again"], seen["whole"]) for seen in islice(forwards, self.method.looks)
+        ]
 
         def outputs(levels):
             self.levels = levels
-            return [run(inputs) for inputs, run in texts]
+            return [run(inputs) for inputs, run, _ in texts]
 
-        exact = outputs(nothing)
+        exact, wholes = outputs(nothing), [whole for *_, whole in texts]
 
         def fitness(levels):
-            errors = map(relative_error, outputs(levels), exact)
+            errors = map(relative_error, outputs(levels), exact, wholes)
             return sum(float(error) for error in errors)
 
         sizes = self.method.population, self.method.generations
@@ -153,7 +156,10 @@ class Routing(Fit):
         return weights | {"schedule": 1 - torch.tensor(self.levels) / UNITS}
 
 
-def relative_error(found, exact):
-    """‖found - exact‖² / ‖exact‖², a scalar."""
-    exact = exact.detach().float()
-    return (found.float() - exact).square().mean() / exact.square().mean()
+def relative_error(found, exact, whole):
+    """‖found - exact‖² / ‖exact‖², a scalar: of both, [B, N, D], the tokens that are `whole`, bool [B, N].
+
+    What skipped a layer is far from what it was, whatever is chosen, and would outweigh all else.
+    """
+    found, exact = found[whole].float(), exact.detach()[whole].float()
+    return (found - exact).square().mean() / exact.square().mean()

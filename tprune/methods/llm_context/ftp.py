@@ -40,7 +40,8 @@ class FTP(TokenMethod):
         "inputs, the shared MLP of 64, three losses (a guide that fades, what is saved too little, the last layer's "
         "output) and the two searches are the paper's; scales, weights, and what a search measures (that output) are "
         "ours. The paper's gates decide how many tokens pass; here they do in the fit alone, and --keep takes the best "
-        "by their margin. The first layer has all, since no attention was seen; a generated token skips none.",
+        "by their margin. The first layer has all, since no attention was seen; a generated token skips none, so a fit "
+        "looks at the output behind the prompt alone. On smollm2-135m no fit has been seen to beat the fixed router.",
     )
     native = ("skipped",)
     built_in = {"sequence": 256, "epochs": 0.1, "population": 8, "generations": 4}
@@ -59,8 +60,12 @@ class FTP(TokenMethod):
     looks: int = param(2, "fit: steps of text that a division is tried on", low=1)
     guide: float = param(1.0, "fit: weight of the fixed router's choices at first, down to 0", low=0)
     constraint: float = param(1.0, "fit: weight of what is saved too little, summed over layers", low=0)
-    distillation: float = param(1.0, "fit: weight of the relative error of the last layer's output", low=0)
-    sequence: int = param(512, "fit: tokens of a training sequence", low=2)
+    distillation: float = param(
+        1.0, "fit: weight of the relative error of what stands behind the prompt", low=0
+    )
+    sequence: int = param(
+        512, "fit: tokens of a training sequence, a quarter of them behind the prompt", low=3
+    )
     epochs: float = param(1.0, "fit: passes over the training text", low=0)
     batch: int = param(1, "fit: sequences per step", low=1)
     lr: float = param(1e-3, "fit: peak learning rate", low=0)
