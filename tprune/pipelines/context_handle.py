@@ -64,8 +64,8 @@ class PrefillHandle(Handle):
         self.driver, self.keep, self.fitted = driver, keep, fitted
 
     def tensors(self, by_reference: bool) -> dict[str, Tensor]:
-        """What the method learned."""
-        return dict(self.driver.method.state or {})
+        """What the method learned, and what of the model it tuned."""
+        return stored(self.driver.method, self.driver.model, self.fitted, by_reference)
 
     def remove(self) -> None:
         """Take all hooks out again."""
