@@ -34,7 +34,7 @@ class PPT(TokenMethod):
         checked="code",
         notes="The threshold is for 196 patches and scales with the square of 196 over the model's number. A "
         "distillation token is protected; the authors' code scores it as a patch. --keep scales r; three "
-        "blocks that lose half of their patches each reach 0.505 of 12 blocks at the least.",
+        "blocks that lose half of their patches each reach 0.506 of 196 patches in 12 blocks at the least.",
     )
     needs_cls = True
     native = ("r",)
