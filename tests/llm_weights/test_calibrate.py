@@ -122,7 +122,23 @@ def test_a_pass_stops_at_its_last_input_from_the_first_batch_on():
     for workers in (1, 2):
         stream.workers = workers
         stream.gather(0, ("norm",))
-    assert all(made.shape[:2] == (1, 1) for _, _, made in ran)  # a trial of whether it takes less memory
+    assert all(made.shape[:2] == (1, 2) for _, _, made in ran)  # a trial of whether it takes less memory
+
+
+@pytest.mark.parametrize("limit", [0.1, 10])
+def test_a_network_with_limits_inside_keeps_them_in_pieces(limit, monkeypatch):
+    block = decoder().model.layers[0]
+
+    def forward(self, x):
+        inner = self.act_fn(self.gate_proj(x).clamp(max=limit)) * self.up_proj(x).clamp(-limit, limit)
+        return self.down_proj(inner)
+
+    monkeypatch.setattr(type(block.mlp), "forward", forward)
+    x = 300 * torch.randn(1, 300, block.mlp.gate_proj.in_features)
+    with torch.no_grad():
+        expected = block.mlp(x)
+        with pieces.in_pieces(block):
+            assert torch.allclose(block.mlp(x), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("workers", [2, 7])  # more than there are cores, too

@@ -54,7 +54,8 @@ def in_pieces(block: nn.Module) -> Iterator[None]:
 def _lean(network: nn.Module) -> Callable[[Tensor], Tensor] | None:
     """What a network of gate, up and down projection computes, with two inner tensors instead of three at a time.
 
-    None where the network is no such one; whether it is, one token shows.
+    For use without gradients: the product is made in place. None where the network computes something else, which
+    two tokens show, one so large that an inner tensor with limits (DeepSeek V4's) reaches them.
     """
     names = ("gate_proj", "act_fn", "up_proj", "down_proj")
     if not all(isinstance(getattr(network, name, None), nn.Module) for name in names):
@@ -66,8 +67,10 @@ def _lean(network: nn.Module) -> Callable[[Tensor], Tensor] | None:
         return network.down_proj(inner)
 
     weight = network.gate_proj.weight
-    token = torch.linspace(-1, 1, weight.shape[1], dtype=weight.dtype, device=weight.device).expand(1, 1, -1)
-    return forward if torch.equal(forward(token), network(token)) else None
+    token = torch.linspace(-1, 1, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    tokens = torch.stack([token, 1000 * token]).unsqueeze(0)
+    out = network(tokens)
+    return forward if isinstance(out, Tensor) and torch.equal(forward(tokens), out) else None
 
 
 def _network(block: nn.Module) -> nn.Module | None:

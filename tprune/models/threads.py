@@ -91,21 +91,19 @@ class Turns:
     @contextmanager
     def job(self, number: int) -> Iterator[None]:
         """Inside, a job is done; if it fails, nobody waits for another one any more."""
+        done = inf
         try:
             yield
-            with self._changed:
-                self._changed.wait_for(lambda: self._done >= number)
-                self._done = max(self._done, number + 1)
-        except BaseException:
-            self._done = inf
-            raise
+            done = number + 1
         finally:
             with self._changed:
+                self._changed.wait_for(lambda: done == inf or self._done >= number)
+                self._done = max(self._done, done)
                 self._changed.notify_all()
 
     @contextmanager
     def at(self, place: str, number: int) -> Iterator[None]:
-        """Inside, a job has a place for itself, once all before it have been there or are done."""
+        """Inside, a job has a place for itself, once all before it have been there or are done; it comes there once."""
         with self._changed:
             self._changed.wait_for(lambda: max(self._passed.get(place, 0), self._done) >= number)
         yield
