@@ -29,7 +29,7 @@ def in_pieces(block: nn.Module) -> Iterator[None]:
     if network is None:
         yield
         return
-    whole, lean = network.forward, _lean(network)
+    own, whole, lean = vars(network).get("forward"), network.forward, _lean(network)
     size, part = (TOKENS_IN_PIECE, whole) if lean is None else (2 * TOKENS_IN_PIECE, lean)
 
     def forward(x: Tensor, *others: Any, **named: Any) -> Any:
@@ -48,6 +48,8 @@ def in_pieces(block: nn.Module) -> Iterator[None]:
         yield
     finally:
         del network.forward
+        if own is not None:
+            network.forward = own
 
 
 @torch.no_grad()

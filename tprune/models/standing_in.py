@@ -39,9 +39,8 @@ def answering(decoder: Decoder, hidden: Tensor) -> AbstractContextManager[None]:
 @contextmanager
 def standing_in(decoder: Decoder, stand_in: Callable[[int], Callable[..., Tensor]]) -> Iterator[None]:
     """Block i runs `stand_in(i)` instead of its own forward."""
-    own = [
-        vars(block).get("forward") for block in decoder.blocks
-    ]  # accelerate leaves one on a dispatched block
+    # Accelerate leaves one on a dispatched block.
+    own = [vars(block).get("forward") for block in decoder.blocks]
     try:
         for index, block in enumerate(decoder.blocks):
             block.forward = stand_in(index)

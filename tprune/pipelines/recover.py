@@ -65,8 +65,8 @@ class NextToken(nn.Module):
 
     def forward(self, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """The mean loss over the predicted tokens of sequences [b, L]; beside an encoder, over their second half."""
-        ids = inputs.to(next(self.model.parameters()).device)
-        given, labels = fed(self.model, ids), foretold(self.model, ids)
+        device = next(self.model.parameters()).device
+        given, labels = fed(self.model, inputs.to(device)), foretold(self.model, labels.to(device))
         return {"next token": self.model(**given, labels=labels, use_cache=False).loss}
 
 
