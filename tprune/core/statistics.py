@@ -155,8 +155,14 @@ class Moments:
         self.squares: Tensor | float = 0.0
         self.fluctuation: Tensor | float = 0.0
 
-    def add(self, x: Tensor) -> None:
-        """Take in x [N, L, C]."""
+    def add(self, x: Tensor, goes_on: bool = False) -> None:
+        """Take in x [N, L, C], whole sequences.
+
+        Raises:
+            ValueError: the tokens go on sequences taken in before.
+        """
+        if goes_on:
+            raise ValueError("moments are taken sequence by sequence: each has to come whole")
         x = _sequences(x)
         means = x.mean(1)
         squares = (x - means.unsqueeze(1)).square_().sum(1)
@@ -217,7 +223,7 @@ class Inputs:
             if not goes_on:
                 self.sequences += 1 if x.dim() == 2 else x.shape[0]
             for part in self.parts:
-                part.add(x, goes_on) if goes_on else part.add(x)
+                part.add(x, goes_on)
 
     def share(self) -> tuple[int, int, list[tuple[Tensor, ...]]]:
         """What it took in as sums, float64 on the CPU, for `join`; there are none where it took in nothing."""

@@ -15,7 +15,14 @@ from tprune.core.statistics import KINDS, Inputs
 from tprune.models.blocks import Decoder, is_experts
 from tprune.models.threads import Turns
 
-_now = local()  # `more`, whether further pieces follow what this thread sends through a module
+
+class _Piece(local):
+    """What this thread sends through a module: whether further pieces of the batch follow."""
+
+    more = False
+
+
+_piece = _Piece()
 
 
 class LastInput(Exception):  # noqa: N818  (a signal, not an error)
@@ -25,11 +32,11 @@ class LastInput(Exception):  # noqa: N818  (a signal, not an error)
 @contextmanager
 def piece(more: bool) -> Iterator[None]:
     """Inside, a piece of a batch's tokens goes through modules, and, where `more`, further ones will."""
-    _now.more = more
+    _piece.more = more
     try:
         yield
     finally:
-        _now.more = False
+        _piece.more = False
 
 
 class Watch:
@@ -121,7 +128,7 @@ class Watch:
             return
         kept = self._kept.setdefault(name, [])
         kept.append(x)
-        if not getattr(_now, "more", False):
+        if not _piece.more:
             with self._turn(name):
                 for place, part in enumerate(kept):
                     self.inputs[name].add(part, goes_on=place > 0)
