@@ -106,9 +106,19 @@ CHANNELS = {
     "VisionTransformerDistilled": "mlp_ratio",
 }
 """What the number of channels is called where it is not intermediate_size; a ratio is to the hidden size."""
-NO_CHANNELS = ("dinov2", "dinov2_with_registers", "siglip_vision_model", "Eva")
-"""Model types whose configuration takes whole multiples of the hidden size alone (DINOv2), means other layers, too
-(SigLIP's head), or goes by other rules."""
+NO_CHANNELS = (
+    "dinov2",
+    "dinov2_with_registers",
+    "pixio",
+    "radio",
+    "tipsv2_vision_model",
+    "vitdet",
+    "siglip_vision_model",
+    "siglip2_vision_model",
+    "Eva",
+)
+"""Model types whose configuration takes whole multiples of the hidden size alone (DINOv2 and its kin, ViTDet), means
+other layers, too (SigLIP's head), or goes by other rules."""
 
 
 def bias_switch(decoder: Decoder, kind: str) -> str | None:
