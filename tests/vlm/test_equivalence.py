@@ -71,6 +71,8 @@ def inside(trace, length):
 class Replay:
     """Makes a method's choices again, in a sequence that keeps its length."""
 
+    returns = False
+
     def __init__(self, method, track):
         self.reads, self.left = method.reads, track.layers
 

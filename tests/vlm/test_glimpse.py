@@ -136,6 +136,7 @@ class Nothing:
     """Lets nothing leave, and reads what glimpseprune does."""
 
     reads = ("beside", "encoder")
+    returns = False
 
     def reduce(self, site, view, count, memory):
         return None
