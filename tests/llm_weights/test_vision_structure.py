@@ -164,6 +164,11 @@ def test_angles_of_blocks_are_between_class_tokens():
             "kcm",
             "kcm does not fit this model: the channels of Eva cannot be removed",
         ),
+        (
+            "vit_dwee_patch16_reg1_gap_256",
+            "mag-sp",
+            "mag-sp does not fit this model: the heads of VisionTransformer cannot be",
+        ),
         ("vit_small_patch16_rope_mixed_224", "shortgpt", "positions for every block or head .*rope.freqs"),
         ("swin_tiny_patch4_window7_224", "flap", "SwinTransformer is not a plain vision transformer"),
     ],

@@ -92,7 +92,7 @@ def site(decoder: Decoder, index: int, kind: str) -> Site | None:
             found.count = width(reads)[1]
             return found if _by_channel(found) else None
         size = head_size(found.parent)
-        if not _by_head(found.parent, size):
+        if not _by_head(found.parent, size, width(reads)[1] // size):
             return None
         found.heads = decoder.config.num_attention_heads // key_value_heads(decoder.config)
         found.count = width(reads)[1] // (size * found.heads)
@@ -109,8 +109,11 @@ def _by_channel(place: Site) -> bool:
     )
 
 
-def _by_head(attention: nn.Module, size: int) -> bool:
-    """Whether an attention has nothing but its projections that tells heads, of `size` values, apart."""
+def _by_head(attention: nn.Module, size: int, count: int) -> bool:
+    """Whether an attention has nothing but its projections that tells `count` heads, of `size` values, apart."""
+    # timm's differential attention has two maps of a head's half width for each head.
+    if getattr(attention, "num_heads", count) != count:
+        return False
     norms = (_weighs(attention, norm) for norm in ("q_norm", "k_norm"))
     if any(weights not in (0, size) for weights in norms):
         return False
