@@ -169,7 +169,11 @@ def test_angles_of_blocks_are_between_class_tokens():
             "mag-sp",
             "mag-sp does not fit this model: the heads of VisionTransformer cannot be",
         ),
-        ("vit_small_patch16_rope_mixed_224", "shortgpt", "positions for every block or head .*rope.freqs"),
+        (
+            "vit_small_patch16_rope_mixed_224",
+            "shortgpt",
+            "positions or sizes of its own for every block or head .*rope.freqs",
+        ),
         ("swin_tiny_patch4_window7_224", "flap", "SwinTransformer is not a plain vision transformer"),
     ],
 )

@@ -53,11 +53,18 @@ def check_structure(model: nn.Module) -> None:
     names = [name for name, _ in model.named_parameters() if name.endswith(PER_BLOCK)]
     if getattr(model, "rope_mixed", False):
         names.append("rope.freqs")
+    if type(model).__name__ == "Eva" and len({_kv_heads(block) for block in model.blocks}) > 1:
+        names.append("num_kv_heads")
     if names:
         raise UserError(
-            f"{type(model).__name__} has positions for every block or head ({names[0]}), which cannot leave with them; "
-            "choose a method that masks weights, such as wanda"
+            f"{type(model).__name__} has positions or sizes of its own for every block or head ({names[0]}), "
+            "which cannot leave with them; choose a method that masks weights, such as wanda"
         )
+
+
+def _kv_heads(block: nn.Module) -> int | None:
+    """How many key-value heads a block of timm has, where it says so."""
+    return getattr(block.attn, "num_kv_heads", None)
 
 
 def _timm_config(parts: Anatomy) -> SimpleNamespace:
@@ -68,7 +75,7 @@ def _timm_config(parts: Anatomy) -> SimpleNamespace:
             model_type=type(model).__name__,
             num_hidden_layers=parts.shape.depth,
             num_attention_heads=parts.shape.heads,
-            num_key_value_heads=getattr(parts.attentions[0], "num_kv_heads", None),
+            num_key_value_heads=_kv_heads(parts.blocks[0]),
             hidden_size=parts.shape.width,
             built_depth=parts.shape.depth,
         )
