@@ -5,11 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
 from tprune import zoo
-from tprune.cli import COMMANDS, command
+from tprune.cli import COMMANDS, command, said
 from tprune.errors import UserError
 from tprune.methods import registry
 
@@ -161,8 +162,6 @@ def test_a_mistake_is_one_line_and_exit_code_2_in_a_real_shell(tmp_path):
         ("vit --method nonsense --keep 0.5", "no method 'nonsense'"),
         ("vit --method tome --keep 1.5 --dry-run", "--keep 1.5"),
         ("vit --keep 0.5", "missing option '--method'; see tprune vit --help"),
-        ("vit --method tome --keep half", "'half' is not a valid float; see tprune vit --help"),
-        ("prune", "no such command 'prune'; see tprune --help"),
     ):
         result = subprocess.run(f"{tprune} {words}", shell=True, cwd=tmp_path, capture_output=True, text=True)
         assert result.returncode == 2
@@ -172,6 +171,23 @@ def test_a_mistake_is_one_line_and_exit_code_2_in_a_real_shell(tmp_path):
         assert clue in mistakes[0]
         assert result.stdout == ""
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "clue"),
+    [
+        (["vit", "--method", "tome", "--keep", "half"], "'half' is not a valid float; see tprune vit --help"),
+        (["prune"], "no such command 'prune'; see tprune --help"),
+        (["tune"], "Choose from: vit, vlm, llm-context, llm-weights; see tprune tune --help"),
+    ],
+)
+def test_what_click_finds_wrong_is_one_line(words, clue):
+    with pytest.raises(click.ClickException) as mistake:
+        command(words, prog_name="tprune", standalone_mode=False)
+    line = said(mistake.value)
+    assert line.startswith("error: ")
+    assert line.endswith(clue)
+    assert "\n" not in line
 
 
 BAD = {

@@ -68,6 +68,7 @@ def said(error: click.ClickException) -> str:
     context, message = getattr(error, "ctx", None), error.format_message()
     if context is not None and message == context.get_help():
         return message
+    message = " ".join(message.split())
     command = "tprune" if context is None else context.command_path
     return f"error: {message[0].lower()}{message[1:].rstrip('.')}; see {command} --help"
 

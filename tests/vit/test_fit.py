@@ -161,20 +161,8 @@ def test_a_method_that_must_learn_says_so_in_one_line(method, vit_folder):
 
 @pytest.mark.parametrize("method", OPTIONAL)
 def test_a_method_that_runs_unfitted_says_so_in_one_line(method, vit_folder):
-    asked = [
-        "vit",
-        "--method",
-        method,
-        "--keep",
-        "0.6",
-        vit_folder,
-        "--limit",
-        4,
-        "--calibration",
-        4,
-        "--no-eval",
-    ]
-    lines = call(*asked).stderr.splitlines()
+    asked = ["vit", "--method", method, "--keep", "0.6", "--limit", 4, "--calibration", 4, "--no-eval"]
+    lines = call(*asked, vit_folder).stderr.splitlines()
     assert lines.count(f"{method} runs unfitted; --fit DATA fits it to this model") == 1
 
 

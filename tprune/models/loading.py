@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable
+from textwrap import shorten
 from typing import Any, TypeVar
 
 import torch
@@ -43,7 +44,8 @@ def replace_weights(model: nn.Module, file: str) -> None:
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise UserError(
-            f"--weights {file} does not fit the model ({first[:120]}…); give a file saved from this architecture"
+            f"{file} does not fit the model ({shorten(first, 120, placeholder='…')}); give weights saved from this "
+            "architecture"
         ) from None
 
 
