@@ -101,6 +101,15 @@ def test_loadable_plain_is_loaded_by_stock_transformers_with_the_same_outputs(me
     assert torch.equal(logits(stock(tmp_path / "out"), ids), expected)
 
 
+def test_a_masked_model_in_bfloat16_is_loaded_by_stock_transformers_with_the_same_outputs(
+    folder, text, tmp_path
+):
+    asked = replace(recipe(folder, text, "wanda"), dtype="bfloat16")
+    execute(asked, QUIET, out=str(tmp_path / "out"), evaluate=False)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="bfloat16").eval()
+    assert torch.equal(logits(tprune.load(tmp_path / "out"), tokens(2, 64)), logits(found, tokens(2, 64)))
+
+
 def test_blocks_of_different_widths_that_go_in_a_later_stage_are_gone_when_loaded_again(text, tmp_path):
     asked = recipe(save(tmp_path / "model", "llama", num_hidden_layers=3), text, "flap", sparsity=0.3)
     asked = replace(asked, stages=(*asked.stages, Stage("llm-weights", "shortgpt", sparsity=0.34)))

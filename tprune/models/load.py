@@ -28,7 +28,10 @@ def load(source: Source, family: str, *, device: str, dtype: str, seed: int) -> 
         if source.library == "timm"
         else load_transformers(source, family, precision, seed)
     )
-    subject.model.requires_grad_(False).eval().to(device=device, dtype=precision)
+    subject.model.requires_grad_(False).eval().to(device=device)
+    if source.library == "timm":
+        # transformers loads in `dtype` itself, all but what it keeps in float32, such as the frequencies of RoPE.
+        subject.model.to(dtype=precision)
     return subject
 
 
