@@ -68,9 +68,15 @@ class TokenMethod(Method):
     def check(self, shape: Shape) -> None:
         """Raise UserError where the model lacks what the method reads."""
         if self.needs_cls and not shape.has_cls:
-            raise UserError(f"{self.id} reads the attention of the class token, and this model has none")
+            raise UserError(
+                f"{self.id} reads the attention of the class token, and this model has none; use a method that does "
+                "without, such as random, or a model with a class token"
+            )
         if self.needs_image and shape.video is not None:
-            raise UserError(f"{self.id} works on the patches of one image, and this model sees videos")
+            raise UserError(
+                f"{self.id} works on the patches of one image, and this model sees videos; use another method, such as "
+                "random, or a model of images"
+            )
 
     def encoder_blocks(self, depth: int) -> Sequence[int]:
         """The blocks of a vision tower of so many that are seen beside the projected one (reads "encoder")."""
