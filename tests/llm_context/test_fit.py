@@ -101,6 +101,13 @@ def test_a_fit_is_written_loaded_and_run_again_to_the_same_bytes(method, text, f
     assert all((again / file).read_bytes() == (out / file).read_bytes() for file in files)
 
 
+def test_a_method_that_runs_unfitted_says_so_in_one_line(text, folder):
+    said = call(
+        "llm-context", "--method", "cskv", "--keep", "0.5", folder, "--data", text, "--no-eval"
+    ).stderr
+    assert said.splitlines().count("cskv runs unfitted; --fit DATA fits it to this model") == 1
+
+
 def test_what_cannot_be_fitted_is_refused(text, tmp_path):
     model = decoder()
     with pytest.raises(UserError, match="h2o learns nothing"):

@@ -122,6 +122,11 @@ def test_a_method_that_must_learn_says_so_in_one_line(method, speaker):
         call("vlm", "--method", method, "--keep", "0.5", speaker, "--dry-run")
 
 
+def test_a_method_that_runs_unfitted_says_so_in_one_line(speaker):
+    said = call("vlm", "--method", "m3", "--keep", "0.5", speaker, "--limit", 4, "--no-eval").stderr
+    assert said.splitlines().count("m3 runs unfitted; --fit DATA fits it to this model") == 1
+
+
 def test_what_must_learn_is_timed_before_it_has():
     built = registry.build("atp-llava", "vlm")
     with torch.no_grad():

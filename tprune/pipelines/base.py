@@ -148,6 +148,11 @@ class Pipeline(ABC):
     def plan(self, subject: Subject) -> None:  # noqa: B027  (most families plan when they prune)
         """Refuse, before the dense model is measured, a budget that the prepared data has no room for."""
 
+    def say_unfitted(self) -> None:
+        """Tell that a method which could be fitted to the model runs as it is."""
+        if self.stage.fit is None and self.method.state is None and self.method.learns == "optional":
+            self.progress.say(f"{self.method.id} runs unfitted; --fit DATA fits it to this model")
+
     @abstractmethod
     def evaluate(self, subject: Subject) -> Quality:
         """Quality on the evaluation data."""

@@ -76,6 +76,7 @@ class EncoderPipeline(Pipeline):
         if self.stage.fit is not None and self.method.state is None:
             self.lessons = self.read_lessons(subject)
             self.progress.say(f"{len(self.lessons):,} texts to learn from")
+        self.say_unfitted()
 
     def read_lessons(self, subject: Subject) -> passages.Passages:
         """What `--fit` names.

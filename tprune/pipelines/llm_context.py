@@ -73,6 +73,7 @@ class ContextPipeline(Pipeline):
         if self.stage.fit is not None and self.method.state is None:
             self.lessons = self.read_lessons(subject)
             self.progress.say(f"{len(self.lessons):,} sequences to learn from")
+        self.say_unfitted()
         if subject.processor is None:
             return
         if self.recipe.data in passkey.SOURCES:

@@ -124,8 +124,7 @@ class VitPipeline(Pipeline):
         if self.stage.fit is not None and self.method.state is None:
             self.lessons = self.read_lessons(subject)
             self.progress.say(f"{len(self.lessons):,} samples to learn from")
-        elif self.method.learns == "optional" and self.method.state is None:
-            self.progress.say(f"{self.method.id} runs unfitted; --fit DATA fits it to this model")
+        self.say_unfitted()
 
     def read_lessons(
         self, subject: Subject

@@ -56,6 +56,7 @@ class VlmPipeline(Pipeline):
         self.task = QuestionTask(self.recipe, subject, self.progress)
         if self.stage.fit is not None and self.method.state is None:
             self.progress.say(f"{len(self.lessons):,} questions to learn from")
+        self.say_unfitted()
 
     @cached_property
     def lessons(self) -> questions.Questions | questions.TrainingQuestions | questions.BoxedQuestions:
