@@ -20,6 +20,9 @@ def test_the_factor_s_square_is_the_damped_inverse(width, seed):
     damped = matrix + 0.01 * matrix.diagonal().mean() * torch.eye(width)
     assert torch.equal(factor, factor.triu())
     assert torch.allclose(factor.T @ factor @ damped, torch.eye(width), atol=1e-3)
+    replacing = solve.inverse_factor(matrix, 0.01, replace=True)
+    assert torch.equal(replacing, factor)
+    assert replacing.data_ptr() == matrix.data_ptr()
 
 
 @given(st.integers(1, 40), st.integers(0, 99))

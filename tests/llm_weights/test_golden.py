@@ -37,7 +37,8 @@ def budget(case):
 
 
 def pruned(method, weight, case, **known):
-    edit = registry.build(*method).prune(LinearView("w", 0, weight.clone(), **known), budget(case), None)
+    own = {name: tensor.clone() for name, tensor in known.items()}
+    edit = registry.build(*method).prune(LinearView("w", 0, weight.clone(), **own), budget(case), None)
     return torch.where(edit.mask, 0.0, weight if edit.weight is None else edit.weight)
 
 

@@ -58,12 +58,12 @@ def dead_inputs(gram: Tensor) -> Tensor:
     return gram.diagonal() == 0
 
 
-def inverse_factor(gram: Tensor, damp: float) -> Tensor:
+def inverse_factor(gram: Tensor, damp: float, *, replace: bool = False) -> Tensor:
     """The upper triangular U [C, C] with UᵀU = (H + damp · mean(diag H) · I)⁻¹, for H = `gram`.
 
     Dead inputs get a diagonal of 1 first, as in SparseGPT's code. U is the inverse of the upper factor of
     H = V Vᵀ, which one Cholesky decomposition of the reversed matrix gives. Where it fails, the damping is
-    raised tenfold.
+    raised tenfold. With `replace` it takes the place of `gram` in memory.
 
     Raises:
         ValueError: `gram` is not finite, or no damping makes it positive definite.
@@ -77,7 +77,7 @@ def inverse_factor(gram: Tensor, damp: float) -> Tensor:
         if not bool(failed) and bool(lower.diagonal().isfinite().all()):
             _turn(lower)
             _invert(lower)
-            return lower
+            return gram.t().copy_(lower) if replace else lower
         damp = 10 * max(damp, 1e-6)
     raise ValueError("the Gram matrix is not finite, or not positive definite at any damping")
 

@@ -23,7 +23,8 @@ class LinearView:
         norm: float32 [in], the L2 norm of each input over all calibration tokens, if asked for.
         channel_norm: float32 [out], of a matrix that feeds an MLP, the L2 norm of the channel that each output makes
             (as the projection behind reads it), where `norm` was asked for; None for any other matrix.
-        gram: float32 [in, in], (2 / sequences) · Σ x xᵀ, if asked for.
+        gram: float32 [in, in], (2 / sequences) · Σ x xᵀ, if asked for; what is computed of it once for all may take its
+            place.
         output_gram: float32 [out, out], (2 / sequences) · Σ g gᵀ of the loss's gradients at the outputs, if asked for.
         gradient: float32 [out, in], the L2 norm over calibration sequences of the gradient of the dense model's loss,
             if asked for.

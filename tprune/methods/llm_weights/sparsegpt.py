@@ -51,8 +51,8 @@ class SparseGPT(WeightMethod):
         group = budget.pattern[1] if budget.pattern else None
         if group and self.block % group:
             raise UserError(f"--set block={self.block}: expected a multiple of the pattern's {group}")
-        factor = linear.once("factor", lambda: inverse_factor(linear.gram, self.damp))
-        dead = dead_inputs(linear.gram)
+        dead = linear.once("dead", lambda: dead_inputs(linear.gram))
+        factor = linear.once("factor", lambda: inverse_factor(linear.gram, self.damp, replace=True))
 
         def choose(score: Tensor) -> Tensor:
             if budget.pattern:
