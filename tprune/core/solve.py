@@ -19,15 +19,8 @@ NEARLY_SINGULAR = 1e-5
 """Of a Cholesky factor's diagonal, the smallest entry to the largest; the condition is at least the inverse square."""
 
 
-def triangular_inverse(upper: Tensor, leaf: int = 128) -> Tensor:
-    """The inverse of an upper triangular matrix [C, C], by halves, so that nearly all work is matrix products."""
-    inverse = upper.clone()
-    _invert(inverse, leaf)
-    return inverse
-
-
-def _invert(upper: Tensor, leaf: int = 128) -> None:
-    """Put the inverse of an upper triangular matrix [C, C] in its place."""
+def invert_upper(upper: Tensor, leaf: int = 128) -> None:
+    """Put the inverse of an upper triangular matrix [C, C] in its place, by halves: nearly all is matrix products."""
     size = upper.shape[0]
     if size <= leaf:
         eye = torch.eye(size, dtype=upper.dtype, device=upper.device)
@@ -35,8 +28,8 @@ def _invert(upper: Tensor, leaf: int = 128) -> None:
         return
     half = size // 2
     top, corner, bottom = upper[:half, :half], upper[:half, half:], upper[half:, half:]
-    _invert(top, leaf)
-    _invert(bottom, leaf)
+    invert_upper(top, leaf)
+    invert_upper(bottom, leaf)
     torch.mm(top, (corner @ bottom).neg_(), out=corner)
 
 
@@ -76,7 +69,7 @@ def inverse_factor(gram: Tensor, damp: float, *, replace: bool = False) -> Tenso
         lower, failed = torch.linalg.cholesky_ex(damped, out=(damped, info))
         if not bool(failed) and bool(lower.diagonal().isfinite().all()):
             _turn(lower)
-            _invert(lower)
+            invert_upper(lower)
             return gram.t().copy_(lower) if replace else lower
         damp = 10 * max(damp, 1e-6)
     raise ValueError("the Gram matrix is not finite, or not positive definite at any damping")
