@@ -19,15 +19,21 @@ def sum_over_group(x: Tensor, groups: int) -> Tensor:
     return x if x.shape[1] == groups else x.unflatten(1, (groups, -1)).sum(2)
 
 
-def _logits(query: Tensor, key: Tensor, scale: float, softcap: float | None = None) -> Tensor:
+def _logits(
+    query: Tensor, key: Tensor, scale: float, softcap: float | None = None, room: Tensor | None = None
+) -> Tensor:
     """Scaled logits, float32 [B, H, R, T], of `query` [B, H, R, d] over grouped `key` [B, G, T, d].
 
     The heads of a group share one product with their key, so that keys are never repeated in memory. With
-    `softcap` c (Gemma 2) a logit x becomes c · tanh(x / c).
+    `softcap` c (Gemma 2) a logit x becomes c · tanh(x / c). They lie at the start of `room`, float32 [at least
+    B · H · R · T], if it is given.
     """
     batch, heads, rows, width = query.shape
     grouped = (query.float() * scale).reshape(batch * key.shape[1], -1, width)
-    logits = grouped.bmm(key.float().flatten(0, 1).transpose(1, 2)).view(batch, heads, rows, key.shape[2])
+    grouped_key = key.float().flatten(0, 1).transpose(1, 2)
+    if room is not None:
+        room = room[: batch * heads * rows * key.shape[2]].view(len(grouped), -1, key.shape[2])
+    logits = torch.bmm(grouped, grouped_key, out=room).view(batch, heads, rows, key.shape[2])
     return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
 
@@ -139,12 +145,15 @@ def attention_column_sums(
     future = torch.ones(tile, tile, dtype=torch.bool, device=query.device).triu(1)
     weight = decay ** torch.arange(length - 1, -1, -1, device=query.device, dtype=torch.float32)
     sums = torch.zeros(batch, heads, keys, device=query.device)
+    learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, bias))
+    # One room for all tiles: fresh pages would cost a tile a third of its time.
+    room = None if learns else torch.empty(batch * heads * tile * keys, device=query.device)
     # Where all queries see the same keys, a sample's rows are all blind or none is.
     alike = bias is None or (bias.shape[-2] == 1 and not causal)
     for first in range(0, length, tile):
         last = min(first + tile, length)
         rows, seen = last - first, keys - length + last if causal else keys
-        logits = _logits(query[:, :, first:last], key[:, :, :seen], scale, softcap)
+        logits = _logits(query[:, :, first:last], key[:, :, :seen], scale, softcap, room)
         if bias is not None:
             part = bias[..., :seen] if bias.shape[-2] == 1 else bias[..., first:last, :seen]
             logits = logits.masked_fill_(~part, -torch.inf) if part.dtype == torch.bool else logits.add_(part)
