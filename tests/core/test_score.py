@@ -1,3 +1,4 @@
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,6 +41,41 @@ def test_column_sums_equal_those_of_the_full_map_for_any_tile(seed, causal, tile
     expected = full_attention(query, key, 0.3, causal, bias).sum(2)
     found = score.attention_column_sums(query, key, 0.3, bias=bias, causal=causal, tile=tile)
     assert torch.allclose(found, expected, atol=1e-5)
+
+
+HIDDEN = {
+    "a mask for all queries": (torch.tensor([[False] * 5, [True] * 4 + [False]])[:, None, None], False),
+    "the same, added": (torch.tensor([[-torch.inf] * 5, [0.0] * 4 + [-torch.inf]])[:, None, None], False),
+    "a mask beside a causal one": (
+        torch.tensor([[False, False, True, True, True], [True] * 5])[:, None, None],
+        True,
+    ),
+    "a row of its own for each query": (
+        torch.tensor([[True] * 5] * 4 + [[False] * 5]).expand(2, 1, 5, 5),
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HIDDEN)
+@pytest.mark.parametrize("counts", [None, torch.tensor([[True] * 5, [True, True, True, False, True]])])
+def test_blind_queries_add_nothing_to_column_sums_and_a_broken_one_shows(case, counts):
+    query, key = drawn(3, 2, 4, 5, 8), drawn(4, 2, 2, 5, 8)
+    bias, causal = HIDDEN[case]
+    added = bias if bias.is_floating_point() else torch.zeros(bias.shape).masked_fill(~bias, -torch.inf)
+    expected = full_attention(query, key, 0.3, causal, added).nan_to_num()
+    if counts is not None:
+        expected = expected * counts[:, None, :, None]
+
+    def sums():
+        return score.attention_column_sums(query, key, 0.3, bias=bias, causal=causal, counted=counts, tile=2)
+
+    assert torch.allclose(sums(), expected.sum(2), atol=1e-6)
+    query[1, 2, 3] = torch.nan
+    shown = counts is None
+    assert sums()[1, 2].isnan().any() == shown
+    assert not sums()[0].isnan().any()
+    assert not sums()[1, :2].isnan().any()
 
 
 def stochastic(seed, size):

@@ -127,7 +127,8 @@ def attention_column_sums(
     """The attention every key receives, summed over queries: float32 [B, H, T], memory linear in T.
 
     The softmax is exact: queries are tiled, keys are not. Under a causal mask a tile only touches the keys
-    it can see, which halves the work. Rows that see nothing (padding) contribute nothing.
+    it can see, which halves the work. Rows that see nothing (padding) contribute nothing; one of NaN makes the sums of
+    its head NaN.
 
     Args:
         query, key, scale, bias, causal, softcap: as for `attention_rows`.
@@ -149,24 +150,46 @@ def attention_column_sums(
     # One room for all tiles: fresh pages would cost a tile a third of its time.
     room = None if learns else torch.empty(batch * heads * tile * keys, device=query.device)
     # Where all queries see the same keys, a sample's rows are all blind or none is.
-    alike = bias is None or (bias.shape[-2] == 1 and not causal)
+    alike = counted is None and (bias is None or (bias.shape[-2] == 1 and not causal))
     for first in range(0, length, tile):
         last = min(first + tile, length)
         rows, seen = last - first, keys - length + last if causal else keys
         logits = _logits(query[:, :, first:last], key[:, :, :seen], scale, softcap, room)
-        if bias is not None:
-            part = bias[..., :seen] if bias.shape[-2] == 1 else bias[..., first:last, :seen]
+        part = None if bias is None else bias[..., :seen]
+        if part is not None:
+            part = part if part.shape[-2] == 1 else part[..., first:last, :]
             logits = logits.masked_fill_(~part, -torch.inf) if part.dtype == torch.bool else logits.add_(part)
         if causal:
             logits[..., seen - rows :].masked_fill_(future[:rows, :rows], -torch.inf)
         received = _softmax(logits)
         if not alike:
-            received = received.nan_to_num() if received.requires_grad else received.nan_to_num_()
-        if counted is not None:
-            asks = counted[:, None, first:last, None]
-            received = received * asks if received.requires_grad else received.mul_(asks)
+            asked = None if counted is None else counted[:, first:last]
+            silent = _silent(part, asked, future[:rows, :rows] if causal else None)
+            received = received.masked_fill(silent, 0) if learns else received.masked_fill_(silent, 0)
         sums[..., :seen] += received.sum(2) if decay == 1 else weight[first:last] @ received
-    return sums if bias is None or not alike else sums.nan_to_num()
+    return sums if bias is None or not alike else sums.masked_fill(_silent(bias).squeeze(-1), 0)
+
+
+def _silent(bias: Tensor | None, counted: Tensor | None = None, future: Tensor | None = None) -> Tensor:
+    """Which queries contribute nothing, bool [B or 1, H or 1, R or 1, 1]: they see no key, or do not count.
+
+    Masks tell, not what their softmax became: other NaNs go on to the sums.
+
+    Args:
+        bias: [..., R or 1, T], additive or bool (True: visible); None only beside `counted`.
+        counted: bool [B, R].
+        future: bool [R, R], what is hidden besides of the last R keys.
+    """
+    idle = None if counted is None else ~counted[:, None, :, None]
+    if bias is None:
+        return idle
+    visible = bias if bias.dtype == torch.bool else bias != -torch.inf
+    if future is not None:
+        rows = len(future)
+        visible = visible.expand(*visible.shape[:-2], rows, -1).clone()
+        visible[..., -rows:] &= ~future
+    blind = ~visible.any(-1, keepdim=True)
+    return blind if idle is None else blind | idle
 
 
 def window_attention(
