@@ -13,6 +13,7 @@ from tests.test_cli import call
 from tprune import artifact
 from tprune.core import select
 from tprune.errors import UserError
+from tprune.evaluate.cost import flops
 from tprune.methods.vit._dtop_heads import MaskHead
 from tprune.models import load as loaders
 from tprune.models.source import resolve
@@ -127,6 +128,20 @@ def quality(subject, stage, state=None):
         return *segmenting.measured(driver, subject, handle), handle
 
 
+def test_exits_are_timed_beside_the_same_heads_without_exits():
+    """The heads that make masks cost several times what a small model does."""
+    recipe = Recipe(
+        ModelSource("vit_tiny_patch16_224", None, None, True),
+        (Stage("vit", "dtop", keep=0.7, set={"channels": 48, "heads": 2}),),
+        batch_size=1,
+    )
+    driver = pipeline(recipe, recipe.stage, Progress())
+    subject = driver.load()
+    plain = flops(lambda: subject.model(torch.zeros(1, 3, 224, 224)))
+    found = driver.bench(subject, 1)["flops"]
+    assert plain < found["pruned"] < 0.95 * found["dense"]
+
+
 def test_fitted_heads_name_patches_that_unfitted_ones_do_not_and_exits_cost_little(digits, monkeypatch):
     monkeypatch.setattr("tprune.pipelines.fit.SETTLE_IMAGES", 32)
     stage = Stage(
@@ -148,4 +163,5 @@ def test_the_report_tells_the_map_beside_the_one_without_exits(vit_folder, tmp_p
     assert "patches named right" in shown
     report = json.loads((tmp_path / "out" / artifact.REPORT).read_text())
     assert report["dense"]["patch_agreement"] == 1.0
+    assert report["pruned"]["flops"] < 0.8 * report["dense"]["flops"]
     assert {"patch_accuracy", "mean_iou", "accuracy"} <= set(report["pruned"])

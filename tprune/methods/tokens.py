@@ -250,6 +250,10 @@ class TokenMethod(Method):
         """
         raise NotImplementedError
 
+    def unpruned(self) -> typing.Self:
+        """The method as it runs with a budget of 1, of one that `restores`: what pruning is compared with."""
+        raise NotImplementedError
+
     def neutral_state(self, shape: Shape, seed: int) -> dict[str, Tensor]:
         """What `state` is before any step of a fit, for contract tests and to be timed."""
         return self.fit(shape, 0.5, seed).state()

@@ -201,7 +201,7 @@ class Pipeline(ABC):
         """FLOPs, seconds and peak memory of `call` on the dense and the pruned model, taken in turn."""
         from tprune.evaluate.cost import flops, interleaved, peak_memory
 
-        dense = replace(subject, model=twin(subject.model))
+        dense = self.unpruned(subject)
         handle = self.apply(subject, None)
         runs = {"dense": lambda: call(dense), "pruned": lambda: call(subject)}
         counted = {name: flops(run) for name, run in runs.items()}
@@ -210,6 +210,14 @@ class Pipeline(ABC):
         times |= self.scoring(subject, handle, rounds, runs["pruned"])
         handle.remove()
         return {"times": times, "flops": counted, "memory": memory}
+
+    def cost_unpruned(self, subject: Subject, handle: Handle) -> dict[str, float]:
+        """The cost of what pruning is compared with, where it is more than the model before; else {}."""
+        return {}
+
+    def unpruned(self, subject: Subject) -> Subject:
+        """A second subject with the same tensors, which does all that pruning is compared with."""
+        return replace(subject, model=twin(subject.model))
 
     def scoring(
         self, subject: Subject, handle: Handle, rounds: int, call: Callable[[], Any]

@@ -116,7 +116,7 @@ def execute(
                 handle.recovered = driver.recover(subject, handle, parts) | {"before": before}
             handles.append(handle)
         pruned, _ = measure(last, subject, reference, evaluate, progress, "pruned")
-        dense = handles[-1].whole | dense
+        dense = handles[-1].whole | dense | last.cost_unpruned(subject, handles[-1])
         report = describe(recipe, drivers, handles, dense, pruned, subject) | {"protocol": record}
         if export is not None:
             report["export"] = exports.export(last, subject)

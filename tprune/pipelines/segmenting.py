@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from tprune.data import regions
+from tprune.methods.tokens import TokenMethod
+from tprune.models.anatomy import Anatomy
 from tprune.models.kinds import token_driver
 from tprune.models.subject import Subject
 from tprune.models.vit import TokenDriver
@@ -49,13 +51,18 @@ def measured(
 @contextmanager
 def untouched(driver: TokenDriver) -> Iterator[TokenDriver]:
     """The same heads in the same model for a while, with nothing leaving."""
-    method = driver.method.loosened(1.0, driver.parts.shape)
     with driver.away():
-        other = token_driver(driver.parts, method, solve(method, driver.parts.shape, None), driver.seed)
+        other = unpruned(driver.method, driver.parts, driver.seed)
         try:
             yield other
         finally:
             other.remove()
+
+
+def unpruned(method: TokenMethod, parts: Anatomy, seed: int) -> TokenDriver:
+    """The method's heads at work, with nothing leaving."""
+    method = method.unpruned()
+    return token_driver(parts, method, solve(method, parts.shape, 1.0), seed)
 
 
 def named(driver: VitPipeline, subject: Subject, inner: TokenDriver, pixels: Tensor) -> Tensor:

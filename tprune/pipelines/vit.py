@@ -14,6 +14,7 @@ from torch import Tensor
 from tprune.core.budget import Stage, counts_entering
 from tprune.data import clips, images, regions
 from tprune.errors import UserError
+from tprune.evaluate.cost import cost
 from tprune.evaluate.stopwatch import Stopwatch
 from tprune.methods.tokens import Shape, TokenMethod
 from tprune.models import image_encoder
@@ -224,6 +225,20 @@ class VitPipeline(Pipeline):
         batch = image_encoder.noise(subject.model, self.recipe.batch_size, self.recipe.seed)
         found = self.beside_dense(subject, lambda one: self.outputs(one, batch), rounds)
         return found | {"items": len(batch), "unit": image_encoder.unit(subject.model)}
+
+    def cost_unpruned(self, subject: Subject, handle: Handle) -> dict[str, float]:
+        """Of a method that makes a map of its own: that of its heads, too, while no token leaves."""
+        if not self.method.restores:
+            return {}
+        with segmenting.untouched(handle.driver):
+            return cost(self.workload(subject), subject.device)
+
+    def unpruned(self, subject: Subject) -> Subject:
+        """The dense model; with the heads of a method that makes a map of its own."""
+        dense = super().unpruned(subject)
+        if self.method.restores:
+            segmenting.unpruned(self.method, dissect(dense.model), self.recipe.seed)
+        return dense
 
     def scoring(
         self, subject: Subject, handle: Handle, rounds: int, call: Callable[[], Any]

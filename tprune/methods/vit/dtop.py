@@ -6,7 +6,7 @@ surest tokens of every class, which go on to stand for it. The last head names w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -135,6 +135,11 @@ class DToP(TokenMethod):
         spot = spot.where(there, canvas.shape[1] - 1)
         memory["canvas"] = canvas.scatter(1, spot.unsqueeze(-1).expand_as(masks), masks)
         return masks, present
+
+    def unpruned(self):
+        """The heads, and no token that leaves."""
+        state = {name: tensor for name, tensor in self.state.items() if name != "threshold"}
+        return replace(self, threshold=None).bind(state)
 
     def loosened(self, knob, shape):
         """Below 0.5 the threshold falls to 0; above, its distance from 1 shrinks by powers of ten, to none at 1."""
