@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from tprune.models.blocks import has_encoder
 from tprune.models.encoder_decoder import fed
+from tprune.models.replaced import replaced
 
 LOGITS_AT_ONCE = 1 << 24
 """Logits held in memory at a time, 64 MB in float32: a vocabulary of 50,000 makes as many of 340 tokens."""
@@ -106,7 +107,7 @@ def _run_once(module: nn.Module) -> Iterator[list[slice]]:
     Yields:
         Which of its last hidden states it answers with, all where the list is empty.
     """
-    own, computed, outputs, parts = vars(module).get("forward"), module.forward, [], []
+    computed, outputs, parts = module.forward, [], []
 
     def forward(*positional: object, **named: object) -> object:
         if not outputs:
@@ -116,10 +117,5 @@ def _run_once(module: nn.Module) -> Iterator[list[slice]]:
             found.last_hidden_state = found.last_hidden_state[:, part]
         return found
 
-    try:
-        module.forward = forward
+    with replaced(module, forward):
         yield parts
-    finally:
-        del module.forward
-        if own is not None:
-            module.forward = own

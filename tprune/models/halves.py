@@ -6,7 +6,7 @@ stays as it is; norms that only fed the half, or only read it, go with it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from tprune.core.weights import HALVES, StructureEdit
 from tprune.errors import UserError
 from tprune.models import experts
 from tprune.models.blocks import Decoder, part_of
+from tprune.models.replaced import replaced
 from tprune.models.units import Site, site
 
 LAYOUTS = (
@@ -162,7 +163,7 @@ def masked(decoder: Decoder, edits: Iterable[StructureEdit]) -> Iterator[None]:
         for edit in edits:
             block = decoder.blocks[edit.block]
             if edit.removed:
-                stack.enter_context(_skipped(block))
+                stack.enter_context(replaced(block, _passes_on))
             for half in edit.halves:
                 stack.enter_context(_left_out(block, half))
             for kind, keep in edit.keep.items():
@@ -171,22 +172,14 @@ def masked(decoder: Decoder, edits: Iterable[StructureEdit]) -> Iterator[None]:
                     continue
                 place = site(decoder, edit.block, kind)
                 if kind in edit.weight:
-                    stack.enter_context(_rewritten(place, keep, edit.weight[kind]))
+                    stack.enter_context(replaced(place.reader, _rewritten(place, keep, edit.weight[kind])))
                 elif place is not None:
                     stack.callback(_zeroing(place, keep).remove)
         yield
 
 
-@contextmanager
-def _skipped(block: nn.Module) -> Iterator[None]:
-    own = vars(block).get("forward")
-    block.forward = lambda hidden_states, *positional, **named: hidden_states
-    try:
-        yield
-    finally:
-        del block.forward
-        if own is not None:
-            block.forward = own
+def _passes_on(hidden_states: Tensor, *positional: Any, **named: Any) -> Tensor:
+    return hidden_states
 
 
 @contextmanager
@@ -208,17 +201,9 @@ def _zeroing(place: Site, keep: Tensor) -> torch.utils.hooks.RemovableHandle:
     return place.reader.register_forward_pre_hook(lambda module, arguments: (arguments[0] * mask,))
 
 
-@contextmanager
-def _rewritten(place: Site, keep: Tensor, weight: Tensor) -> Iterator[None]:
-    """The reader reads only the units `keep`, with `weight` [out, kept inputs]."""
+def _rewritten(place: Site, keep: Tensor, weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """A forward of the reader that reads only the units `keep`, with `weight` [out, kept inputs]."""
     reader = place.reader
-    own = vars(reader).get("forward")
     columns = columns_of(keep, place.width).to(reader.weight.device)
     weight = weight.to(reader.weight.device, reader.weight.dtype)
-    reader.forward = lambda x: functional.linear(x.index_select(-1, columns), weight, reader.bias)
-    try:
-        yield
-    finally:
-        del reader.forward
-        if own is not None:
-            reader.forward = own
+    return lambda x: functional.linear(x.index_select(-1, columns), weight, reader.bias)

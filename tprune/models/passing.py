@@ -7,6 +7,7 @@ what it was given. A layer whose cache says how long the sequence is always runs
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import wraps
 from inspect import signature
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tprune.core.budget import Stage
+from tprune.models.replaced import replaced
 from tprune.models.run import Run
 
 
@@ -37,19 +39,14 @@ class Passing:
         # transformers counts positions, and sizes the masks of each kind of layer, by the first of the kind.
         self.counting = {kinds.index(kind) for kind in kinds}
         self.alone = True
-        self.before = [(layer, vars(layer).get("forward")) for layer in layers]
+        self.undo = ExitStack()
         for place, layer in enumerate(layers):
             # A hook cannot keep a module from running.
-            layer.forward = self._passable(place, layer.forward)
+            self.undo.enter_context(replaced(layer, self._passable(place, layer.forward)))
 
     def remove(self) -> None:
         """Give all layers back what they had."""
-        for layer, forward in self.before:
-            if forward is None:
-                del layer.forward
-            else:
-                layer.forward = forward
-        self.before = []
+        self.undo.close()
 
     def _passable(self, place: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         """A layer's `forward`, where rows may pass it by."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tprune.models.blocks import CHANNELS, is_linear, part_of
 from tprune.models.inputs import LastInput, piece
+from tprune.models.replaced import replaced
 
 TOKENS_IN_PIECE = 128
 """A feed-forward network's inner tensors are several times as wide as its input. A product of so many rows takes 14%
@@ -29,7 +30,7 @@ def in_pieces(block: nn.Module) -> Iterator[None]:
     if network is None:
         yield
         return
-    own, whole, lean = vars(network).get("forward"), network.forward, _lean(network)
+    whole, lean = network.forward, _lean(network)
     size, part = (TOKENS_IN_PIECE, whole) if lean is None else (2 * TOKENS_IN_PIECE, lean)
 
     def forward(x: Tensor, *others: Any, **named: Any) -> Any:
@@ -43,13 +44,8 @@ def in_pieces(block: nn.Module) -> Iterator[None]:
             raise LastInput
         return torch.cat(done, dim=1) if len(done) > 1 else done[0]
 
-    network.forward = forward
-    try:
+    with replaced(network, forward):
         yield
-    finally:
-        del network.forward
-        if own is not None:
-            network.forward = own
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import wraps
 from inspect import signature
@@ -21,6 +22,7 @@ from tprune.models.encoder import Sight, Watch
 from tprune.models.image_view import ImageViews, check
 from tprune.models.layout import Unit, crop_table, newlines, real_crops, token_count, unit_seeds, units
 from tprune.models.patch_site import PatchSite
+from tprune.models.replaced import replaced
 from tprune.models.run import Inputs, Run
 from tprune.models.tower import TowerSite
 from tprune.models.vlm import Anatomy, image_tokens
@@ -77,14 +79,15 @@ class Projector:
             output.tprune_sight = self.latest
             return output
 
-        parts.outer.get_image_features = encode_and_note
+        self.undo = ExitStack()
+        self.undo.enter_context(replaced(parts.outer, encode_and_note, "get_image_features"))
 
     def remove(self) -> None:
         """Take the hooks off the tower and the note off its call."""
         self.watch.remove()
         if self.inside is not None:
             self.inside.remove()
-        self.parts.outer.__dict__.pop("get_image_features", None)
+        self.undo.close()
         self.latest = None
 
     def __call__(self, run: Run, embeds: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor
 
 from tprune.models.blocks import Decoder
+from tprune.models.replaced import replaced
 
 
 def noting(
@@ -39,14 +40,7 @@ def answering(decoder: Decoder, hidden: Tensor) -> AbstractContextManager[None]:
 @contextmanager
 def standing_in(decoder: Decoder, stand_in: Callable[[int], Callable[..., Tensor]]) -> Iterator[None]:
     """Block i runs `stand_in(i)` instead of its own forward."""
-    # Accelerate leaves one on a dispatched block.
-    own = [vars(block).get("forward") for block in decoder.blocks]
-    try:
+    with ExitStack() as stack:
         for index, block in enumerate(decoder.blocks):
-            block.forward = stand_in(index)
+            stack.enter_context(replaced(block, stand_in(index)))
         yield
-    finally:
-        for block, forward in zip(decoder.blocks, own, strict=True):
-            del block.forward
-            if forward is not None:
-                block.forward = forward

@@ -27,6 +27,7 @@ from tprune.models.dense import Canvas
 from tprune.models.forwards import Forwards
 from tprune.models.inward import Inward
 from tprune.models.ragged import Ragged, check_head
+from tprune.models.replaced import replaced
 from tprune.models.seeds import content_seeds
 from tprune.models.watch import Watch
 
@@ -104,14 +105,11 @@ class TokenDriver(Forwards):
             self._hook(block.register_forward_pre_hook(self._before(layer), with_kwargs=True))
             self._hook(block.register_forward_hook(self._after, prepend=True))
             if Site(layer, between=True) in self.counts:
-                block.forward = self._stopping_between(layer, *self._halves(block))
-                self.undo.callback(block.__dict__.pop, "forward", None)
+                self._replace(block, self._stopping_between(layer, *self._halves(block)))
             elif self._blend(layer) is not None:
-                block.forward = self._blending(layer, *halves(block))
-                self.undo.callback(block.__dict__.pop, "forward", None)
+                self._replace(block, self._blending(layer, *halves(block)))
             elif self.method.sees and Site(layer) in self.counts:
-                block.forward = self._seeing(*halves(block))
-                self.undo.callback(block.__dict__.pop, "forward", None)
+                self._replace(block, self._seeing(*halves(block)))
             if layer in watched:
                 attention = parts.attentions[layer]
                 self._hook(attention.register_forward_pre_hook(partial(self._watch, layer in edited)))
@@ -122,8 +120,8 @@ class TokenDriver(Forwards):
             self._hook(parts.blocks[-1].register_forward_hook(self._finish, prepend=True))
 
         if hasattr(parts.model, "forward_intermediates") and not parts.dense:
-            parts.model.forward_intermediates = self._densely(parts.model.forward_intermediates)
-            self.undo.callback(parts.model.__dict__.pop, "forward_intermediates", None)
+            intermediates = self._densely(parts.model.forward_intermediates)
+            self._replace(parts.model, intermediates, "forward_intermediates")
 
     def _watched(self) -> set[int]:
         """The blocks whose attention is seen."""
@@ -135,6 +133,9 @@ class TokenDriver(Forwards):
 
     def _hook(self, handle: Any) -> None:
         self.undo.callback(handle.remove)
+
+    def _replace(self, module: nn.Module, function: Callable, name: str = "forward") -> None:
+        self.undo.enter_context(replaced(module, function, name))
 
     def _begin(self, entrance: nn.Module, args: tuple, kwargs: dict) -> None:
         """A new forward: nothing has happened yet."""

@@ -72,8 +72,8 @@ class Windows:
         self._hook(self.parts.entrance.register_forward_pre_hook(self._begin, with_kwargs=True))
         for layer, block in enumerate(self.parts.blocks):
             if Site(layer) in self.counts:
-                block.forward = self._mapped(layer, self._seeing(*halves(block)), hasattr(block, "attention"))
-                self.undo.callback(block.__dict__.pop, "forward", None)
+                inner = self._seeing(*halves(block))
+                self._replace(block, self._mapped(layer, inner, hasattr(block, "attention")))
                 self._fuse(self.parts.attentions[layer])
 
     def _fuse(self, attention: nn.Module) -> None:
