@@ -260,16 +260,14 @@ def page_rank(attention: Tensor, start: Tensor, steps: int, present: Tensor | No
         present: [..., N], 0 for tokens that are gone: rows are renormalised over the others, as if the map had
             been computed without them.
     """
-    worth = start.unsqueeze(-2)
-    if present is None:
-        for _ in range(steps):
-            worth = worth @ attention
-        return worth.squeeze(-2)
-    present = present.unsqueeze(-2)
-    visible = (attention * present).sum(-1).unsqueeze(-2).clamp_min(1e-12)
+    # One product per vote: scaling the votes of a row does what renormalising the row would.
+    graph, worth, given = attention.flatten(0, -3), start.reshape(-1, 1, start.shape[-1]), None
+    if present is not None:
+        there = present.expand(start.shape).reshape(worth.shape)
+        given = there / (graph @ there.mT).mT.clamp_min(1e-12)
     for _ in range(steps):
-        worth = (worth * present / visible) @ attention * present
-    return worth.squeeze(-2)
+        worth = torch.bmm(worth if given is None else worth * given, graph)
+    return (worth if given is None else worth * there).view(start.shape)
 
 
 def map_rows(attention: Tensor, rows: Tensor | slice | None = None) -> Tensor:

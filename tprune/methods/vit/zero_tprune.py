@@ -13,7 +13,7 @@ import torch
 
 from tprune.core import score, select
 from tprune.core.budget import Site, Stage, scale_layer
-from tprune.core.reduction import Reduction
+from tprune.core.reduction import Reduction, gather_tokens
 from tprune.methods.base import Paper, param
 from tprune.methods.tokens import TokenMethod
 
@@ -64,15 +64,14 @@ class ZeroTPrune(TokenMethod):
         if count >= alive:
             return Reduction.identity(batch, length, view.hidden.device)
         attention = view.attention.rows()  # [B, H, N, N]
-        everyone = torch.ones(batch, length, device=attention.device)
         duplicates = self.duplicates(site.layer / view.depth, alive, count)
-        present = everyone
+        present = torch.ones(batch, length, device=attention.device)
         if duplicates:
-            ranking = self.importance(attention, everyone, prefix, 1).argsort(
+            ranking = self.importance(attention, present, prefix, 1, whole=True).argsort(
                 dim=1, descending=True, stable=True
             )
             similar = self.most_similar(view.attention.key, ranking + prefix, duplicates)
-            present = everyone.scatter(1, similar, 0.0)
+            present = present.scatter(1, similar, 0.0)
         if duplicates == alive - count:
             worth = present[:, prefix:]
         else:
@@ -91,14 +90,18 @@ class ZeroTPrune(TokenMethod):
         """30, 5 or 1 votes, by depth."""
         return self.iterations[0 if depth <= 0.25 else 2 if depth >= 0.75 else 1]
 
-    def importance(self, attention, present, prefix, votes):
-        """Weighted page rank per head, heads filtered by variance, root mean square over those left: [B, n]."""
+    def importance(self, attention, present, prefix, votes, whole=False):
+        """Weighted page rank per head, heads filtered by variance, root mean square over those left: [B, n].
+
+        With `whole` all tokens are present.
+        """
         batch, heads, length, _ = attention.shape
         start = present.clone()
         if self.cls_boost and prefix:
             start[:, 0] *= length**0.5
         start = (start / start.sum(1, keepdim=True)).unsqueeze(1).expand(-1, heads, -1)
-        worth = score.page_rank(attention, start, votes, present.unsqueeze(1))[..., prefix:]  # [B, H, n]
+        graph = None if whole else present.unsqueeze(1)
+        worth = score.page_rank(attention, start, votes, graph)[..., prefix:]  # [B, H, n]
         patches = present[:, None, prefix:]
         total = patches.sum(-1, keepdim=True)
         scaled = worth / (worth.sum(-1, keepdim=True) / total).clamp_min(1e-12)
@@ -113,8 +116,5 @@ class ZeroTPrune(TokenMethod):
         feature = score.cosine_normalise(key.transpose(1, 2).flatten(2))  # [B, N, H·d]
         half = ranking.shape[1] - ranking.shape[1] // 2
         important, others = ranking[:, :half], ranking[:, half:]
-        width = feature.shape[-1]
-        near = feature.gather(1, others.unsqueeze(-1).expand(-1, -1, width)) @ feature.gather(
-            1, important.unsqueeze(-1).expand(-1, -1, width)
-        ).transpose(1, 2)
+        near = gather_tokens(feature, others) @ gather_tokens(feature, important).mT
         return others.gather(1, select.top(near.amax(2), count))
