@@ -177,6 +177,11 @@ def test_a_mistake_is_one_line_and_exit_code_2_in_a_real_shell(tmp_path):
     ("words", "clue"),
     [
         (["vit", "--method", "tome", "--keep", "half"], "'half' is not a valid float; see tprune vit --help"),
+        (
+            ["vit", "--method", "tome", "--keep"],
+            "option '--keep' requires an argument; see tprune vit --help",
+        ),
+        (["zoo", "train", "--out"], "option '--out' requires an argument; see tprune zoo train --help"),
         (["prune"], "no such command 'prune'; see tprune --help"),
         (["tune"], "Choose from: vit, vlm, llm-context, llm-weights; see tprune tune --help"),
     ],
@@ -184,10 +189,21 @@ def test_a_mistake_is_one_line_and_exit_code_2_in_a_real_shell(tmp_path):
 def test_what_click_finds_wrong_is_one_line(words, clue):
     with pytest.raises(click.ClickException) as mistake:
         command(words, prog_name="tprune", standalone_mode=False)
-    line = said(mistake.value)
+    line = said(mistake.value, words)
     assert line.startswith("error: ")
     assert line.endswith(clue)
     assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [("vit", "length"), ("vlm", "length"), ("llm-context", "calibration")]
+)
+def test_a_family_takes_no_option_that_says_nothing_to_it(family, name):
+    def names(family):
+        return {option.name for option in command.get_command(click.Context(command), family).params}
+
+    assert name not in names(family)
+    assert name in names("llm-weights")
 
 
 BAD = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Sequence
 
 import click
 
@@ -63,14 +64,27 @@ THREADING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
 """On small busy machines OpenMP threads that spin against each other lose more than half their speed."""
 
 
-def said(error: click.ClickException) -> str:
-    """What Click found wrong, in one line as every other mistake, where Click itself takes four."""
+def called(words: Sequence[str]) -> str:
+    """The command that a command line's `words` call, as its user writes it."""
+    found: click.Command | None = command
+    path = "tprune"
+    for word in words:
+        found = found.get_command(click.Context(found), word) if isinstance(found, click.Group) else None
+        if found is None:
+            break
+        path = f"{path} {word}"
+    return path
+
+
+def said(error: click.ClickException, words: Sequence[str]) -> str:
+    """What Click found wrong with `words`, in one line as every other mistake, where Click itself takes four."""
     context, message = getattr(error, "ctx", None), error.format_message()
     if context is not None and message == context.get_help():
         return message
     message = " ".join(message.split())
-    command = "tprune" if context is None else context.command_path
-    return f"error: {message[0].lower()}{message[1:].rstrip('.')}; see {command} --help"
+    # Of an option that lacks its value Click does not say whose it is.
+    path = called(words) if context is None else context.command_path
+    return f"error: {message[0].lower()}{message[1:].rstrip('.')}; see {path} --help"
 
 
 def main() -> None:
@@ -96,7 +110,7 @@ def main() -> None:
         click.echo("interrupted", err=True)
         sys.exit(1)
     except click.ClickException as error:
-        click.echo(said(error), err=True)
+        click.echo(said(error, sys.argv[1:]), err=True)
         sys.exit(error.exit_code)
 
 

@@ -50,6 +50,10 @@ OUTPUT_OPTIONS = (
 """The options of `launch`."""
 
 
+UNREAD = {"vit": ("length",), "vlm": ("length", "calibration"), "llm-context": ("calibration",)}
+"""What of `model_options` says nothing to the command of a family, which does not take it."""
+
+
 def model_options(command: Callable) -> Callable:
     """Where the model runs and what feeds it."""
     for option in reversed(
@@ -166,7 +170,9 @@ def family_command(family: str, help: str) -> click.Command:
             "--fit", metavar="DATA", help="Train a method that learns: 'built-in', a folder, or text."
         ),
     )
-    return functools.reduce(lambda made, option: option(made), reversed(extra), command)
+    found = functools.reduce(lambda made, option: option(made), reversed(extra), command)
+    found.params = [option for option in found.params if option.name not in UNREAD.get(family, ())]
+    return found
 
 
 def default_model(family: str, *methods: str) -> str:
