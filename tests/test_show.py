@@ -192,7 +192,7 @@ def show(folder, to, *words):
 def test_the_sparsity_drawn_is_that_of_the_weights_however_they_are_stored(stored, folder, text, tmp_path):
     out = prune_weights(folder, text, tmp_path / "out", "--method", "wanda", "--sparsity", 0.5, *stored)
     report = json.loads((out / "report.json").read_text())
-    shown = show(out, tmp_path / "to")
+    shown = show(out, tmp_path / "to", "--pictures")
     assert [picture["path"].rpartition("/")[2] for picture in shown] == ["sparsity.png", "sparsity.svg"]
     for row, recorded in zip(shown[0]["blocks"], report["per_layer"], strict=True):
         assert row["sparsity"] == pytest.approx(recorded["sparsity"], abs=1e-3)
@@ -203,7 +203,7 @@ def test_the_sparsity_drawn_is_that_of_the_weights_however_they_are_stored(store
 
 def test_widths_and_removed_blocks_are_drawn_from_the_report(folder, text, tmp_path):
     out = prune_weights(folder, text, tmp_path / "flap", "--method", "flap", "--sparsity", 0.4)
-    shown = show(out, tmp_path / "to")
+    shown = show(out, tmp_path / "to", "--pictures")
     assert {picture["path"].rpartition("/")[2] for picture in shown} >= {"widths.png", "widths.svg"}
     for row, recorded in zip(
         shown[0]["blocks"], json.loads((out / "report.json").read_text())["per_layer"], strict=True
@@ -211,10 +211,23 @@ def test_widths_and_removed_blocks_are_drawn_from_the_report(folder, text, tmp_p
         assert "{} of {}".format(*row["channels"]) == recorded["channels"]
         assert row["modules"]["channels"] == pytest.approx(1 - row["channels"][0] / row["channels"][1])
     out = prune_weights(folder, text, tmp_path / "short", "--method", "shortgpt", "--sparsity", 0.5)
-    gone = [row["block"] for row in show(out, tmp_path / "other")[0]["blocks"] if row["removed"]]
+    gone = [
+        row["block"] for row in show(out, tmp_path / "other", "--pictures")[0]["blocks"] if row["removed"]
+    ]
     recorded = json.loads((out / "report.json").read_text())["per_layer"]
     assert gone == [row["block"] for row in recorded if row["sparsity"] == 1]
     assert gone
+
+
+def test_nothing_is_drawn_of_weights_unasked(folder, text, tmp_path, monkeypatch):
+    out = prune_weights(folder, text, tmp_path / "out", "--method", "magnitude", "--sparsity", 0.5)
+    monkeypatch.chdir(tmp_path)
+    assert "pictures" not in json.loads(call("show", out, "--json").stdout)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(UserError, match="say of what: --pictures"):
+        call("show", out, "--to", tmp_path / "to")
+    call("show", out, "--pictures")
+    assert (tmp_path / "out-pictures" / "sparsity.png").exists()
 
 
 def test_weights_have_no_sample(folder, text, tmp_path):

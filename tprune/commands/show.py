@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 @click.option("--sample", type=click.IntRange(0), metavar="N", help="Draw sample N of the data, from 0 on.")
 @click.option("--image", metavar="FILE", help="Draw this image instead.")
 @click.option("--prompt", metavar="TEXT", help="Draw this text, or ask this about the image.")
+@click.option("--pictures", is_flag=True, help="Draw sparsity and widths of pruned weights.")
 @click.option("--to", metavar="DIR", help="Where pictures are written [./FOLDER-pictures].")
 @click.option("--force", is_flag=True, help="Replace other pictures of the same names.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -29,20 +30,24 @@ def command(
     sample: int | None,
     image: str | None,
     prompt: str | None,
+    pictures: bool,
     to: str | None,
     force: bool,
     as_json: bool,
 ) -> None:
     """Say what the output FOLDER holds: method, budget, figures, files, how to load it.
 
-    With --sample, --image or --prompt, draw what its token or cache method keeps of that. Sparsity and widths of pruned
-    weights are drawn without being asked for.
+    With --sample, --image or --prompt, draw what its token or cache method keeps of that; with --pictures, the sparsity
+    and widths of pruned weights.
     """
     report, recipe = artifact.read_report(folder), read(Path(folder) / artifact.RECIPE)
     asked = sample is not None or image is not None or prompt is not None
     weights = any(stage.family == "llm-weights" for stage in recipe.stages)
-    if (to is not None or force) and not asked and not weights:
-        raise UserError("--to and --force are about pictures; say of what: --sample N or --image FILE")
+    if pictures and not weights:
+        raise UserError(f"--pictures: {folder} holds no pruned weights; draw --sample N or --image FILE")
+    if (to is not None or force) and not asked and not pictures:
+        what = "--pictures" if weights else "--sample N or --image FILE"
+        raise UserError(f"--to and --force are about pictures; say of what: {what}")
     place = picture_folder(folder, to)
     shown: dict[str, Any] = {"out": str(folder)}
     if not asked:
@@ -52,7 +57,7 @@ def command(
     drawn: list[Picture] = []
     if asked:
         drawn = draw_sample(folder, report, sample, image, prompt)
-    elif weights:
+    elif pictures:
         from tprune.pipelines.weights_pictures import of_folder
 
         drawn = of_folder(Path(folder), report, recipe)
@@ -116,7 +121,7 @@ def draw_sample(
         raise UserError(f"--sample {sample} and {given or '--prompt'} exclude each other; give one of them")
     if report["family"] == "llm-weights":
         raise UserError(
-            f"{folder} holds pruned weights, which no sample decides; tprune show {folder} draws them"
+            f"{folder} holds pruned weights, which no sample decides; tprune show {folder} --pictures draws them"
         )
     opened = open_artifact(folder, Progress())
     return opened.driver.pictures(opened.subject, opened.handles[-1], Sample(sample or 0, image, prompt))
