@@ -20,6 +20,7 @@ from tprune.models.calibrate import Stream
 from tprune.models.feed import Pictures
 from tprune.models.find import find_blocks
 from tprune.models.halves import masked
+from tprune.models.vision_blocks import check_structure
 from tprune.pipelines.run import execute
 from tprune.pipelines.structure import at_summaries
 from tprune.recipe import ModelSource, Recipe, Stage, read
@@ -153,6 +154,22 @@ def test_angles_of_blocks_are_between_class_tokens():
     assert handle.achieved().value == 0.25
     stream = Stream(find_blocks(model), Pictures(given, 17, None), batch_size=2)
     assert torch.equal(at_summaries(stream), stream.hidden[:, 0])
+
+
+def test_a_sapiens_of_equal_blocks_keeps_all_of_them_since_timm_builds_no_fewer():
+    with torch.device("meta"):
+        model = timm.create_model("vit_base_patch16_sapiens2")
+        with pytest.raises(AssertionError, match="one entry per block"):
+            timm.create_model("vit_base_patch16_sapiens2", depth=11)
+    with pytest.raises(UserError, match="num_kv_heads"):
+        check_structure(model)
+
+
+def test_looking_for_the_blocks_of_a_model_leaves_nothing_on_it():
+    model = classifier()
+    before = set(vars(model))
+    find_blocks(model)
+    assert set(vars(model)) == before
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -25,6 +26,10 @@ def is_vision(model: nn.Module) -> bool:
         return hasattr(model, "patch_embed")
     images = getattr(model, "main_input_name", None) == "pixel_values"
     return images and config.get_text_config(decoder=True) is config and not hasattr(config, "text_config")
+
+
+_CONFIGS: WeakKeyDictionary[nn.Module, SimpleNamespace] = WeakKeyDictionary()
+"""Of timm's models; a copy of one whose shapes have changed has none."""
 
 
 def find_vision(model: nn.Module) -> Decoder:
@@ -53,7 +58,7 @@ def check_structure(model: nn.Module) -> None:
     names = [name for name, _ in model.named_parameters() if name.endswith(PER_BLOCK)]
     if getattr(model, "rope_mixed", False):
         names.append("rope.freqs")
-    if type(model).__name__ == "Eva" and len({_kv_heads(block) for block in model.blocks}) > 1:
+    if type(model).__name__ == "Eva" and _kv_heads_by_block(model):
         names.append("num_kv_heads")
     if names:
         raise UserError(
@@ -62,16 +67,22 @@ def check_structure(model: nn.Module) -> None:
         )
 
 
+def _kv_heads_by_block(model: nn.Module) -> bool:
+    """Whether blocks of timm differ in them, or its Sapiens2 lists them for as many blocks as it is built with."""
+    listed = "sapiens2" in getattr(model, "pretrained_cfg", {}).get("architecture", "")
+    return listed or len({_kv_heads(block) for block in model.blocks}) > 1
+
+
 def _kv_heads(block: nn.Module) -> int | None:
     """How many key-value heads a block of timm has, where it says so."""
     return getattr(block.attn, "num_kv_heads", None)
 
 
 def _timm_config(parts: Anatomy) -> SimpleNamespace:
-    """What transformers' configurations say, of a timm model; it stays with the model, and changes with its shapes."""
+    """What transformers' configurations say, of a timm model; it changes with the model's shapes."""
     model = parts.model
-    if not hasattr(model, "tprune_config"):
-        model.tprune_config = SimpleNamespace(
+    if model not in _CONFIGS:
+        _CONFIGS[model] = SimpleNamespace(
             model_type=type(model).__name__,
             num_hidden_layers=parts.shape.depth,
             num_attention_heads=parts.shape.heads,
@@ -79,12 +90,12 @@ def _timm_config(parts: Anatomy) -> SimpleNamespace:
             hidden_size=parts.shape.width,
             built_depth=parts.shape.depth,
         )
-    return model.tprune_config
+    return _CONFIGS[model]
 
 
 def written(model: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a timm model's config.json has to say of its shapes: timm's own arguments, and entries of ours."""
-    config = getattr(model, "tprune_config", None)
+    config = _CONFIGS.get(model)
     if config is None:
         return {}, {}
     said = {"mlp_ratio": config.mlp_ratio} if hasattr(config, "mlp_ratio") else {}
