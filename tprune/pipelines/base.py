@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tprune.errors import UserError
 from tprune.methods.base import Method
+from tprune.models import load as loaders
 from tprune.models.source import Source, resolve
 from tprune.models.subject import Subject, twin
 from tprune.progress import Progress
@@ -137,9 +138,12 @@ class Pipeline(ABC):
     def check(self) -> None:  # noqa: B027  (most families have nothing to add)
         """Refuse, before anything is loaded, a budget that the method cannot take."""
 
-    @abstractmethod
     def load(self) -> Subject:
-        """The dense model."""
+        """The dense model, as the recipe names it."""
+        asked = self.recipe
+        return loaders.load(
+            self.source(), self.family, device=asked.device, dtype=asked.dtype, seed=asked.seed
+        )
 
     @abstractmethod
     def prepare(self, subject: Subject) -> None:

@@ -16,7 +16,6 @@ from tprune.methods.fit import Fit
 from tprune.methods.tokens import Shape, TokenMethod
 from tprune.models import text_encoder
 from tprune.models.anatomy import Anatomy
-from tprune.models.load import load
 from tprune.models.subject import Subject
 from tprune.models.text_driver import TextDriver, TextFitDriver, anatomy
 from tprune.pipelines.base import Achieved, Handle, Pipeline, Quality, Sample, Workload
@@ -61,11 +60,6 @@ class EncoderPipeline(Pipeline):
             raise UserError(
                 f"--positions {self.stage.positions}: a text encoder's tokens keep their positions; leave it out"
             )
-
-    def load(self) -> Subject:
-        """A text encoder of transformers, with its classifier where it has one."""
-        asked = self.recipe
-        return load(self.source(), self.family, device=asked.device, dtype=asked.dtype, seed=asked.seed)
 
     def prepare(self, subject: Subject) -> None:
         """Read the passages; refuse a model that is no text encoder before anything is measured."""

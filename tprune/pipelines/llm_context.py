@@ -21,7 +21,6 @@ from tprune.evaluate.perplexity import perplexity
 from tprune.evaluate.stopwatch import Stopwatch
 from tprune.methods.cache import CacheMethod
 from tprune.methods.tokens import Shape
-from tprune.models import load as loaders
 from tprune.models.cache import prunable_layers
 from tprune.models.cache_fit import cache_shape
 from tprune.models.choosing import Choosing
@@ -56,13 +55,6 @@ class ContextPipeline(Pipeline):
     def check(self) -> None:
         """A fit is asked for where there is one to make."""
         self.method.check_fit(self.stage.fit)
-
-    def load(self) -> Subject:
-        """A causal language model of transformers."""
-        recipe = self.recipe
-        return loaders.load(
-            self.source(), self.family, device=recipe.device, dtype=recipe.dtype, seed=recipe.seed
-        )
 
     def prepare(self, subject: Subject) -> None:
         """Read windows of evaluation text, or hide pass keys in it; text encoders are refused."""

@@ -18,7 +18,6 @@ from tprune.evaluate.cost import cost
 from tprune.evaluate.stopwatch import Stopwatch
 from tprune.methods.tokens import Shape, TokenMethod
 from tprune.models import image_encoder
-from tprune.models import load as loaders
 from tprune.models import vit as adapter
 from tprune.models.anatomy import Anatomy
 from tprune.models.kinds import admit, dissect, token_driver
@@ -108,13 +107,6 @@ class VitPipeline(Pipeline):
                 f"one method at a time prunes tokens of a vision transformer; keep one of {', '.join(names)}"
             )
         self.method.check_fit(self.stage.fit)
-
-    def load(self) -> Subject:
-        """A timm model, or a vision model of transformers."""
-        recipe = self.recipe
-        return loaders.load(
-            self.source(), self.family, device=recipe.device, dtype=recipe.dtype, seed=recipe.seed
-        )
 
     def prepare(self, subject: Subject) -> None:
         """Read the images; refuse a method or a budget that does not fit before anything is measured."""

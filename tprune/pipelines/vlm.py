@@ -13,7 +13,6 @@ from tprune.core.budget import PROJECTOR, Stage
 from tprune.data import questions
 from tprune.methods.tokens import Shape, TokenMethod
 from tprune.models import beside
-from tprune.models import load as loaders
 from tprune.models import vlm as adapter
 from tprune.models.clip import load_clip
 from tprune.models.decoder import DecoderDriver
@@ -42,13 +41,6 @@ class VlmPipeline(Pipeline):
     def check(self) -> None:
         """A fit is asked for where there is one to make."""
         self.method.check_fit(self.stage.fit)
-
-    def load(self) -> Subject:
-        """A vision-language model of transformers."""
-        recipe = self.recipe
-        return loaders.load(
-            self.source(), self.family, device=recipe.device, dtype=recipe.dtype, seed=recipe.seed
-        )
 
     def prepare(self, subject: Subject) -> None:
         """Read the questions; refuse a method that does not fit the model."""
