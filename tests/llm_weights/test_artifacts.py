@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -20,6 +21,8 @@ from tprune.cli import command
 from tprune.errors import UserError
 from tprune.methods import registry
 from tprune.pipelines import journal
+from tprune.pipelines import run as runs
+from tprune.pipelines.llm_weights import LlmWeights
 from tprune.pipelines.run import execute
 from tprune.progress import Progress
 from tprune.recipe import ModelSource, Recipe, Stage, read
@@ -56,6 +59,23 @@ def weights(folder):
 
 def stock(folder):
     return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def test_the_pruned_model_is_gone_when_what_was_written_of_it_is_read(folder, text, tmp_path, monkeypatch):
+    load, verify, alive = LlmWeights.load, runs.verify, []
+
+    def noted(driver):
+        subject = load(driver)
+        alive.append(weakref.ref(subject.model))
+        return subject
+
+    def checked(*given):
+        assert [one() for one in alive] == [None]
+        verify(*given)
+
+    monkeypatch.setattr(LlmWeights, "load", noted)
+    monkeypatch.setattr(runs, "verify", checked)
+    execute(recipe(folder, text, "wanda"), QUIET, out=str(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 from contextlib import nullcontext
@@ -17,6 +18,7 @@ from tprune.evaluate.cost import cost, flops
 from tprune.evaluate.protocol import protocol
 from tprune.methods import registry
 from tprune.models import save
+from tprune.models.memory import give_back
 from tprune.models.subject import Subject
 from tprune.pipelines.base import Handle, Pipeline, Quality
 from tprune.progress import Progress
@@ -100,32 +102,52 @@ def execute(
         driver.check()
     place = artifact.staging(out, recipe.key(), force) if out is not None else nullcontext((None, None))
     with place as (folder, parts):
-        last = drivers[-1]
-        with progress.step("loading the model"):
-            subject = last.load()
-        for driver in drivers:
-            driver.prepare(subject)
-            driver.plan(subject)
-        record = protocol(recipe, subject, last.describe_data())
-        dense, reference = measure(last, subject, None, evaluate, progress, "dense")
-        handles = []
-        for driver in drivers:
-            handle = driver.apply(subject, parts)
-            if driver.stage.recover is not None:
-                before, _ = measure(last, subject, reference, evaluate, progress, "unrecovered", costs=False)
-                handle.recovered = driver.recover(subject, handle, parts) | {"before": before}
-            handles.append(handle)
-        pruned, _ = measure(last, subject, reference, evaluate, progress, "pruned")
-        dense = handles[-1].whole | dense | last.cost_unpruned(subject, handles[-1])
-        report = describe(recipe, drivers, handles, dense, pruned, subject) | {"protocol": record}
-        if export is not None:
-            report["export"] = exports.export(last, subject)
+        report, handles, subject = _prune(recipe, drivers, progress, parts, evaluate, export)
         if folder is not None:
             report["out"] = str(out)
             with progress.step("writing"):
                 write(folder, recipe, drivers, handles, subject, report, by_reference)
-                verify(folder, last, subject)
+                # The model goes before what was written of it is read: one of them is in memory at a time.
+                del handles, subject, driver
+                drivers.clear()
+                gc.collect()
+                give_back()
+                verify(folder, recipe, progress)
     return artifact.finite(report)
+
+
+def _prune(
+    recipe: Recipe,
+    drivers: list[Pipeline],
+    progress: Progress,
+    parts: Path | None,
+    evaluate: bool,
+    export: str | None,
+) -> tuple[dict[str, Any], list[Handle], Subject]:
+    """Load, prune and measure: the report, what was done, and the model."""
+    last = drivers[-1]
+    with progress.step("loading the model"):
+        subject = last.load()
+    for driver in drivers:
+        driver.prepare(subject)
+        driver.plan(subject)
+    record = protocol(recipe, subject, last.describe_data())
+    dense, reference = measure(last, subject, None, evaluate, progress, "dense")
+    handles = []
+    for driver in drivers:
+        handle = driver.apply(subject, parts)
+        if driver.stage.recover is not None:
+            before, _ = measure(last, subject, reference, evaluate, progress, "unrecovered", costs=False)
+            handle.recovered = driver.recover(subject, handle, parts) | {"before": before}
+        handles.append(handle)
+    pruned, _ = measure(last, subject, reference, evaluate, progress, "pruned")
+    dense = handles[-1].whole | dense | last.cost_unpruned(subject, handles[-1])
+    report = describe(recipe, drivers, handles, dense, pruned, subject) | {"protocol": record}
+    if export is not None:
+        from tprune.pipelines import export as exports
+
+        report["export"] = exports.export(last, subject)
+    return report, handles, subject
 
 
 def assist(recipe: Recipe) -> None:
@@ -258,12 +280,12 @@ def write(
     artifact.write_json(folder / artifact.REPORT, report)
 
 
-def verify(folder: Path, driver: Pipeline, subject: Subject) -> None:
+def verify(folder: Path, recipe: Recipe, progress: Progress) -> None:
     """Open the folder again, in this process, and compare its outputs on the stored probe."""
     from tprune.pipelines.load import open_artifact
 
     expected = artifact.read_tensors(folder / artifact.PROBE)["output"]
-    again = open_artifact(folder, driver.progress, device=driver.recipe.device)
+    again = open_artifact(folder, progress, device=recipe.device)
     found = again.driver.probe(again.subject)["output"]
     if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-4, atol=1e-5):
         raise RuntimeError(
