@@ -38,14 +38,29 @@ def test_a_search_stops_when_its_time_is_up_and_goes_on_where_it_was(folder, tex
     assert weights(out) == weights(tmp_path / "whole")
 
 
-def test_an_evolution_stops_and_goes_on_too(folder, text, tmp_path):
-    asked, out = recipe(folder, text, "tyr"), tmp_path / "out"
-    settings = asked.stage.set | {"rounds": 1, "generations": 1}
-    asked = replace(asked, stages=(replace(asked.stage, set=settings),))
+SEARCHING = {
+    "blockpruner": {},
+    "bonsai": {},
+    "darwinlm": {"generations": 1},
+    "multipruner": {"channels": 8},
+    "tyr": {"rounds": 1, "generations": 1},
+}
+"""Beside sleb, and what makes them quick."""
+
+
+def test_every_method_that_searches_decoders_is_in_these_tests():
+    facts = [registry.load(fact.id, "llm-weights") for fact in registry.facts("llm-weights")]
+    assert {kind.id for kind in facts if kind.measures and "plain" in kind.runs_on} == {"sleb", *SEARCHING}
+
+
+@pytest.mark.parametrize("method", SEARCHING)
+def test_every_search_stops_and_goes_on_to_the_same_bytes(method, folder, text, tmp_path):
+    asked, out = recipe(folder, text, method), tmp_path / "out"
+    asked = replace(asked, stages=(replace(asked.stage, set=asked.stage.set | SEARCHING[method]),))
     execute(asked, QUIET, out=str(tmp_path / "whole"), evaluate=False)
     with pytest.raises(UserError, match="--max-minutes 0: the search stopped behind step 1"):
         execute(asked, QUIET, out=str(out), evaluate=False, max_minutes=0.0)
-    execute(asked, QUIET, out=str(out), evaluate=False, max_minutes=0.0)
+    execute(asked, QUIET, out=str(out), evaluate=False)
     assert weights(out) == weights(tmp_path / "whole")
 
 
