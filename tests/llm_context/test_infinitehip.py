@@ -112,6 +112,58 @@ def test_later_entries_join_without_moving_all_and_rows_stay_apart():
     assert torch.allclose(attend_tiles(query, rows.seen_by(query), 0.5), expected, atol=1e-5)
 
 
+def test_a_stage_searches_when_it_is_time_to_and_what_came_since_is_read():
+    """Between searches through all, the earlier stages stay as they were; a whole search is as the first one."""
+    (key, value), (query, _) = states(300), states(40, heads=4, seed=3)
+    given = 3, SIZES, (64, 32, 16)
+    stored = Stored((Hosted.of(key[:, :, :240], value[:, :, :240], *given, (12, 6, 3)),))
+    for token in range(24):
+        before, asked = stored.parts[0].found, query[:, :, token : token + 1]
+        stored = stored.asked(asked)
+        found, count = stored.parts[0].found, 240 + token
+        same = (
+            []
+            if before is None
+            else [torch.equal(*pair) for pair in zip(before.chunks, found.chunks, strict=True)]
+        )
+        assert before is None or [before.key is found.key, all(same)] == [token % 3 != 0] * 2
+        if token % 12 == 0:
+            whole = Hosted.of(key[:, :, :count], value[:, :, :count], *given).asked(asked).found
+            assert torch.equal(whole.key, found.key)
+        elif token % 6 == 0:
+            assert same == [True, True, False, False]
+        elif token % 3 == 0:
+            assert same == [True, True, True, False]
+        recent = list(stored.seen_by(asked))[1:]
+        assert sum(tile.entries for tile in recent) == token % 12
+        part = slice(count, count + 1)
+        stored = stored.absorb(key[:, :, part], value[:, :, part])
+
+
+def test_a_token_that_is_padding_searches_nothing():
+    (key, value), (query, _) = states(200), states(2, heads=4, seed=3)
+    stored = Stored((Hosted.of(key, value, 3, SIZES, (64, 32, 16), (4, 2, 1)),))
+    whole, half = (stored.asked(query[:, :, :1], real) for real in (None, torch.tensor([True, False])))
+    first, second = half.parts[0].rows
+    assert torch.equal(first.parts[0].found.key, whole.parts[0].found.key[:1])
+    assert second.parts[0].found is None
+    again = half.asked(query[:, :, 1:]).parts[0].rows[1].parts[0].found
+    assert torch.equal(again.key, stored.asked(query[:, :, 1:]).parts[0].found.key[1:])
+
+
+@pytest.mark.parametrize("length", [150, 5000])
+def test_keys_scored_one_by_one_or_all_at_once_are_the_same_ones(length):
+    """A long context is searched key by key, a short one has fewer keys than a search looks at."""
+    (key, value), (query, _) = states(length), states(1, heads=4, seed=3)
+    hosted = Hosted.of(key, value, 3, SIZES, (64, 32, 16))
+    slots, _ = hierarchical_top(
+        lambda at: (query @ key.repeat_interleave(2, 1).mT)[:, :, 0].gather(2, at),
+        (2, 4), 3, length, SIZES, (64, 32, 16),
+    )  # fmt: skip
+    chosen = key.repeat_interleave(2, 1).gather(2, slots.unsqueeze(3).expand(-1, -1, -1, 8))
+    assert torch.equal(hosted.asked(query).found.key[:, :, 3:], chosen)
+
+
 def test_what_a_token_reads_is_the_budget_and_the_rest_lies_on_the_host():
     model, ids = decoder(), tokens(1, 128)
     with tprune.prune(model, "infinitehip", keep=0.5) as handle:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tprune.core.stored import TILE, Part
-from tprune.core.tiles import Seen, Tile, capped
+from tprune.core.tiles import Seen, Tile, capped, own_heads
 from tprune.core.waves import held_in, low_frequencies, made_of, waves
 
 ROUNDING = 1e-5
@@ -274,5 +274,4 @@ class Series:
         batch, heads, rows, length = weight.shape
         groups = self.part.heads
         found = self.part.value.summed(weight.reshape(batch, heads * rows, length))
-        own = found.view(batch, groups, -1, groups, found.shape[2] // groups).diagonal(dim1=1, dim2=3)
-        return own.permute(0, 3, 1, 2).reshape(batch, heads, rows, -1)
+        return own_heads(found.unflatten(2, (groups, -1)).transpose(1, 2), heads)

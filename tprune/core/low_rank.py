@@ -1,4 +1,8 @@
-"""Keys and values held as what low-rank maps make of a layer's inputs, and made again when they are attended to."""
+"""Keys and values held as what low-rank maps make of a layer's inputs.
+
+Keys are made again when they are attended to, since they are rotated; values never are: what attention weighs them by
+sums their codes, and only the sum is mapped.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from tprune.core.stored import TILE, Part
-from tprune.core.tiles import Tile
+from tprune.core.stored import Part
+from tprune.core.tiles import Seen, Tile, own_heads
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,18 +77,24 @@ def gap(one: LowRankMap, other: LowRankMap, rank: int) -> Tensor:
     return torch.linalg.svdvals(up @ down.t())[rank:].norm()
 
 
-Finish = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""What a layer makes of projected keys [B, t, C] and values [B, t, E] at positions int64 [B, t] before it attends to
-them: [B, G, t, d] and [B, G, t, e]."""
+AT_ONCE = 512
+"""Entries whose keys are made together: so many stay in a core's cache while they are rotated."""
 
 
 @dataclass(frozen=True, eq=False)
 class KeyValueMaps:
-    """How one layer's entries are held: a value that caches share, whatever becomes of them."""
+    """How one layer's entries are held: a value that caches share, whatever becomes of them.
+
+    Attributes:
+        key, value: to codes and back.
+        finish_keys: projected keys [B, t, C] at positions int64 [B, t] as they are attended to, [B, G, t, d].
+        finish_values: projected values [B, t, E] as they are attended to, [B, G, t, e]; at most a bias is added.
+    """
 
     key: LowRankMap
     value: LowRankMap
-    finish: Finish
+    finish_keys: Callable[[Tensor, Tensor], Tensor]
+    finish_values: Callable[[Tensor], Tensor]
 
     def __deepcopy__(self, memo: dict) -> KeyValueMaps:
         return self
@@ -122,12 +132,21 @@ class LowRank(Part):
 
     def tiles(self) -> Iterator[Tile]:
         """Dense, a tile at a time."""
-        for first in range(0, self.length, TILE):
-            key, value = (x[:, 0, first : first + TILE] for x in (self.key, self.value))
+        for keys, values in self._split():
+            yield Tile(keys, self.maps.finish_values(self.maps.value.decode(values)))
+
+    def seen_by(self, query: Tensor) -> Iterator[Seen]:
+        """The same, the values as codes."""
+        for keys, values in self._split():
+            yield Coded(keys, values, self.maps)
+
+    def _split(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keys [B, G, t, d] and values' codes [B, t, R], some at a time."""
+        for first in range(0, self.length, AT_ONCE):
+            key, value = (x[:, 0, first : first + AT_ONCE] for x in (self.key, self.value))
             place = torch.arange(first, first + key.shape[1], device=key.device)
-            maps = self.maps
-            made = maps.key.decode(key), maps.value.decode(value), self.begin.unsqueeze(1) + place
-            yield Tile(*maps.finish(*made))
+            keys = self.maps.finish_keys(self.maps.key.decode(key), self.begin.unsqueeze(1) + place)
+            yield keys, value
 
     def each_row(self, change: Callable[[Tensor], Tensor]) -> LowRank:
         """Of all tensors with a row per sample."""
@@ -147,3 +166,36 @@ class LowRank(Part):
         pairs = ((self.key, later.key), (self.value, later.value))
         key, value = (torch.cat(pair, dim=2) for pair in pairs)
         return replace(self, key=key, value=value)
+
+
+@dataclass(frozen=True, eq=False)
+class Coded:
+    """Some entries whose values are read as codes.
+
+    Attributes:
+        key: [B, G, t, d].
+        value: codes [B, t, R].
+        maps: what makes values of these.
+    """
+
+    key: Tensor
+    value: Tensor
+    maps: KeyValueMaps
+
+    @property
+    def entries(self) -> int:
+        """t."""
+        return self.key.shape[2]
+
+    def logits(self, asked: Tensor, softcap: float | None) -> Tensor:
+        """As `Seen`."""
+        return Tile(self.key, self.key).logits(asked, softcap)
+
+    def read(self, weight: Tensor) -> Tensor:
+        """As `Seen`: codes are summed, as means, so that a bias is added once; then the sum is mapped."""
+        batch, heads, rows, length = weight.shape
+        total = weight.sum(3, keepdim=True)
+        codes = weight.view(batch, heads * rows, length) @ self.value.float()
+        mean = codes / total.view(batch, -1, 1).clamp_min(torch.finfo(codes.dtype).tiny)
+        made = self.maps.finish_values(linear(mean, self.maps.value.up.float()))  # [B, G, H·q, e]
+        return own_heads(made, heads) * total

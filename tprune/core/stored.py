@@ -29,6 +29,8 @@ class Part(ABC):
     """Whether later entries can be held in the same form (`like` and `join`)."""
     splits: ClassVar[bool] = True
     """Whether a further part begins where one that grows holds as many entries as a tile."""
+    asks: ClassVar[bool] = False
+    """Whether it remembers what queries chose (`asked`)."""
 
     @property
     @abstractmethod
@@ -42,6 +44,10 @@ class Part(ABC):
     def seen_by(self, query: Tensor) -> Iterator[Seen]:
         """What queries [B, H, q, d] attend to; tiles may then hold other entries for every query head (G = H)."""
         return self.tiles()
+
+    def asked(self, query: Tensor) -> Part:
+        """The part once a later token's queries [B, H, 1, d] have chosen what they see."""
+        return self
 
     @property
     def nbytes_read(self) -> int:
@@ -96,6 +102,28 @@ class Stored:
         for part in self.parts:
             yield from part.seen_by(query)
 
+    @property
+    def asks(self) -> bool:
+        """Whether any part remembers what queries chose."""
+        return any(part.asks for part in self.parts)
+
+    def asked(self, query: Tensor, real: Tensor | None = None) -> Stored:
+        """As `Part.asked`, of all parts; rows where `real` [B] is False ask nothing."""
+        last = self.parts[-1]
+        if real is None and not isinstance(last, Rows):
+            return replace(self, parts=tuple(part.asked(query) for part in self.parts))
+        rows = self._rows(len(query))
+        taken = [True] * len(rows) if real is None else real.tolist()
+        found = zip(rows, query.split(1), taken, strict=True)
+        return Stored((Rows(tuple(row.asked(one) if there else row for row, one, there in found)),))
+
+    def _rows(self, count: int) -> Sequence[Stored]:
+        """Each of so many rows by itself."""
+        last = self.parts[-1]
+        if isinstance(last, Rows):
+            return last.rows
+        return [self.each_row(_only(row)) for row in range(count)]
+
     def each_row(self, change: Callable[[Tensor], Tensor]) -> Stored:
         """As `Part.each_row`, of all parts."""
         return replace(self, parts=tuple(part.each_row(change) for part in self.parts))
@@ -120,11 +148,7 @@ class Stored:
         """With later entries [B, G, t, d], or their codes; of rows where `real` [B] is False nothing is taken in."""
         last = self.parts[-1]
         if isinstance(last, Rows) or real is not None:
-            rows = (
-                last.rows
-                if isinstance(last, Rows)
-                else [self.each_row(_only(row)) for row in range(len(key))]
-            )
+            rows = self._rows(len(key))
             taken = [True] * len(rows) if real is None else real.tolist()
             states = zip(rows, key.split(1), value.split(1), taken, strict=True)
             return Stored((Rows(tuple(row.absorb(k, v) if there else row for row, k, v, there in states)),))
@@ -160,6 +184,11 @@ class Rows(Part):
     """Rows that hold different numbers of entries, each by itself."""
 
     rows: tuple[Stored, ...]
+
+    @property
+    def asks(self) -> bool:
+        """Whether any row does."""
+        return any(row.asks for row in self.rows)
 
     @property
     def nbytes(self) -> int:

@@ -65,6 +65,13 @@ def capped(logits: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
 
+def own_heads(x: Tensor, heads: int) -> Tensor:
+    """Of what was made of all groups' channels for every query, [B, G, H·q, e], its own group's: [B, H, q, e]."""
+    batch, groups, rows, width = x.shape
+    own = x.view(batch, groups, groups, rows // groups, width).diagonal(dim1=1, dim2=2)  # [B, r·q, e, G]
+    return own.permute(0, 3, 1, 2).reshape(batch, heads, -1, width)
+
+
 @dataclass(frozen=True, eq=False)
 class Beside:
     """What every row sees, as one; shorter rows see nothing at their end.

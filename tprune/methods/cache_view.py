@@ -17,18 +17,19 @@ class Projections:
     """How a layer makes keys and values of its inputs.
 
     Attributes:
-        weights: () -> the projections' weights [C, D] and [E, D] in the model's own type; biases come in `finish`.
-        finish: projected keys [B, t, C] and values [B, t, E] at positions int64 [B, t] as they are attended to: keys
-            rotated, [B, G, t, d], and values [B, G, t, e].
+        weights: () -> the projections' weights [C, D] and [E, D] in the model's own type; biases come later.
+        finish_keys: projected keys [B, t, C] at positions int64 [B, t] as they are attended to: rotated, [B, G, t, d].
+        finish_values: projected values [B, t, E] as they are attended to, [B, G, t, e].
         shared: what was computed from the weights, for all prompts.
     """
 
     weights: Callable[[], tuple[Tensor, Tensor]]
-    finish: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    finish_keys: Callable[[Tensor, Tensor], Tensor]
+    finish_values: Callable[[Tensor], Tensor]
     shared: dict[str, Any] = field(default_factory=dict)
 
     def project(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of inputs [..., D], before `finish`."""
+        """Keys and values of inputs [..., D], before they are finished."""
         key, value = (inputs @ weight.mT for weight in self.weights())
         return key, value
 

@@ -37,6 +37,9 @@ def attend_held(
 
 def attend_stored(layer: PrunedLayer, call: AttentionCall, query: Tensor) -> Tensor:
     """Attention [B, q, H, d] over dense entries and stored ones; what then shall not stay dense is stored."""
+    if layer.stored.asks:
+        real = None if layer.valid is None else layer.valid[:, -1]
+        layer.stored = layer.stored.asked(query, real)
     latest = Tile(layer.keys, layer.values, layer.visible(query.shape[2]))
     tiles = chain([latest], layer.stored.seen_by(query))
     read = layer.stored.nbytes_read // layer.keys.element_size()

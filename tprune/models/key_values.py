@@ -99,9 +99,9 @@ class KeyValues:
     def _check(self, made: Projections, view: LayerView) -> None:
         """The last entries must come out as the model has them."""
         last = view.begin.unsqueeze(1) + view.length - 1
-        for ours, theirs in zip(
-            made.finish(*made.project(view.inputs[:, -1:]), last), (view.key, view.value), strict=True
-        ):
+        keys, values = made.project(view.inputs[:, -1:])
+        found = made.finish_keys(keys, last), made.finish_values(values)
+        for ours, theirs in zip(found, (view.key, view.value), strict=True):
             theirs = theirs[:, :, -1:]
             if (ours - theirs).norm() > TOLERANCE * theirs.norm():
                 raise UserError(
@@ -145,13 +145,18 @@ def _projections(
     def weights() -> tuple[Tensor, Tensor]:
         return key.cut(key.parameter.data), value.cut(value.parameter.data)
 
-    def finish(keys: Tensor, values: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        both = [x if bias is None else x + bias for x, bias in zip((keys, values), biases, strict=True)]
-        keys, values = (x.unflatten(2, (-1, width)) for x in both)
-        keys = (keys if norm is None else norm(keys)).transpose(1, 2)
-        return (keys if rotate is None else rotate(keys, position)), values.transpose(1, 2)
+    def heads(x: Tensor, bias: Tensor | None) -> Tensor:
+        return (x if bias is None else x + bias).unflatten(2, (-1, width))
 
-    return Projections(weights, finish)
+    def finish_keys(keys: Tensor, position: Tensor) -> Tensor:
+        keys = heads(keys, biases[0])
+        keys = (keys if norm is None else norm(keys)).transpose(1, 2)
+        return keys if rotate is None else rotate(keys, position)
+
+    def finish_values(values: Tensor) -> Tensor:
+        return heads(values, biases[1]).transpose(1, 2)
+
+    return Projections(weights, finish_keys, finish_values)
 
 
 def _bias(decoder: Decoder, matrix: Matrix) -> Tensor | None:

@@ -14,6 +14,9 @@ from tprune.errors import UserError
 FIXED = ("default", "linear", "llama3", "yarn", "proportional")
 """RoPE whose frequencies do not change with the length of the text."""
 
+KNOWN = 64
+"""Stretches of positions whose angles are held on a CPU."""
+
 
 class Rotation:
     """A model's own rotary embedding, applied to keys once more.
@@ -46,6 +49,7 @@ class Rotation:
         if self.apply is None:
             raise UserError(f"{what} does not know how {type(model).__name__} rotates keys; {mend}")
         self._known: tuple[Any, ...] | None = None
+        self._rotated: dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor]] = {}
         self.typed = "layer_type" in inspect.signature(self.embedding.forward).parameters
 
     def turn(self, keys: Tensor, shift: Tensor, layer_type: str | None) -> Tensor:
@@ -57,8 +61,21 @@ class Rotation:
 
     def rotate(self, keys: Tensor, position: Tensor, layer_type: str | None) -> Tensor:
         """Keys [B, G, t, d] that nothing has turned yet, as the model rotates them at `position` int64 [B, t]."""
+        return self.apply(keys[:, :0], keys, *self._waves(keys, position, layer_type))[1]
+
+    def _waves(self, keys: Tensor, position: Tensor, layer_type: str | None) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [B, t, d] at `position`; on a CPU known from the layer before, which asked for the same."""
         kind: tuple[Any, ...] = (layer_type,) if self.typed else ()
-        return self.apply(keys[:, :0], keys, *self.embedding(keys, position, *kind))[1]
+        if position.device.type != "cpu":  # to compare, the host would wait for the device
+            return self.embedding(keys, position, *kind)
+        inference = torch.is_inference_mode_enabled()  # such tensors cannot take part in gradients later
+        known = (layer_type, keys.dtype, int(position[0, 0]), position.shape, inference)
+        found = self._rotated.get(known)
+        if found is None or not torch.equal(found[0], position):
+            if len(self._rotated) >= KNOWN:
+                self._rotated.clear()
+            found = self._rotated[known] = position, *self.embedding(keys, position, *kind)
+        return found[1:]
 
     def _angles(self, flat: Tensor, shift: Tensor, layer_type: str | None) -> tuple[Tensor, Tensor]:
         """Cosines and sines [B·G, m, d]; computed once where layer after layer turns by the same."""

@@ -74,18 +74,17 @@ class CSKV(CacheMethod):
     def maps(self, layer: LayerView, keep: float) -> KeyValueMaps:
         """What was fitted for this layer; else its singular vectors, as many as `keep` of its channels."""
         made = layer.projections
+        finish = made.finish_keys, made.finish_values
         if self.state is not None:
             names = ("key", "value")
             fitted = [
                 LowRankMap(self.state[f"{name}_down.{layer.layer}"], self.state[f"{name}_up.{layer.layer}"])
                 for name in names
             ]
-            return made.once(
-                "fitted", lambda: KeyValueMaps(*(one.to(layer.key) for one in fitted), made.finish)
-            )
+            return made.once("fitted", lambda: KeyValueMaps(*(one.to(layer.key) for one in fitted), *finish))
         whole = made.once("whole", lambda: [LowRankMap.of(w).to(layer.key) for w in made.weights()])
         ranks = self.ranks([len(one.up) for one in whole], keep)
-        return KeyValueMaps(*(one.first(rank) for one, rank in zip(whole, ranks, strict=True)), made.finish)
+        return KeyValueMaps(*(one.first(rank) for one, rank in zip(whole, ranks, strict=True)), *finish)
 
     def ranks(self, channels: list[int], keep: float) -> tuple[int, int]:
         """How many codes keys and values have, of so many channels each."""

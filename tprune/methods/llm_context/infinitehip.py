@@ -1,4 +1,4 @@
-"""InfiniteHiP: every token looks up anew which of millions of keys it reads, and the keys may lie on the host.
+"""InfiniteHiP: every few tokens it looks up anew which of millions of keys are read, and the keys may lie on the host.
 
 The first and the latest tokens are always read. Of all others a few stages of ever smaller chunks find the best, at a
 cost that hardly grows with their number; nothing is forgotten.
@@ -31,8 +31,9 @@ class InfiniteHiP(CacheMethod):
         checked="paper",
         notes="Decoding: a prompt is answered densely, as by the authors' code below 8,192 tokens. The budget is keys "
         "read; what sinks and window leave of it is chosen. Theirs for long contexts are 256 and 1,024 beside 2,048 "
-        "chosen keys, too many for short ones. Every token chooses anew, where they choose again every 8, 16 and 32 "
-        "tokens. No copies of often used keys on the device, and no positions beyond those a model was trained for.",
+        "chosen keys, too many for short ones. Stages search again every 32, 16 and 8 tokens, as theirs; until all "
+        "do, what leaves the window is read too. Chosen keys are held on the device, once for every query head, and "
+        "no others that were often used; no positions beyond those a model was trained for.",
     )
     reads = ()
     takes = ()
@@ -44,6 +45,9 @@ class InfiniteHiP(CacheMethod):
     stages: tuple[int, ...] = param(
         (16, 4), "how many times the keys chosen in the end go on from each stage but the last", low=1
     )
+    refresh: tuple[int, ...] = param(
+        (32, 16, 8), "tokens after which each stage searches again, and those behind it", low=1
+    )
     generous: tuple[int, ...] = param(
         (0, 1, 2, 3, 31), "layers, of 32, that choose twice as many keys", low=0
     )
@@ -53,6 +57,10 @@ class InfiniteHiP(CacheMethod):
         if len(self.stages) != len(self.sizes) - 1:
             raise UserError(
                 f"infinitehip: {len(self.sizes)} sizes and {len(self.stages)} stages; give one more size"
+            )
+        if len(self.refresh) != len(self.sizes):
+            raise UserError(
+                f"infinitehip: {len(self.sizes)} sizes and refresh={self.refresh}; give one number for each size"
             )
         if any(large % small for large, small in zip(self.sizes, self.sizes[1:], strict=False)):
             raise UserError(
@@ -86,5 +94,7 @@ class InfiniteHiP(CacheMethod):
         kept = (*(times * chosen for times in self.stages), chosen)
         old = layer.length - self.window
         first = self.sinks + spare - chosen  # what is left of a chunk is read at the beginning
-        hosted = Hosted.of(layer.key[:, :, :old], layer.value[:, :, :old], first, self.sizes, kept)
+        hosted = Hosted.of(
+            layer.key[:, :, :old], layer.value[:, :, :old], first, self.sizes, kept, self.refresh
+        )
         return Encode(Stored((hosted,)), self.window)
