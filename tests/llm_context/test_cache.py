@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, QuantizedCache, StaticCache
 
 import tprune
 from tests.decoders import NO_ROPE, decoder, tokens
@@ -324,12 +324,27 @@ def test_a_model_called_without_a_cache_is_dense():
         assert torch.equal(model(ids, use_cache=False).logits, dense)
 
 
+def test_the_map_that_a_prompt_asks_for_is_the_dense_model_s_and_a_later_one_is_of_what_is_left():
+    model, ids, later = decoder(), tokens(2, PROMPT), tokens(2, 3, seed=2)
+    model.set_attn_implementation("eager")
+    dense = model(ids, output_attentions=True).attentions
+    with tprune.prune(model, "a2sf", keep=0.5):
+        prompt = model(ids, output_attentions=True)
+        after = model(later, past_key_values=prompt.past_key_values, output_attentions=True)
+    assert all(torch.equal(one, other) for one, other in zip(prompt.attentions, dense, strict=True))
+    for paid in after.attentions:
+        assert paid.shape == (2, 4, 3, PROMPT // 2 + 3)
+        assert torch.allclose(paid.sum(-1), torch.ones(2, 4, 3), atol=1e-5)
+
+
 def test_misuse_is_refused_in_one_clear_line():
     model, ids = decoder(), tokens(1, PROMPT)
     with tprune.prune(model, "h2o", keep=0.5):
         cache = model(ids).past_key_values
         with pytest.raises(UserError, match="StaticCache cannot be pruned"):
             model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=PROMPT))
+        with pytest.raises(UserError, match="QuantizedCache cannot be pruned"):
+            model(ids, past_key_values=QuantizedCache("fp8", model.config))
         with pytest.raises(UserError, match="one per token so far"):
             model(ids[:, :1], past_key_values=fork(cache), attention_mask=torch.ones(1, 5))
         with pytest.raises(UserError, match="2-D attention_mask"):

@@ -177,3 +177,31 @@ def test_agile_quant_goes_by_one_column_of_the_map_and_never_loses_the_first_tok
     kept = registry.build("agile-quant", "llm-context").reduce(Site(1), view, 30, {}).index[0]
     assert torch.equal(kept, column.sum(1)[0].topk(30).indices.sort().values)
     assert kept[0] == 0
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("agile-quant", {"conventional": True}),
+        ("spatten", {"values": 0.5}),
+        ("spatten", {"bits": (4, 4)}),
+        ("kvcrush", {"base": "snapkv", "anchor": "mean", "share": 0.2}),
+        ("zeromerge", {"means": 0.2, "metric": "l2", "update": "sum"}),
+        ("a2sf", {"decode": True}),
+    ],
+)
+def test_options_too_leave_a_padded_row_as_it_is_alone(method, settings, side):
+    model, ids, gap = decoder(), tokens(2, PROMPT), 13
+    mask = torch.ones(2, PROMPT + 3, dtype=torch.int64)
+    hidden = slice(0, gap) if side == "left" else slice(PROMPT - gap, PROMPT)
+    ids[1, hidden], mask[1, hidden] = 0, 0
+    places, coming = (mask.cumsum(1) - 1).clamp_min(0), tokens(2, 3, seed=2)
+    with tprune.prune(model, f"llm-context/{method}", keep=0.5, **settings):
+        prompt = {"attention_mask": mask[:, :PROMPT], "position_ids": places[:, :PROMPT]}
+        cache = model(ids, **prompt).past_key_values
+        given = {"attention_mask": mask, "position_ids": places[:, PROMPT:]}
+        together = model(coming, past_key_values=cache, **given).logits[1]
+        alone = model(ids[1:, mask[1, :PROMPT].bool()]).past_key_values
+        expected = model(coming[1:], past_key_values=alone).logits[0]
+    assert torch.allclose(together, expected, atol=1e-4)

@@ -62,7 +62,7 @@ class AgileQuant(TokenMethod):
         real = torch.ones_like(view.prunable) if view.real is None else view.real
         if self.conventional:
             seeing = real.flip(1).cumsum(1).flip(1).clamp_min(1)
-            score = view.attention.column_sums().sum(1) / seeing
+            score = view.attention.column_sums(counted=view.real).sum(1) / seeing
         else:
             score = paid_to(view.attention, real.int().argmax(1, keepdim=True)).sum(1)
         index, valid = keep_prunable_top(score, count, view.prunable)

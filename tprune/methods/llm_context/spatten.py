@@ -94,22 +94,26 @@ class SpAtten(TokenMethod):
         """Attention from few bits where they suffice, to the largest entries of each row alone."""
         if self.values == 1 and not self.bits:
             return None
-        rough = fine = attention
+        rough, fine, visible = attention, attention, attention.visible()
+        seen = None if visible is None else visible.any(-2)
         if self.bits:
-            rough, fine = (self.quantised(attention, dropped) for dropped in (self.bits[1], 0))
+            rough, fine = (self.quantised(attention, dropped, seen) for dropped in (self.bits[1], 0))
         parts = []
         for first in range(0, attention.query.shape[2], ROWS):
             rows = slice(first, first + ROWS)
             paid = rough.rows(rows)
             if self.bits:
                 paid = sharpened(paid, fine.rows(rows), self.flat)
-            parts.append(attend(largest_of_rows(paid, self.values), attention.value))
+            if visible is not None:  # padding sees nothing, and reads nothing
+                paid = paid.masked_fill(~visible[..., rows, :].any(-1, keepdim=True), 0)
+            parts.append(attend(largest_of_rows(paid, self.values, seen), attention.value))
         return torch.cat(parts, dim=2)
 
-    def quantised(self, attention: Attention, dropped: int) -> Attention:
-        """The same queries and keys without the `dropped` lowest bits."""
-        query, key = (leading_bits(x, sum(self.bits), dropped) for x in (attention.query, attention.key))
-        return replace(attention, query=query, key=key)
+    def quantised(self, attention: Attention, dropped: int, seen: Tensor | None) -> Attention:
+        """The same queries and keys without the `dropped` lowest bits; `seen` is bool [B, H or 1, N], of the keys."""
+        asking = None if seen is None else seen[..., -attention.query.shape[2] :]
+        query = leading_bits(attention.query, sum(self.bits), dropped, asking)
+        return replace(attention, query=query, key=leading_bits(attention.key, sum(self.bits), dropped, seen))
 
 
 def falling(final: float, depth: int) -> list[float]:
