@@ -112,14 +112,6 @@ def test_a_pick_that_comes_twice_counts_by_its_first():
     assert select.keep_first(order, 1, torch.ones(1, 3, dtype=torch.bool))[0].tolist() == [[2]]
 
 
-def test_a_sparse_map_keeps_its_largest_entries_as_they_are_and_lets_gradients_through():
-    attention = torch.tensor([[[[0.1, 0.9], [0.6, 0.4]]]], requires_grad=True)
-    sparse = select.keep_largest(attention, 0.25)  # the third smallest of four is what must be reached
-    assert sparse.tolist() == [[[[0.0, attention[0, 0, 0, 1].item()], [attention[0, 0, 1, 0].item(), 0.0]]]]
-    sparse.sum().backward()
-    assert attention.grad.tolist() == [[[[0.0, 1.0], [1.0, 0.0]]]]
-
-
 def test_those_above_a_threshold_stay_within_a_least_and_a_most():
     score = torch.tensor([[0.9, 0.8, 0.7, 0.1], [0.2, 0.3, 0.1, 0.9]])
     group = torch.tensor([[True] * 4, [True, True, True, False]])
@@ -131,11 +123,3 @@ def test_those_above_a_threshold_stay_within_a_least_and_a_most():
     assert found(2) == [[0, 1, 2], [0, 1]]
     assert found(4) == [[0, 1, 2, 3], [0, 1, 2]]
     assert found(1, torch.tensor([2, 0])) == [[0, 1], [1]]
-
-
-@pytest.mark.parametrize("wanted", [False, True])
-def test_the_largest_entries_of_maps_stay_the_same_with_and_without_a_gradient(wanted):
-    attention = torch.rand(3, 2, 5, 5, generator=torch.Generator().manual_seed(0)).softmax(-1)
-    least = attention.flatten(2).sort(dim=2).values[:, :, 9]
-    expected = torch.where(attention >= least[..., None, None], attention, 0.0)
-    assert torch.equal(select.keep_largest(attention.clone().requires_grad_(wanted), 0.6), expected)

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tprune.core.select import floor_count, kth_smallest
+from tprune.core.select import floor_count
+from tprune.core.threshold import kth_smallest
 
 
 def count_true(mask: Tensor) -> int:

@@ -5,9 +5,6 @@ Scores are float, larger is better unless said otherwise; NaN is refused by the 
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -236,39 +233,6 @@ def worst_between(score: Tensor, position: Tensor, first: int | Tensor, last: in
 def floor_count(total: int, fraction: float) -> int:
     """floor(total · fraction), undisturbed by the rounding of the product (100 · 0.29 is 29)."""
     return int(total * fraction + 1e-9)
-
-
-def kth_smallest(score: Tensor, place: int) -> Tensor:
-    """The value at `place` (1 is the smallest) along the last axis: [..., N] -> [..., 1].
-
-    On the CPU by numpy's vectorised partition, which is ten times faster than torch's.
-    """
-    if score.device.type == "cpu" and score.dtype in (torch.float32, torch.float64):
-        ordered = np.partition(score.detach().numpy(), place - 1, axis=-1)
-        return torch.from_numpy(np.ascontiguousarray(ordered[..., place - 1 : place]))
-    return score.kthvalue(place, dim=-1, keepdim=True).values
-
-
-def keep_largest(attention: Tensor, fraction: float) -> Tensor:
-    """A map [B, H, N, N] without its smallest entries per head: int(N² · (1 - fraction)) - 1 of them become 0.
-
-    What equals the entry at that place of the ascending order stays (GTP's code). Nothing is normalised again. Where
-    no gradient is wanted the map itself may be changed.
-    """
-    flat = attention.flatten(2)
-    place = min(int(flat.shape[2] * (1 - fraction)), flat.shape[2])
-    if place == 0:
-        return attention
-    if flat.device.type != "cpu" or flat.dtype != torch.float32 or flat.requires_grad:
-        return attention * (attention >= kth_smallest(flat, place).unsqueeze(3))
-
-    def clear(image: np.ndarray) -> None:
-        image *= image >= np.partition(image, place - 1, axis=-1)[:, place - 1 : place]
-
-    # Image by image in place: what is sorted stays in the processor's cache, and no pages are new.
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(clear, flat.detach().numpy()))
-    return flat.view_as(attention)
 
 
 def keep_by_cost(score: Tensor, cost: Tensor, budget: float, strict: bool = False) -> Tensor:

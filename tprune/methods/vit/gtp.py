@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tprune.core import select
+from tprune.core import select, threshold
 from tprune.core.budget import Site, Stage, even_stages
 from tprune.core.graph import neighbours_on_grid, normalised, similar_neighbours
 from tprune.core.reduction import Reduction
@@ -73,7 +73,7 @@ class GTP(TokenMethod):
 
     def edit_attention(self, attention):
         """The largest entries of every head's map [B, H, N, N], the others 0, not normalised again."""
-        return select.keep_largest(attention, self.theta)
+        return threshold.keep_largest(attention, self.theta)
 
     def stages(self, shape, knob):
         """The graph is drawn before block 0; then p tokens leave every block."""
