@@ -113,7 +113,10 @@ class Block(nn.Module):
             for part, of in ((self.query, both), (self.key, both), (self.value, normal))
         )
         query, key = turned(query, place), turned(key, place)
-        read = functional.scaled_dot_product_attention(query, key, value, seen)
+        # Fused kernels want values as wide as keys; without one the whole map would be computed.
+        width = value.shape[3]
+        value = functional.pad(value, (0, key.shape[3] - width))
+        read = functional.scaled_dot_product_attention(query, key, value, seen)[..., :width]
         x = x + self.out(read.transpose(1, 2).flatten(2))
         normal = self.norm_mlp(x)
         return x + self.down(functional.silu(self.gate(normal)) * self.up(normal))

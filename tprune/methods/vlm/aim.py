@@ -68,7 +68,9 @@ class AIM(TokenMethod):
     def rank(self, view):
         """√(mean over heads of u²) after the votes, [B, N]; every token that is computed has one at the start."""
         sharp = replace(view.attention, scale=view.attention.scale / self.temperature)
-        attention = sharp.rows().nan_to_num()  # [B, H, N, N]; padding may see nothing
+        attention = sharp.rows()  # [B, H, N, N]
+        if sharp.bias is not None:
+            attention = attention.nan_to_num()  # padding may see nothing
         voters = (view.real | view.signal("hidden")).to(attention.dtype)
         start = (voters / voters.sum(1, keepdim=True)).unsqueeze(1).expand(attention.shape[:3])
         return score.page_rank(attention, start, self.votes).square().mean(1).sqrt()
