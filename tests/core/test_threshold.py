@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tprune.core import threshold
+from tprune.core.ranks import rank
 from tprune.core.threshold import LONG
 
 ROWS = {
@@ -23,6 +24,15 @@ def test_the_value_at_a_place_is_what_sorting_puts_there(kind, seed, place, more
     row = torch.from_numpy(ROWS[kind](LONG + more, seed)).float()
     place = 1 + int(place * (len(row) - 1))
     assert threshold.kth_smallest(row, place).item() == row.sort().values[place - 1].item()
+
+
+@given(st.lists(st.integers(-2, 2), min_size=1, max_size=9), st.integers(0, 9), st.booleans())
+def test_every_row_marks_as_many_of_its_largest_as_it_says_of_equals_the_first(values, count, half):
+    score = torch.tensor([values, values[::-1]], dtype=torch.bfloat16 if half else torch.float32)
+    score = score.masked_fill(score == -2, -torch.inf)
+    count = torch.tensor([[min(count, len(values))], [len(values) // 2]])
+    expected = rank(score) < count
+    assert torch.equal(threshold.largest_of_each(score, count), expected)
 
 
 def test_rows_are_looked_at_one_by_one_and_what_is_no_number_comes_last():

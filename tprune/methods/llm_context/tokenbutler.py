@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tprune.core.ranks import rank
+from tprune.core.threshold import largest_of_each
 from tprune.errors import UserError
 from tprune.methods.base import Paper, param
 from tprune.methods.cache import CacheMethod
@@ -108,6 +108,6 @@ def most_asked(logits, visible, part, sinks):
     """
     seen = visible.sum(-1, keepdim=True)
     first = visible & (visible.cumsum(-1) <= sinks)
-    count = (seen * part - 1e-6).ceil().clamp_min(sinks).minimum(seen)
+    count = (seen * part - 1e-6).ceil().long().clamp_min(sinks).minimum(seen)
     score = logits.float().masked_fill(~visible, -torch.inf).masked_fill(first, torch.inf)
-    return visible & (rank(score) < count)
+    return visible & largest_of_each(score, count)
