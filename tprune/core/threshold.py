@@ -29,12 +29,13 @@ def largest_of_each(score: Tensor, count: Tensor) -> Tensor:
 
     Args:
         score: [..., N].
-        count: int64 [..., 1], 0 to N.
+        count: int64, 0 to N, shaped like `score` but for its last axis of 1, or broadcastable to that.
     """
     on_cpu = score.device.type == "cpu" and score.dtype in (torch.float32, torch.float64)
     # Values alone are sorted, not their places, and by numpy: three times as fast as a stable argsort.
     ordered = torch.from_numpy(np.sort(score.detach().numpy(), axis=-1)) if on_cpu else score.sort(-1).values
-    least = ordered.gather(-1, (score.shape[-1] - count).clamp_max(score.shape[-1] - 1))
+    place = (score.shape[-1] - count).clamp_max(score.shape[-1] - 1)
+    least = ordered.gather(-1, place.expand(*score.shape[:-1], 1))
     above, tied = score > least, score == least
     left = count - above.sum(-1, keepdim=True, dtype=torch.int32)
     return above | tied & (tied.cumsum(-1, dtype=torch.int32) <= left)
