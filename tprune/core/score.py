@@ -347,8 +347,11 @@ def transition(entering: Tensor, leaving: Tensor, real: Tensor) -> Tensor:
         real: bool [B, N].
     """
     entering, leaving = entering.float(), leaving.float()
-    turn = (1 - torch.cosine_similarity(entering, leaving, dim=-1)).exp().masked_fill(~real, 0)
-    ratio = leaving.norm(dim=-1) / entering.norm(dim=-1).clamp_min(1e-12)
+    before, after = entering.norm(dim=-1), leaving.norm(dim=-1)
+    # Not torch's own cosine, which takes both norms again.
+    cosine = (entering * leaving).sum(-1) / (before.clamp_min(1e-8) * after.clamp_min(1e-8))
+    turn = (1 - cosine).exp().masked_fill(~real, 0)
+    ratio = after / before.clamp_min(1e-12)
     return (ratio * turn / turn.sum(1, keepdim=True)).masked_fill(~real, 0)
 
 
