@@ -204,6 +204,36 @@ def test_several_turns_on_one_pruned_cache(method):
         assert torch.equal(text, first)
 
 
+@every_cache_method
+def test_padding_among_later_tokens_leaves_a_row_as_it_is_alone(method):
+    """A second turn whose texts differ in length; each row's own entries leave, not those of the longest."""
+    model, ids, coming = decoder(), tokens(2, PROMPT), tokens(2, 9, seed=2)
+    mask = torch.ones(2, PROMPT + 9, dtype=torch.int64)
+    mask[1, PROMPT + 1 : PROMPT + 4] = 0
+    places, real = positions_of(mask), mask[1, PROMPT:].bool()
+    with prune(model, method):
+        together, alone = model(ids).past_key_values, model(ids[1:]).past_key_values
+        found = model(
+            coming, past_key_values=together, attention_mask=mask, position_ids=places[:, PROMPT:]
+        ).logits[1, real]
+        expected = model(coming[1:, real], past_key_values=alone).logits[0]
+    assert torch.allclose(found, expected, atol=1e-4)
+
+
+@every_cache_method
+def test_rows_are_exchanged_whatever_of_them_is_dense(method):
+    model, ids = decoder(), tokens(2, PROMPT)
+    with prune(model, method):
+        cache = model(ids).past_key_values
+        swapped = copy.deepcopy(cache)
+        swapped.reorder_cache(torch.tensor([1, 0]))
+        straight, crossed = (
+            model(tokens(2, 1, seed=2)[order], past_key_values=one).logits
+            for one, order in ((cache, [0, 1]), (swapped, [1, 0]))
+        )
+    assert torch.allclose(straight, crossed.flip(0), atol=1e-5)
+
+
 @every_method
 def test_the_same_seed_keeps_the_same_and_another_may_not(method):
     model, ids, coming = decoder(), tokens(2, PROMPT), tokens(2, 1, seed=2)

@@ -175,7 +175,7 @@ class PrunedLayer(Entries):
 
     def _each_row(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply `change` to every tensor with a row per sample."""
-        if self.length == 0:
+        if self.seen == 0:  # not `length`: all that came may be stored
             return
         self._buffers = self.stand = None
         for name in (

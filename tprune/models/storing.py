@@ -25,19 +25,27 @@ def encode(layer: PrunedLayer, inputs: Tensor) -> None:
 def store(layer: PrunedLayer) -> None:
     """What shall not stay dense any longer joins what is stored."""
     if layer.window is not None:
-        _store_oldest(layer, layer.length - layer.window)
+        _store_oldest(layer, layer.window)
     elif layer.block is not None:
         _store_block(layer, layer.block)
 
 
-def _store_oldest(layer: PrunedLayer, count: int) -> None:
-    """The first `count` entries."""
-    if count <= 0:
+def _store_oldest(layer: PrunedLayer, window: int) -> None:
+    """What has `window` later real entries behind it: of a row with padding one entry at most, as room was for one."""
+    if layer.valid is None:
+        count = layer.length - window
+        if count > 0:
+            layer.stored = layer.stored.absorb(layer.keys[:, :, :count], layer.values[:, :, :count])
+            layer.take(lambda x: x[:, :, count:])
         return
-    old = slice(0, count)
-    real = None if layer.valid is None else layer.valid[:, old].all(1)
-    layer.stored = layer.stored.absorb(layer.keys[:, :, old], layer.values[:, :, old], real)
-    layer.take(lambda x: x[:, :, count:])
+    counts = layer.valid.sum(1).tolist()
+    _fillers_first(layer)
+    if max(counts) > window:
+        oldest = slice(layer.length - window - 1, layer.length - window)
+        full = torch.tensor([count > window for count in counts])
+        layer.stored = layer.stored.absorb(layer.keys[:, :, oldest], layer.values[:, :, oldest], full)
+    most = min(max(counts), window)
+    layer.take(lambda x: x[:, :, x.shape[2] - most :])
 
 
 def _store_block(layer: PrunedLayer, block: int) -> None:
@@ -50,14 +58,18 @@ def _store_block(layer: PrunedLayer, block: int) -> None:
     full = layer.valid.sum(1) == block
     if not bool(full.any()):
         return
-    # Fillers go first, so that a whole block stands at the end.
-    order = layer.valid.long().argsort(dim=1, stable=True)
-    layer.take(lambda x: _gathered(x, order))
+    _fillers_first(layer)
     entries = layer.codes or (layer.keys, layer.values)
     layer.stored = layer.stored.absorb(*(x[:, :, -block:] for x in entries), full)
     layer.valid = layer.valid & ~full.unsqueeze(1)
     most = int(layer.valid.sum(1).max())
     layer.take(lambda x: x[:, :, x.shape[2] - most :])
+
+
+def _fillers_first(layer: PrunedLayer) -> None:
+    """The real entries of every row stand at the end, so that as many of each row can leave or stay."""
+    order = layer.valid.long().argsort(dim=1, stable=True)
+    layer.take(lambda x: _gathered(x, order))
 
 
 def _gathered(x: Tensor, order: Tensor) -> Tensor:
