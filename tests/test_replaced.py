@@ -1,11 +1,14 @@
 """A function that gives way to another comes back, whosever it was."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
 
 import tprune
 from tests.conftest import tiny_vit
+from tests.vlm.tiny import tiny
 from tprune.models.replaced import replaced
 
 
@@ -18,6 +21,35 @@ def test_the_function_comes_back_also_after_an_error(own):
         assert module(torch.ones(1)).item() == 1
         raise ZeroDivisionError
     assert vars(module).get("forward") is (before if own else None)
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_several_that_stand_in_one_place_may_leave_in_any_order(own, order):
+    module, before = nn.Linear(2, 2), lambda x: x
+    if own:
+        module.forward = before
+    found = set(vars(module))
+    standing = [replaced(module, lambda x, place=place: place) for place in range(3)]
+    for one in standing:
+        one.__enter__()
+    left = [0, 1, 2]
+    for place in order:
+        standing[place].__exit__(None, None, None)
+        left.remove(place)
+        if 2 in left:
+            assert module(None) == 2
+    assert vars(module).get("forward") is (before if own else None)
+    assert set(vars(module)) == found
+
+
+def test_two_methods_in_one_model_may_leave_in_any_order():
+    model = tiny("llava")
+    before = [set(vars(module)) for module in model.modules()]
+    first, second = (tprune.prune(model, method, keep=0.5) for method in ("visionzip", "divprune"))
+    first.remove()
+    second.remove()
+    assert [set(vars(module)) for module in model.modules()] == before
 
 
 def test_a_token_method_gives_a_block_back_the_forward_that_it_had(images):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import wraps
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from tprune.errors import UserError
 from tprune.methods.tokens import TokenMethod
+from tprune.models.replaced import replaced
 
 
 class Generating:
@@ -25,19 +27,16 @@ class Generating:
     """
 
     def __init__(self, model: nn.Module, method: TokenMethod, depth: int):
-        self.model, self.own = model, vars(model).get("generate")
         self.method = method
         self.cached = method.evicts() or method.uniform() or bool(method.watches(depth))
         self.running, self.length = False, None
+        self.undo = ExitStack()
         if hasattr(model, "generate"):
-            model.generate = self._heard(model.generate)
+            self.undo.enter_context(replaced(model, self._heard(model.generate), "generate"))
 
     def remove(self) -> None:
         """Give the model back what it had."""
-        if self.own is not None:
-            self.model.generate = self.own
-        else:
-            vars(self.model).pop("generate", None)
+        self.undo.close()
 
     def _heard(self, generate: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(generate)
