@@ -35,6 +35,33 @@ def test_a_key_turned_on_is_the_key_rotated_at_its_new_position(kind):
     assert torch.allclose(turned, rotation.rotate(keys, place + shift, None), atol=1e-5)
 
 
+def test_angles_that_are_held_are_those_asked_for_and_never_many(monkeypatch):
+    """Stretches that grow, of rows alike or not, in another type, in and out of inference mode."""
+    monkeypatch.setattr("tprune.models.rope.KNOWN", 12 * 8)
+    rotation = Rotation(rotating("default"))
+    keys = torch.randn(2, 2, 12, 8, generator=torch.Generator().manual_seed(0))
+    for first, count, apart, dtype in [
+        (0, 4, 0, torch.float32),
+        (0, 6, 0, torch.float32),
+        (6, 6, 0, torch.float32),
+        (0, 6, 3, torch.float32),
+        (0, 6, 0, torch.bfloat16),
+        (20, 12, 5, torch.float32),
+    ]:
+        place = torch.arange(first, first + count) + torch.tensor([[0], [apart]])
+        for inference in (True, False, False):
+            with torch.inference_mode(inference):
+                some = keys[:, :, :count].to(dtype, copy=True)
+                found = rotation.rotate(some, place.clone(), None)
+                expected = rotation.apply(some, some, *rotation.embedding(some, place))[1]
+            assert torch.equal(found, expected)
+        held = [cos for _, cos, _ in rotation._rotated.values()]
+        assert len(held) == 1 or sum(cos.numel() for cos in held) <= 12 * 8
+    some = keys.clone().requires_grad_()
+    rotation.rotate(some, place, None).sum().backward()
+    assert some.grad.isfinite().all()
+
+
 def test_a_rope_that_changes_with_the_length_is_refused_for_compact_positions_alone():
     model, ids = rotating("dynamic", factor=2.0), tokens(1, PROMPT)
     with pytest.raises(UserError, match="change with the length"):

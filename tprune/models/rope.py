@@ -14,8 +14,8 @@ from tprune.errors import UserError
 FIXED = ("default", "linear", "llama3", "yarn", "proportional")
 """RoPE whose frequencies do not change with the length of the text."""
 
-KNOWN = 64
-"""Stretches of positions whose angles are held on a CPU."""
+KNOWN = 1 << 22
+"""Cosines, and as many sines, that are held on a CPU (32 MB): of 65,536 positions of 64 channels."""
 
 
 class Rotation:
@@ -68,13 +68,17 @@ class Rotation:
         kind: tuple[Any, ...] = (layer_type,) if self.typed else ()
         if position.device.type != "cpu":  # to compare, the host would wait for the device
             return self.embedding(keys, position, *kind)
+        if torch.equal(position, position[:1].expand_as(position)):
+            position = position[:1]  # as in a batch without padding
         inference = torch.is_inference_mode_enabled()  # such tensors cannot take part in gradients later
-        known = (layer_type, keys.dtype, int(position[0, 0]), position.shape, inference)
+        known = (layer_type, keys.dtype, int(position[0, 0]), inference)
         found = self._rotated.get(known)
         if found is None or not torch.equal(found[0], position):
-            if len(self._rotated) >= KNOWN:
+            found = position, *self.embedding(keys, position, *kind)
+            self._rotated.pop(known, None)  # a stretch that has grown
+            if sum(cos.numel() for _, cos, _ in self._rotated.values()) + found[1].numel() > KNOWN:
                 self._rotated.clear()
-            found = self._rotated[known] = position, *self.embedding(keys, position, *kind)
+            self._rotated[known] = found
         return found[1:]
 
     def _angles(self, flat: Tensor, shift: Tensor, layer_type: str | None) -> tuple[Tensor, Tensor]:
