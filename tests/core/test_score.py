@@ -78,6 +78,38 @@ def test_blind_queries_add_nothing_to_column_sums_and_a_broken_one_shows(case, c
     assert not sums()[1, :2].isnan().any()
 
 
+def test_the_least_number_hides_as_minus_infinity_does():
+    query, key = drawn(3, 2, 4, 5, 8), drawn(4, 2, 2, 5, 8)
+    for bias in (
+        HIDDEN["the same, added"][0],
+        torch.zeros(2, 1, 5, 5).index_fill(2, torch.tensor(1), -torch.inf),
+    ):
+        least = bias.clamp_min(torch.finfo().min)
+        sums = [score.attention_column_sums(query, key, 0.3, bias=one, tile=2) for one in (bias, least)]
+        assert torch.equal(*sums)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("added", [False, True])
+def test_column_sums_have_the_gradient_of_those_of_the_full_map(causal, softcap, added):
+    query, key = (drawn(seed, 2, 4, 5, 8).requires_grad_() for seed in (3, 4))
+    visible = torch.ones(2, 1, 5, 5, dtype=torch.bool)
+    visible[0, :, 1] = False  # a blind query
+    visible[:, :, 2, 0] = False
+    bias = torch.zeros(visible.shape).masked_fill(~visible, -torch.inf) if added else visible
+    sums = score.attention_column_sums(query, key, 0.3, bias=bias, causal=causal, softcap=softcap, tile=2)
+    logits = 0.3 * query @ key.mT
+    logits = logits if softcap is None else softcap * (logits / softcap).tanh()
+    shown = visible.tril() if causal else visible
+    logits = logits.masked_fill(~shown, -1e9).softmax(3) * shown.any(3, keepdim=True)
+    weight = drawn(5, *sums.shape)
+    expected = torch.autograd.grad((logits.sum(2) * weight).sum(), (query, key))
+    found = torch.autograd.grad((sums * weight).sum(), (query, key))
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
 def stochastic(seed, size):
     return drawn(seed, 1, 1, size, size).softmax(-1)
 

@@ -34,7 +34,11 @@ def _logits(
     if room is not None:
         room = room[: batch * heads * rows * key.shape[2]].view(len(grouped), -1, key.shape[2])
     logits = torch.bmm(grouped, grouped_key, out=room).view(batch, heads, rows, key.shape[2])
-    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
+    if softcap is None:
+        return logits
+    bent = logits.div_(softcap).tanh_()
+    # A gradient needs the tanh as it is.
+    return bent * softcap if bent.requires_grad else bent.mul_(softcap)
 
 
 def attention_logits(
@@ -150,7 +154,7 @@ def attention_column_sums(
     # One room for all tiles: fresh pages would cost a tile a third of its time.
     room = None if learns else torch.empty(batch * heads * tile * keys, device=query.device)
     # Where all queries see the same keys, a sample's rows are all blind or none is.
-    alike = counted is None and (bias is None or (bias.shape[-2] == 1 and not causal))
+    alike = not learns and counted is None and (bias is None or (bias.shape[-2] == 1 and not causal))
     for first in range(0, length, tile):
         last = min(first + tile, length)
         rows, seen = last - first, keys - length + last if causal else keys
@@ -161,29 +165,37 @@ def attention_column_sums(
             logits = logits.masked_fill_(~part, -torch.inf) if part.dtype == torch.bool else logits.add_(part)
         if causal:
             logits[..., seen - rows :].masked_fill_(future[:rows, :rows], -torch.inf)
-        received = _softmax(logits)
+        silent = None
         if not alike:
             asked = None if counted is None else counted[:, first:last]
             silent = _silent(part, asked, future[:rows, :rows] if causal else None)
-            received = received.masked_fill(silent, 0) if learns else received.masked_fill_(silent, 0)
+        if silent is None:
+            received = _softmax(logits)
+        elif learns:
+            # The gradient of a row of -inf would be NaN, even where nothing is made of it.
+            received = _softmax(logits.masked_fill(silent, 0)).masked_fill(silent, 0)
+        else:
+            received = _softmax(logits).masked_fill_(silent, 0)
         sums[..., :seen] += received.sum(2) if decay == 1 else weight[first:last] @ received
     return sums if bias is None or not alike else sums.masked_fill(_silent(bias).squeeze(-1), 0)
 
 
-def _silent(bias: Tensor | None, counted: Tensor | None = None, future: Tensor | None = None) -> Tensor:
+def _silent(
+    bias: Tensor | None, counted: Tensor | None = None, future: Tensor | None = None
+) -> Tensor | None:
     """Which queries contribute nothing, bool [B or 1, H or 1, R or 1, 1]: they see no key, or do not count.
 
-    Masks tell, not what their softmax became: other NaNs go on to the sums.
+    Masks tell, not what their softmax became: other NaNs go on to the sums. None where neither says anything.
 
     Args:
-        bias: [..., R or 1, T], additive or bool (True: visible); None only beside `counted`.
+        bias: [..., R or 1, T], bool (True: visible) or additive: -inf hides, as does the least number of its dtype.
         counted: bool [B, R].
         future: bool [R, R], what is hidden besides of the last R keys.
     """
     idle = None if counted is None else ~counted[:, None, :, None]
     if bias is None:
         return idle
-    visible = bias if bias.dtype == torch.bool else bias != -torch.inf
+    visible = bias if bias.dtype == torch.bool else ~(bias <= torch.finfo(bias.dtype).min)
     if future is not None:
         rows = len(future)
         visible = visible.expand(*visible.shape[:-2], rows, -1).clone()
