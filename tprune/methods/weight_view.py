@@ -93,6 +93,7 @@ class UnitView:
             for; the fluctuation is the recurrence of FLAP's code (`core.statistics.Moments`).
         sensitivity: float32 [in], the square of the mean over tokens of the dense model's loss's gradient at the
             projection's inputs, summed over calibration sequences, if asked for.
+        usage: float32 [U], for how many tokens a router took each, of a method that is `routed`.
         members: the matrices that lose entries with a unit, read one by one: those that feed the units in the order of
             the block's modules (q, k, v; gate, up), at last the output projection.
     """
@@ -109,6 +110,7 @@ class UnitView:
     variance: Tensor | None = None
     fluctuation: Tensor | None = None
     sensitivity: Tensor | None = None
+    usage: Tensor | None = None
     members: Callable[[], Iterator[MemberView]] = lambda: iter(())
 
     @property

@@ -47,6 +47,27 @@ class Regularised:
 
 
 @dataclass(frozen=True)
+class Routed:
+    """Training of a text encoder in which a router takes one head of each group for every token.
+
+    Attributes:
+        epochs: passes over the training data.
+        batch: samples per step.
+        lr: peak learning rate of the model; it falls linearly.
+        router_lr: the same of the routers.
+        grow: of the training, in which heads that are not taken fade.
+        choose: of the training, after which the most used heads are the only ones.
+    """
+
+    epochs: float
+    batch: int
+    lr: float
+    router_lr: float
+    grow: float
+    choose: float
+
+
+@dataclass(frozen=True)
 class WeightMethod(Method):
     """Units are weights, or the structures they form.
 
@@ -82,6 +103,8 @@ class WeightMethod(Method):
     """Whether a method of scope "model" compares an encoder with itself, dense, as it goes (`ModelView.teacher`)."""
     regularised: ClassVar[Regularised | None] = None
     """How a method of scope "model" trains between the choice of what goes and its removal."""
+    routed: ClassVar[Routed | None] = None
+    """How a method of scope "model" trains before it is asked what goes; every unit then has its `usage`."""
     wraps: ClassVar[bool] = False
     """Whether a method of scope "block" puts matrices around those it prunes (`WeightEdit.around`)."""
     patterns: ClassVar[bool] = True

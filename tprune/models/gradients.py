@@ -17,6 +17,8 @@ SENSITIVITY = "sensitivity"
 """What `sensitivities` measures."""
 TRIPLES = "triples"
 """Gradients of contrastive losses, of two sets of triples (`embeddings.TripleSets`)."""
+USAGE = "usage"
+"""What a training under routing counts, [U] by the projection that reads the units (`models.routed`)."""
 MEASURED = (*POWERS, SENSITIVITY, TRIPLES)
 """Statistics that need backward passes of the dense model."""
 

@@ -171,8 +171,7 @@ def learn(
     method, recipe, model = driver.method, driver.recipe, subject.model
     course = lessons(driver, subject)
     matrices = [matrix for index in range(len(decoder.blocks)) for matrix in decoder.matrices(index)]
-    embedded = {part.weight for part in model.modules() if isinstance(part, nn.Embedding)}
-    trained = {name: one for name, one in model.named_parameters() if one not in embedded}
+    trained = trainable(model)
     plan = Plan(
         method.epochs,
         method.batch,
@@ -198,6 +197,12 @@ def learn(
     edits |= {TRAINED + name: one.data.cpu() for name, one in trained.items() if name not in kept}
     facts = {"data": course.data.protocol, **loop.figures(), "seconds": round(loop.seconds, 1)}
     return edits, facts
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """All parameters of a model but its embeddings, by name."""
+    embedded = {part.weight for part in model.modules() if isinstance(part, nn.Embedding)}
+    return {name: one for name, one in model.named_parameters() if one not in embedded}
 
 
 def _edited(matrices: list[Matrix], gone: list[Tensor]) -> Iterator[tuple[Matrix, WeightEdit]]:

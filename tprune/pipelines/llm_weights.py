@@ -25,7 +25,7 @@ from tprune.models.source import Source
 from tprune.models.subject import Subject
 from tprune.models.text_encoder import is_encoder
 from tprune.models.vision_blocks import check_structure, is_vision
-from tprune.pipelines import learned_masks, memory, pair_weights, prune_weights, recover
+from tprune.pipelines import learned_heads, learned_masks, memory, pair_weights, prune_weights, recover
 from tprune.pipelines import stream as streaming
 from tprune.pipelines.base import Handle, Pipeline, Quality, Sample, Workload
 from tprune.pipelines.journal import Journal
@@ -235,6 +235,8 @@ class LlmWeights(Pipeline):
         streaming.check_pattern(decoder, budget.pattern, self.method.groups_outputs)
         if self.method.scope != "model" and budget.pattern is None:
             self.progress.say("unstructured masks: no speed-up is to be expected from dense kernels")
+        if self.method.routed is not None:
+            return learned_heads.learn(self, subject, decoder, budget, work)
         if self.method.scope == "trained":
             return self._learned(subject, decoder, budget, work)
         journal = Journal(work, f"stage-{self.recipe.stages.index(self.stage)}")
@@ -276,7 +278,7 @@ class LlmWeights(Pipeline):
         """Seconds of pruning beside those of one plain pass of the calibration tokens, taken in turn."""
         from tprune.pipelines.bench_weights import bench
 
-        if self.method.scope == "trained":
+        if self.method.learns != "no":
             raise UserError(f"{self.stage.method} is trained, not calibrated: its passes are --set epochs=N")
 
         return bench(self, subject, rounds)

@@ -48,10 +48,21 @@ if TYPE_CHECKING:
 
 
 def prune(
-    driver: LlmWeights, decoder: Decoder, budget: WeightBudget, tokens: Samples | None, journal: Journal
+    driver: LlmWeights,
+    decoder: Decoder,
+    budget: WeightBudget,
+    tokens: Samples | None,
+    journal: Journal,
+    learned: Gradients | None = None,
 ) -> WeightHandle:
-    """Prune a decoder in place, calibrated on `tokens`; in evaluation mode, whatever mode it is in."""
-    scopes = {"block": _block_by_block, "model": _structure, "whole": _in_rounds}
+    """Prune a decoder in place, calibrated on `tokens`; in evaluation mode, whatever mode it is in.
+
+    Args:
+        driver, decoder, budget, tokens, journal: what, by what, how much, and how to go on.
+        learned: what a training before it says of structure, as `StructurePruner.gradients`.
+    """
+    structure = partial(_structure, learned=learned or {})
+    scopes = {"block": _block_by_block, "model": structure, "whole": _in_rounds}
     training = decoder.model.training
     decoder.model.eval()
     try:
@@ -105,7 +116,12 @@ def _in_rounds(
 
 
 def _structure(
-    driver: LlmWeights, decoder: Decoder, budget: WeightBudget, tokens: Samples | None, journal: Journal
+    driver: LlmWeights,
+    decoder: Decoder,
+    budget: WeightBudget,
+    tokens: Samples | None,
+    journal: Journal,
+    learned: Gradients,
 ) -> WeightHandle:
     """Heads, channels, halves and blocks.
 
@@ -120,7 +136,7 @@ def _structure(
         )
     before = sizes(decoder)
     everything = _parameters(decoder)
-    gradients = _gradients(driver, decoder, tokens)
+    gradients = _gradients(driver, decoder, tokens) | learned
     reads = set(method.stats) - set(MEASURED) or method.measures or method.teacher
     asked, train = method.regularised, None
     if asked is not None and asked.epochs and budget.sparsity:

@@ -102,7 +102,7 @@ def check_precision(driver: LlmWeights) -> None:
         UserError: with the mend.
     """
     asked, dtype = driver.method.regularised, driver.recipe.dtype
-    trains = driver.method.scope == "trained" or (asked is not None and asked.epochs)
+    trains = driver.method.learns != "no" or (asked is not None and asked.epochs)
     if trains and dtype != "float32":
         raise UserError(
             f"--dtype {dtype}: {driver.method.id} trains the weights, and small steps are lost; give --dtype float32"

@@ -19,7 +19,7 @@ from tprune.models import experts, shapes, units
 from tprune.models.blocks import Decoder
 from tprune.models.calibrate import Stream
 from tprune.models.embeddings import embeddings
-from tprune.models.gradients import MEASURED, POWERS, SENSITIVITY
+from tprune.models.gradients import MEASURED, POWERS, SENSITIVITY, USAGE
 from tprune.models.halves import half_sizes, masked
 from tprune.models.teacher import Teacher
 from tprune.pipelines.journal import Journal
@@ -174,6 +174,7 @@ class StructurePruner:
                 if f"{kind}.{name}" in known
             }
             own["sensitivity"] = sensitivity.get(place.reader_name)
+            own["usage"] = self.gradients.get(USAGE, {}).get(place.reader_name)
             members = partial(self._members, index, place)
             view.units[kind] = UnitView(
                 kind, stored, place.width, place.heads, place.cost, **own, members=members
