@@ -71,6 +71,16 @@ def test_what_is_read_of_frequencies_is_what_they_make(period, table, monkeypatc
     assert torch.allclose(held.summed(paid), paid @ held.dense(0, 40), atol=1e-4)
 
 
+@pytest.mark.parametrize("table", [0, waves.TABLE])
+def test_the_waves_at_a_few_places_are_those_of_all_also_around_the_period_s_end(table, monkeypatch):
+    monkeypatch.setattr(waves, "TABLE", table)
+    whole = waves.waves(0, 33, 5, 33, torch.device("cpu")).T
+    for first, last in ((0, 1), (30, 33), (30, 36), (70, 73)):
+        places = torch.arange(first, last) % 33
+        found = waves.waves_of_few(first, last, 5, 33, torch.device("cpu"))
+        assert torch.allclose(found, whole[:, places], atol=1e-5)
+
+
 def test_what_was_read_without_gradients_is_read_with_them_later():
     held, weight = Signal.of(noise(1, 20, 3), 2, 37), noise(1, 3, 2)
     with torch.inference_mode():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tprune.core.stored import TILE, Part
 from tprune.core.tiles import Seen, Tile, capped, own_heads
-from tprune.core.waves import held_in, low_frequencies, made_of, waves
+from tprune.core.waves import held_in, low_frequencies, made_of, waves, waves_of_few
 
 ROUNDING = 1e-5
 """Of a number's size, what is lost of it in float32 sums."""
@@ -65,9 +65,10 @@ class Signal:
 
     def add(self, x: Tensor, first: int) -> Signal:
         """With the channels [B, t, n] of further tokens, from the place `first` on."""
-        rows = waves(first, first + x.shape[1], self.frequencies, self.period, x.device)
-        new = rows.T @ (x.float() * (self.ratio / self.frequencies))
-        return replace(self, coefficient=self.coefficient + new)
+        place = waves_of_few(first, first + x.shape[1], self.frequencies, self.period, x.device)
+        place, x = place.expand(len(x), -1, -1), x.float() * self.ratio
+        coefficient = torch.baddbmm(self.coefficient, place, x, alpha=1 / self.frequencies)
+        return replace(self, coefficient=coefficient)
 
     @property
     def nbytes(self) -> int:

@@ -117,13 +117,18 @@ def attend_tiles(query: Tensor, tiles: Iterable[Seen], scale: float, softcap: fl
         softcap: bounds the logits (Gemma 2).
     """
     asked = query.float() * scale
-    most = asked.new_full((*query.shape[:3], 1), torch.finfo(torch.float32).min)
-    total, output = torch.zeros_like(most), 0.0
+    most = total = output = None
     for tile in tiles:
         logits = tile.logits(asked, softcap)
-        top = torch.maximum(most, logits.amax(3, keepdim=True))
-        shrunk, weight = (most - top).exp(), (logits - top).exp_()
-        total = total * shrunk + weight.sum(3, keepdim=True)
-        output = output * shrunk + tile.read(weight)
+        top = logits.amax(3, keepdim=True)
+        # A query that sees nothing yet has no -inf as its largest: the difference would be NaN.
+        top = top.clamp_min(torch.finfo(torch.float32).min) if most is None else torch.maximum(most, top)
+        weight = (logits - top).exp_()
+        sums, read = weight.sum(3, keepdim=True), tile.read(weight)
+        if most is None:
+            total, output = sums, read
+        else:
+            shrunk = (most - top).exp()
+            total, output = torch.addcmul(sums, total, shrunk), torch.addcmul(read, output, shrunk)
         most = top
     return (output / total.clamp_min(torch.finfo(torch.float32).tiny)).to(query.dtype)

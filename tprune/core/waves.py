@@ -37,6 +37,14 @@ def _table(frequencies: int, period: int, device: torch.device) -> Tensor:
     return waves(0, period, frequencies, period, device).T.contiguous()
 
 
+def waves_of_few(first: int, last: int, frequencies: int, period: int, device: torch.device) -> Tensor:
+    """As `waves`, the other way round, float32 [2 F, t]; read from the table where there is one."""
+    begin = first % period
+    if 2 * frequencies * period <= TABLE and begin + last - first <= period:
+        return _table(frequencies, period, device)[:, begin : begin + last - first]
+    return waves(first, last, frequencies, period, device).T
+
+
 def made_of(coefficient: Tensor, length: int, period: int) -> Tensor:
     """Σ_n a[n] cos(2π n t / period) + b[n] sin(2π n t / period), t < `length`: [B, k, 2 F] -> [B, k, length]."""
     frequencies = coefficient.shape[2] // 2
