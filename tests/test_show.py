@@ -25,6 +25,7 @@ from tprune.models.subject import Subject
 from tprune.models.vlm import image_tokens
 from tprune.pipelines.base import Sample
 from tprune.pipelines.pictures import on_grid, panels
+from tprune.pipelines.run import execute
 from tprune.pipelines.vit import VitPipeline
 from tprune.pipelines.vlm_pictures import crops
 from tprune.progress import Progress
@@ -178,6 +179,11 @@ def test_pictures_are_never_put_into_an_artifact(pruned_vit):
     assert sorted(pruned_vit.iterdir()) == before
 
 
+def test_a_folder_says_what_it_holds_also_from_inside(pruned_vit, monkeypatch):
+    monkeypatch.chdir(pruned_vit)
+    assert json.loads(call("show", ".", "--json").stdout)["method"] == "tome"
+
+
 def prune_weights(folder, text, out, *words):
     calibration = ("--calibration", 4, "--length", 24, "--batch-size", 2, "--limit", 2)
     call("llm-weights", *words, folder, "--data", text, *calibration, "--no-eval", "--out", out, "--quiet")
@@ -228,6 +234,18 @@ def test_nothing_is_drawn_of_weights_unasked(folder, text, tmp_path, monkeypatch
         call("show", out, "--to", tmp_path / "to")
     call("show", out, "--pictures")
     assert (tmp_path / "out-pictures" / "sparsity.png").exists()
+
+
+def test_of_two_stages_weights_and_a_sample_are_drawn_together(folder, text, tmp_path):
+    stages = (
+        RecipeStage("llm-weights", "magnitude", sparsity=0.5),
+        RecipeStage("llm-context", "streaming-llm", keep=0.5),
+    )
+    asked = Recipe(ModelSource(str(folder)), stages, data=str(text), length=48, limit=2, batch_size=2)
+    execute(asked, Progress(quiet=True), out=str(tmp_path / "out"), evaluate=False)
+    shown = show(tmp_path / "out", tmp_path / "to", "--sample", 0, "--pictures")
+    names = [picture["path"].rpartition("/")[2] for picture in shown]
+    assert names == ["sample-0.html", "stage-1-sparsity.png", "stage-1-sparsity.svg"]
 
 
 def test_weights_have_no_sample(folder, text, tmp_path):

@@ -48,7 +48,7 @@ def command(
     if (to is not None or force) and not asked and not pictures:
         what = "--pictures" if weights else "--sample N or --image FILE"
         raise UserError(f"--to and --force are about pictures; say of what: {what}")
-    place = picture_folder(folder, to)
+    place = picture_folder(folder, to) if asked or pictures else None
     shown: dict[str, Any] = {"out": str(folder)}
     if not asked:
         shown = report | shown | {"files": sizes(folder)}
@@ -56,12 +56,12 @@ def command(
             print_folder(shown, recipe)
     drawn: list[Picture] = []
     if asked:
-        drawn = draw_sample(folder, report, sample, image, prompt)
-    elif pictures:
+        drawn += draw_sample(folder, report, sample, image, prompt)
+    if pictures:
         from tprune.pipelines.weights_pictures import of_folder
 
-        drawn = of_folder(Path(folder), report, recipe)
-    written = write(drawn, place, force)
+        drawn += of_folder(Path(folder), report, recipe)
+    written = [] if place is None else write(drawn, place, force)
     if as_json:
         listed = [
             {"path": str(path), "title": picture.title, **picture.numbers}
