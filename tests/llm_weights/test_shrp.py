@@ -1,6 +1,8 @@
 """SHRP: heads as experts of a router, of which the most used are left."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -197,6 +199,18 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_same_bytes(folder, passages,
     run(*asked(folder, passages, broken))
     files = [place / "model.safetensors" for place in (whole, broken)]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_two_processes_make_the_model_that_one_makes_and_one_of_them_writes_it(folder, passages, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    run(*asked(folder, passages, one, "--no-eval"))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    words = [*launcher, "-m", "tprune.cli", "llm-weights", *asked(folder, passages, two, "--no-eval")]
+    subprocess.run([str(word) for word in words], capture_output=True, text=True, check=True)
+    # Weights are not compared: a bias of keys has no gradient but rounding, of which the optimizer makes steps.
+    dense = answers(encoder(), texts())
+    alone, together = (answers(tprune.load(str(place)), texts()) for place in (one, two))
+    assert (together - alone).norm() < 1e-2 * (alone - dense).norm()
 
 
 @pytest.mark.parametrize(
