@@ -180,6 +180,11 @@ def attention_column_sums(
     return sums if bias is None or not alike else sums.masked_fill(_silent(bias).squeeze(-1), 0)
 
 
+def shown(bias: Tensor) -> Tensor:
+    """Which keys a mask shows, bool like `bias`: it says so, or adds what does not hide (a NaN hides nothing)."""
+    return bias if bias.dtype == torch.bool else ~(bias <= torch.finfo(bias.dtype).min)
+
+
 def _silent(
     bias: Tensor | None, counted: Tensor | None = None, future: Tensor | None = None
 ) -> Tensor | None:
@@ -195,7 +200,7 @@ def _silent(
     idle = None if counted is None else ~counted[:, None, :, None]
     if bias is None:
         return idle
-    visible = bias if bias.dtype == torch.bool else ~(bias <= torch.finfo(bias.dtype).min)
+    visible = shown(bias)
     if future is not None:
         rows = len(future)
         visible = visible.expand(*visible.shape[:-2], rows, -1).clone()

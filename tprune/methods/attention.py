@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from tprune.core import score
@@ -59,8 +58,7 @@ class Attention:
         """Which keys the mask shows to each query, bool [B or 1, H or 1, N, N]; None without one."""
         if self.bias is None:
             return None
-        visible = self.bias if self.bias.dtype == torch.bool else self.bias > torch.finfo(self.bias.dtype).min
-        return visible.expand(*visible.shape[:-2], self.query.shape[2], -1)
+        return score.shown(self.bias).expand(*self.bias.shape[:-2], self.query.shape[2], -1)
 
     def column_sums(self, decay: float = 1.0, counted: Tensor | None = None) -> Tensor:
         """The attention every key received, summed over the queries that see it: float32 [B, H, N].
