@@ -65,6 +65,20 @@ def test_finished_parts_outlive_an_interruption_for_the_same_recipe_only(tmp_pat
     assert stop.value.args[0] == []
 
 
+def test_two_runs_do_not_write_one_artifact(tmp_path):
+    out = tmp_path / "out"
+    with artifact.staging(out, "one", False) as (whole, _):
+        (whole / "a").write_text("1")
+        with pytest.raises(UserError, match="another run is writing it; wait for that one"):
+            with artifact.staging(out, "two", False):
+                pass
+    assert (out / "a").read_text() == "1"
+    with artifact.staging(out, "two", True) as (whole, _):
+        (whole / "a").write_text("2")
+    assert (out / "a").read_text() == "2"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_full_disk_says_where_finished_parts_wait(tmp_path):
     with pytest.raises(
         UserError, match=r"free some space and run again; .*\.out\.partial keeps what is finished"

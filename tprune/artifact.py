@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -40,15 +41,44 @@ def staging(out: str | Path, key: str, force: bool) -> Iterator[tuple[Path, Path
 
     After an interruption the finished parts stay, and the next run with the same `key` finds them.
     A full disk leaves nothing but them.
+
+    Raises:
+        UserError: it exists, cannot be written, or another process is writing it.
     """
     check_free(out, force)
     out, partial = Path(out).absolute(), partial_folder(out)
+    with _alone(out, partial):
+        check_free(out, force)  # another run may just have written it
+        yield from _staging(out, partial, key)
+
+
+@contextmanager
+def _alone(out: Path, partial: Path) -> Iterator[None]:
+    """Inside, no other process writes to `partial`, which is there; the lock goes with the process."""
     try:
         partial.mkdir(parents=True, exist_ok=True)
+        held = os.open(partial, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot write there: {error.strerror}") from None
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"--out {out}: another run is writing it; wait for that one, or give another folder"
+            ) from None
+        except OSError:
+            pass  # a file system without locks, such as some over a network
+        yield
+    finally:
+        os.close(held)
+
+
+def _staging(out: Path, partial: Path, key: str) -> Iterator[tuple[Path, Path]]:
+    try:
         stamp = partial / "key"
         if not stamp.exists() or stamp.read_text() != key:
-            shutil.rmtree(partial)
-            partial.mkdir()
+            _clear(partial)
             stamp.write_text(key)
         whole, parts = partial / "whole", partial / "parts"
         shutil.rmtree(whole, ignore_errors=True)
@@ -73,6 +103,15 @@ def staging(out: str | Path, key: str, force: bool) -> Iterator[tuple[Path, Path
         if isinstance(error, OSError):
             raise UserError(f"--out {out}: {error.strerror or error}") from None
         raise
+
+
+def _clear(folder: Path) -> None:
+    """Leave nothing in a folder, which stays the same one."""
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
 
 
 def write_json(path: Path, content: Any) -> None:
