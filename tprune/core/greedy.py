@@ -76,23 +76,27 @@ def coverage(gains: Tensor, count: int, allowed: Tensor | None = None, few: int 
     """
     gains = gains.float()
     bar, covered = _barred((len(gains), gains.shape[2]), allowed, gains), torch.zeros_like(gains[..., :1])
-    order: list[Tensor] = []
-    while len(order) < count:
+    order = torch.empty(len(gains), 0, dtype=torch.int64, device=gains.device)
+    while order.shape[1] < count:
         worth = _adds(gains, covered) + bar
         ranked = worth.argsort(dim=1, descending=True, stable=True)
         near = ranked[:, :few].sort(dim=1).values
         others = worth.gather(1, ranked[:, few : few + 1])  # [B, 1], their best; [B, 0] where there is none
-        part = gains.take_along_dim(near.unsqueeze(1), 2)
+        part = gains.gather(2, near.unsqueeze(1).expand(-1, gains.shape[1], -1))
         best, pick = worth.gather(1, near).max(dim=1, keepdim=True)
-        for _ in range(count - len(order)):
-            order.append(near.gather(1, pick))
-            bar.scatter_(1, order[-1], -torch.inf)
+        near_bar, picks = bar.gather(1, near), []
+        for _ in range(count - order.shape[1]):
+            picks.append(pick)
+            near_bar.scatter_(1, pick, -torch.inf)
             covered = torch.maximum(covered, part.gather(2, pick.unsqueeze(1).expand_as(covered)))
-            best, pick = (_adds(part, covered) + bar.gather(1, near)).max(dim=1, keepdim=True)
+            best, pick = (_adds(part, covered) + near_bar).max(dim=1, keepdim=True)
             # Equals are the next look's, which knows their order.
             if not bool((best > others).all()):
                 break
-    return torch.cat(order, dim=1)
+        found = near.gather(1, torch.cat(picks, dim=1))
+        bar.scatter_(1, found, -torch.inf)
+        order = torch.cat([order, found], dim=1)
+    return order
 
 
 def _adds(gains: Tensor, covered: Tensor) -> Tensor:

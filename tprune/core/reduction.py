@@ -24,6 +24,12 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index)
 
 
+def _times(x: Tensor, weight: Tensor) -> Tensor:
+    """`x` [B, K, D], which is lost, with each row times its `weight` [B, K]."""
+    weight = weight.unsqueeze(-1).to(x.dtype)
+    return x * weight if weight.requires_grad else x.mul_(weight)
+
+
 @dataclass(frozen=True, eq=False)
 class Sight:
     """What the tokens that are left see in the next attention, where it is not all of themselves.
@@ -166,9 +172,9 @@ class Reduction:
         if self.dense is not None:
             return torch.baddbmm(out, self.dense.to(x.dtype), flow)
         if self.weight is not None:
-            flow = flow * self.weight.unsqueeze(-1).to(x.dtype)
+            flow = _times(flow, self.weight)
         if self.own is not None:
-            out = out * self.own.unsqueeze(-1).to(x.dtype)
+            out = _times(out, self.own)
         return out.scatter_add_(1, self.into.clamp_min(0).unsqueeze(-1).expand_as(flow), flow)
 
     def gather(self, x: Tensor) -> Tensor:

@@ -138,14 +138,16 @@ def attention_column_sums(
         query, key, scale, bias, causal, softcap: as for `attention_rows`.
         decay: the last query counts 1, each one before it `decay` times the next (A2SF, the forgetting factor).
         counted: bool [B, N], the queries that count; all by default.
-        tile: query rows at a time; by default at least 16, and what fills 16 MB on a CPU (8 MB where causal) or
-            128 MB elsewhere.
+        tile: query rows at a time; by default tiles of one size, of at least 16 rows, at most 200 rows and 16 MB on a
+            CPU (8 MB where causal), or 128 MB elsewhere.
     """
     batch, heads, length = query.shape[:3]
     keys = key.shape[2]
     if tile is None:
-        elements = 1 << ((21 if causal else 22) if query.device.type == "cpu" else 25)
-        tile = min(max(elements // (batch * heads * keys), 16), length)
+        cpu = query.device.type == "cpu"
+        elements = 1 << ((21 if causal else 22) if cpu else 25)
+        most = min(max(elements // (batch * heads * keys), 16), 200 if cpu else length, length)
+        tile = -(-length // -(-length // most))
     key = key.float()
     future = torch.ones(tile, tile, dtype=torch.bool, device=query.device).triu(1)
     weight = decay ** torch.arange(length - 1, -1, -1, device=query.device, dtype=torch.float32)
