@@ -367,6 +367,18 @@ def test_bench_prints_the_ratio_of_measured_to_theoretical_speedup(vit_folder, m
     result = json.loads(call(*words).stdout)["results"][0]
     assert result["speedup_ratio"] == pytest.approx(result["speedup_measured"] / result["speedup_flops"])
     assert result["threading"] == THREADING
+    within = result["within_rounds"]["speedup_ratio"]
+    assert within["min"] <= within["q1"] <= within["median"] <= within["q3"]
+
+
+def test_a_ratio_within_rounds_is_not_moved_by_a_machine_that_slows_down():
+    from tprune.commands.bench import quartiles, ratios
+
+    times = {"dense": [1.0, 2.0, 40.0], "pruned": [0.5, 1.0, 20.0]}
+    found = {"flops": {"dense": 8.0, "pruned": 4.0}, "ratios": {"cost": ["pruned", "dense"]}}
+    told = ratios(found, {name: quartiles(taken) for name, taken in times.items()}, times)
+    assert told["within_rounds"]["speedup_ratio"] == {"median": 1.0, "q1": 1.0, "q3": 1.0, "min": 1.0}
+    assert told["within_rounds"]["cost"]["median"] == told["cost"] == 0.5
 
 
 def test_bench_finds_the_family_of_a_method_that_only_one_family_has(vit_folder):

@@ -89,9 +89,10 @@ def test_the_benchmark_says_time_in_plain_passes_and_memory_above_the_model(meth
     )
     record = bench.measure(recipe, 3)
     assert record["plain_passes"] > 0
-    assert 0 < record["plain_passes_q1"] <= record["plain_passes_q3"]
+    within = record["within_rounds"]["plain_passes"]
+    assert 0 < within["q1"] <= within["median"] <= within["q3"]
     assert record["tensors_above_model_mb"] > max(record["activations_mb"], record["masks_mb"])
-    assert record["resident_above_model_mb"] >= 0
+    assert record["resident_above_model_mb"] > -1
     assert (record["activations_mb"] > 0) == held
     assert record["largest_block_mb"] > 0
     assert record["protocol"]["attention"] == "sdpa"

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,11 +15,13 @@ from tests.decoders import decoder, tokens
 from tests.llm_weights.test_command import SMALL, run
 from tests.llm_weights.tiny import save
 from tprune import artifact
+from tprune.commands import bench
 from tprune.errors import UserError
 from tprune.models.blocks import find_decoder
 from tprune.models.calibrate import Stream
 from tprune.models.shards import Shards
 from tprune.models.subject import pages_of
+from tprune.recipe import ModelSource, Recipe, Stage
 
 
 def prune(model, text, out, method, *more):
@@ -140,3 +143,27 @@ def test_damaged_shards_are_named(tmp_path):
         Shards([file]).read("a", torch.empty(4))
     with pytest.raises(UserError, match=r"a is \[4\], and the configuration says \[5\]"):
         Shards([file]).read("a", torch.empty(5))
+
+
+def test_the_benchmark_of_a_paged_model_counts_memory_from_the_whole_one(text, tmp_path):
+    source = save(tmp_path / "model", hidden_size=256, intermediate_size=1024, num_hidden_layers=8)
+    recipe = Recipe(
+        ModelSource(str(source)),
+        (Stage("llm-weights", "sparsegpt", sparsity=0.5),),
+        data=str(text),
+        calibration=4,
+        length=24,
+        batch_size=2,
+    )
+    whole, paged = (bench.measure(replace(recipe, max_memory=size), 1) for size in (None, "40MB"))
+    model = sum(file.stat().st_size for file in source.glob("*.safetensors")) / 2**20
+    assert paged["plain_passes"] > 0
+    assert paged["workers"] == 1
+    assert -model < paged["tensors_above_model_mb"] < whole["tensors_above_model_mb"]
+    assert paged["masks_mb"] == whole["masks_mb"]
+
+
+def test_the_benchmark_refuses_to_page_what_is_no_language_model():
+    recipe = Recipe(ModelSource("digits-vit"), (Stage("vit", "tome", keep=0.5),), max_memory="1GB")
+    with pytest.raises(UserError, match="only llm-weights reads a model block by block"):
+        bench.measure(recipe, 1)

@@ -21,6 +21,9 @@ from tprune.recipe import ModelSource, Recipe, Stage
 @click.option("--keep", type=float, metavar="R", help="Fraction of tokens or entries kept.")
 @click.option("--sparsity", type=float, metavar="S", help="Fraction of weights removed.")
 @click.option("--pattern", metavar="N:M", help="N weights kept of every M.")
+@click.option(
+    "--max-memory", metavar="SIZE", help="Weights: read the model block by block and keep to so much."
+)
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Timed calls of each.")
 @model_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -86,15 +89,17 @@ def placed(what: tuple[str, ...], methods: list[str]) -> tuple[str, str | None]:
 def measure(recipe: Recipe, rounds: int) -> dict[str, Any]:
     """The record of one method: medians and quartiles of every timed part, their ratios, and the protocol."""
     from tprune.evaluate.protocol import protocol
-    from tprune.pipelines.run import check_device, pipeline
+    from tprune.pipelines.run import check_device, check_paged, pipeline
     from tprune.progress import Progress
 
     check_device(recipe)
+    check_paged(recipe)
     driver = pipeline(recipe, recipe.stage, Progress())
     subject = driver.load()
     record = protocol(recipe, subject, {"source": "noise drawn from the seed"})
     found = driver.bench(subject, rounds)
-    summary = {name: quartiles(times) for name, times in found.pop("times").items()}
+    times = found.pop("times")
+    summary = {name: quartiles(taken) for name, taken in times.items()}
     for name, peak in found.pop("memory", {}).items():
         found[f"peak_memory_mb_{name}"] = peak
     return {
@@ -103,7 +108,7 @@ def measure(recipe: Recipe, rounds: int) -> dict[str, Any]:
         "model": recipe.model.name,
         "asked": recipe.stage.keep or recipe.stage.sparsity or recipe.stage.pattern,
         "seconds": summary,
-        **ratios(found, summary),
+        **ratios(found, summary, times),
         "rounds": rounds,
         "threading": {name: os.environ.get(name) for name in THREADING},
         "protocol": record,
@@ -111,25 +116,31 @@ def measure(recipe: Recipe, rounds: int) -> dict[str, Any]:
 
 
 def quartiles(times: list[float]) -> dict[str, float]:
-    """Median, quartiles and minimum, in seconds."""
+    """Median, quartiles and minimum."""
     cuts = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else [times[0]] * 3
     return {"median": cuts[1], "q1": cuts[0], "q3": cuts[2], "min": min(times)}
 
 
-def ratios(found: dict[str, Any], seconds: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """Measured and theoretical speed-up, and what the family adds of its own (`ratios`: name -> [over, under])."""
+def ratios(
+    found: dict[str, Any], seconds: dict[str, dict[str, float]], times: dict[str, list[float]]
+) -> dict[str, Any]:
+    """Measured and theoretical speed-up, and what the family adds of its own (`ratios`: name -> [over, under]).
+
+    Each is a ratio of medians; `within_rounds` has the quartiles of the same ratio formed within every round, which a
+    machine that gets slower or faster on the way does not change.
+    """
     told: dict[str, Any] = {name: found[name] for name in found if name not in ("ratios", "flops")}
+    parts = {name: (over, under, 1.0) for name, (over, under) in found.get("ratios", {}).items()}
     if "flops" in found:
         theory = found["flops"]["dense"] / found["flops"]["pruned"]
         measured = seconds["dense"]["median"] / seconds["pruned"]["median"]
-        told |= {
-            "flops": found["flops"],
-            "speedup_flops": theory,
-            "speedup_measured": measured,
-            "speedup_ratio": measured / theory,
-        }
-    for name, (over, under) in found.get("ratios", {}).items():
-        told[name] = seconds[over]["median"] / seconds[under]["median"]
+        told |= {"flops": found["flops"], "speedup_flops": theory, "speedup_measured": measured}
+        parts["speedup_ratio"] = ("dense", "pruned", theory)
+    told["within_rounds"] = {}
+    for name, (over, under, unit) in parts.items():
+        told[name] = seconds[over]["median"] / seconds[under]["median"] / unit
+        paired = zip(times[over], times[under], strict=True)
+        told["within_rounds"][name] = quartiles([one / other / unit for one, other in paired])
     return told
 
 
@@ -143,7 +154,7 @@ def show(result: dict[str, Any]) -> None:
         )
     for name, value in result.items():
         if isinstance(value, float) and name != "asked":
-            click.echo(f"  {name.replace('_', ' '):<24} {value:10.3f}")
+            click.echo(f"  {name.replace('_', ' '):<24} {value:10.3f}{_within(result, name)}")
         elif name == "workers":
             click.echo(f"  {name:<24} {value:10}")
     protocol = result["protocol"]
@@ -153,3 +164,11 @@ def show(result: dict[str, Any]) -> None:
         f"torch {protocol['software']['torch']}, "
         f"median of {result['rounds']} rounds in turn"
     )
+
+
+def _within(result: dict[str, Any], name: str) -> str:
+    """What a ratio was within the rounds; nothing for other figures."""
+    found = result["within_rounds"].get(name)
+    if found is None:
+        return ""
+    return f"     (within rounds {found['median']:.3f}, quartiles {found['q1']:.3f} to {found['q3']:.3f})"

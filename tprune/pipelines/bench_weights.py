@@ -7,15 +7,16 @@ import gc
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from tprune.evaluate.cost import PeakMemory, peak_heap, peak_tensors, quartiles, timed
+from tprune.evaluate.cost import PeakMemory, peak_heap, peak_tensors, timed
 from tprune.methods.weights import WeightBudget
-from tprune.models import masks
+from tprune.models import masks, save
 from tprune.models.calibrate import MANY_TOKENS, rows_at_once, workers_at_once
 from tprune.models.embeddings import TripleSets
 from tprune.models.feed import Feed, Tokens
@@ -36,7 +37,9 @@ def bench(driver: LlmWeights, subject: Subject, rounds: int) -> dict[str, Any]:
     The plain pass sends the same tokens through the decoder without its head, in batches as large as `--batch-size`
     and `MANY_TOKENS` allow (pruning takes smaller ones where that saves memory). Every pruning run works on a fresh
     copy of the model and journals its blocks, as with `--out`; copying, reading the text and tokenising it are not
-    counted.
+    counted. With `--max-memory` the copy is one whose blocks are read from their files, and that reading is counted;
+    the plain pass is of the model in memory, and "above the loaded model" stays above all of that: less than nothing
+    where pruning needs less than the model.
 
     Memory is told twice, both in MB above the loaded model: `tensors_above_model_mb` is what was alive at the worst
     moment of one more run, not timed (`peak_tensors`; of several `workers` `peak_heap`, since the other sees one thread
@@ -46,9 +49,10 @@ def bench(driver: LlmWeights, subject: Subject, rounds: int) -> dict[str, Any]:
     weight.
 
     Returns:
-        `times` per part, the `ratios` to form, the quartiles of a run's time over that of the pass before it, and the
-        memory.
+        `times` per part, the `ratios` to form, and the memory.
     """
+    if driver.recipe.max_memory is not None:
+        subject = save.load_as(replace(driver.recipe, max_memory=None), driver.source(), driver.family)
     decoder = driver.decoder(subject.model)
     budget, tokens = driver.budget(), driver.calibration_tokens(subject, decoder)
     feed = _plain_feed(driver, subject, tokens)
@@ -60,9 +64,10 @@ def bench(driver: LlmWeights, subject: Subject, rounds: int) -> dict[str, Any]:
             feed.call(decoder, slice(first, first + rows))
 
     together = rows_at_once(batch, length, subject.device) if feed.alike else 1
-    workers = workers_at_once(batch, together, feed.shape, subject.device)
+    paged = driver.recipe.max_memory is not None
+    workers = 1 if paged else workers_at_once(batch, together, feed.shape, subject.device)
     times: dict[str, list[float]] = {"plain pass": [], "pruning": []}
-    above = 0.0
+    above = float("-inf")
     with torch.no_grad():
         plain()
         for _ in range(rounds):
@@ -71,15 +76,11 @@ def bench(driver: LlmWeights, subject: Subject, rounds: int) -> dict[str, Any]:
             times["pruning"].append(seconds)
             above = max(above, memory)
         alive, kept = _tensors(driver, subject, budget, tokens, workers)
-    paired = [over / under for over, under in zip(times["pruning"], times["plain pass"], strict=True)]
-    low, _, high = quartiles(paired)
     streams = isinstance(tokens, Tensor | Feed)
     size = next(decoder.core.parameters()).element_size() if streams else 0
     return {
         "times": times,
         "ratios": {"plain_passes": ["pruning", "plain pass"]},
-        "plain_passes_q1": low,
-        "plain_passes_q3": high,
         "tensors_above_model_mb": alive,
         "masks_mb": kept,
         "resident_above_model_mb": above,
@@ -109,7 +110,8 @@ def _on_a_copy(
 
     What the copy before left behind is given back.
     """
-    copied = driver.decoder(copy.deepcopy(subject.model))
+    paged = driver.recipe.max_memory is not None
+    copied = driver.decoder(driver.load().model if paged else copy.deepcopy(subject.model))
     gc.collect()
     give_back()
     with tempfile.TemporaryDirectory(prefix="tprune-bench-") as folder:
@@ -125,22 +127,34 @@ def _tensors(
     workers: int,
 ) -> tuple[float, float]:
     """Peak memory of tensors while a copy is pruned, and the size of the masks on disk, in MB."""
-    handles: list[Handle] = []
+    kept: list[float] = []
+
+    def run(prune: Callable[[], Handle]) -> None:
+        recorded = masks.only_masks(prune().tensors(by_reference=True))
+        kept.append(sum(mask.nbytes for mask in recorded.values()) / 2**20)
+
+    def with_copy() -> None:
+        with _on_a_copy(driver, subject, budget, tokens) as (prune, _):
+            run(prune)
+
+    if driver.recipe.max_memory is not None:
+        return peak_heap(with_copy) - _bytes(subject.model) / 2**20, kept[0]
     with _on_a_copy(driver, subject, budget, tokens) as (prune, folder):
         if workers > 1:
-            peak = peak_heap(lambda: handles.append(prune()))
+            peak = peak_heap(lambda: run(prune))
         else:
-            peak = peak_tensors(lambda: handles.append(prune()), subject.device, folder)
-        recorded = masks.only_masks(handles[0].tensors(by_reference=True))
-        return peak, sum(mask.nbytes for mask in recorded.values()) / 2**20
+            peak = peak_tensors(lambda: run(prune), subject.device, folder)
+    return peak, kept[0]
 
 
 def _time(
     driver: LlmWeights, subject: Subject, budget: WeightBudget, tokens: Samples | None
 ) -> tuple[float, float]:
     """Seconds of pruning a copy, and by how many MB the process (on CUDA: what is allocated) grew meanwhile."""
+    before = _resident(subject.device) + _bytes(subject.model) / 2**20
     with _on_a_copy(driver, subject, budget, tokens) as (prune, _):
-        before = _resident(subject.device)
+        if driver.recipe.max_memory is None:
+            before = _resident(subject.device)
         with PeakMemory(subject.device) as memory:
             seconds = timed(prune, subject.device)
     return seconds, memory.megabytes - before

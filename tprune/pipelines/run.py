@@ -58,15 +58,21 @@ def check_device(recipe: Recipe) -> None:
         raise UserError(f"--dtype {recipe.dtype}: expected float32, bfloat16 or float16")
 
 
+def check_paged(recipe: Recipe) -> None:
+    """Refuse `--max-memory` for a family that holds its model in memory."""
+    if recipe.max_memory is not None and any(stage.family != "llm-weights" for stage in recipe.stages):
+        raise UserError(
+            f"--max-memory {recipe.max_memory}: only llm-weights reads a model block by block; leave it out"
+        )
+
+
 def check_memory(recipe: Recipe, out: str | None, by_reference: bool) -> None:
     """Refuse `--max-memory` where blocks cannot go to disk as they are finished."""
-    said = f"--max-memory {recipe.max_memory}"
-    if recipe.max_memory is None:
-        return
-    if any(stage.family != "llm-weights" for stage in recipe.stages):
-        raise UserError(f"{said}: only llm-weights reads a model block by block; leave it out")
-    if out is None or by_reference:
-        raise UserError(f"{said}: pruned blocks go to a folder; give --out DIR, and no --by-reference")
+    check_paged(recipe)
+    if recipe.max_memory is not None and (out is None or by_reference):
+        raise UserError(
+            f"--max-memory {recipe.max_memory}: pruned blocks go to a folder; give --out DIR, and no --by-reference"
+        )
 
 
 def execute(
