@@ -9,22 +9,27 @@ import torch
 
 from tests.decoders import decoder, tokens
 from tests.llm_weights.test_command import SMALL, run
+from tests.llm_weights.tiny import tokenizer
+from tests.pairs import pair
 from tprune import artifact
 from tprune.core.statistics import Inputs
 from tprune.core.weights import unpack_bits
 from tprune.errors import UserError
 from tprune.methods import registry
-from tprune.models.blocks import find_decoder
-from tprune.models.calibrate import Stream
+from tprune.models.find import find_blocks
+from tprune.models.pair_stream import stream_of
 from tprune.models.together import Together
 from tprune.pipelines.share import in_parts
 
 
-def test_two_processes_prune_what_one_does_and_one_of_them_writes_it(folder, text, tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    asked = (
-        f"--method sparsegpt --sparsity 0.5 --allocate owl {folder} --data {text} --no-eval --json".split()
-    )
+@pytest.mark.parametrize("kind", ["decoder", "t5", "bart"])
+def test_two_processes_prune_what_one_does_and_one_of_them_writes_it(kind, folder, text, tmp_path):
+    one, two, model = tmp_path / "one", tmp_path / "two", folder
+    if kind != "decoder":
+        model = tmp_path / kind
+        pair(kind).save_pretrained(model)
+        tokenizer().save_pretrained(model)
+    asked = f"--method sparsegpt --sparsity 0.5 --allocate owl {model} --data {text} --no-eval --json".split()
     run(*asked, *SMALL, "--out", one)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     words = [*launcher, "-m", "tprune.cli", "llm-weights", *asked, *SMALL, "--out", str(two)]
@@ -38,11 +43,15 @@ def test_two_processes_prune_what_one_does_and_one_of_them_writes_it(folder, tex
     assert apart <= 1e-5 * bits
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral", "opt"])
-def test_statistics_of_parts_are_those_of_the_whole(name):
-    ids, found = tokens(5, 20), find_decoder(decoder(name))
-    whole = Stream(found, ids, 2).gather(0, ("norm", "gram"))
-    parts = [Stream(found, part, 2).gather(0, ("norm", "gram")) for part in ids.tensor_split(3)]
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [(decoder, "llama"), (decoder, "mixtral"), (decoder, "opt"), (pair, "t5"), (pair, "bart")],
+)
+def test_statistics_of_parts_are_those_of_the_whole(make, name):
+    ids, found = tokens(5, 20), find_blocks(make(name))
+    whole, *parts = (
+        stream_of(found, part, 2).gather(0, ("norm", "gram")) for part in [ids, *ids.tensor_split(3)]
+    )
     for place, one in whole.items():
         joined = Inputs(("norm", "gram"))
         joined.join([part[place].share() for part in parts])
