@@ -192,6 +192,20 @@ def test_a_row_without_images_in_a_batch_is_left_alone(method):
 
 
 @every_method
+def test_padding_on_the_right_changes_nothing_in_front_of_it(method):
+    model = tiny("llava")
+    alone = noise_prompts(model, 1, 4, behind=6)
+    padded = {
+        name: value if name == "pixel_values" else torch.nn.functional.pad(value, (0, 9))
+        for name, value in alone.items()
+    }
+    length = alone["input_ids"].shape[1]
+    with tprune.prune(model, f"vlm/{method}", **start(method, model), keep=0.4):
+        expected, found = model(**alone).logits, model(**padded).logits
+    assert torch.allclose(found[:, :length], expected, atol=2e-4)
+
+
+@every_method
 def test_the_same_seed_and_images_choose_the_same_tokens_twice(method):
     model = tiny("llava")
     inputs = noise_prompts(model, 3, 7)

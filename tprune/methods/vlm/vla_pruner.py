@@ -78,7 +78,11 @@ class VLAPruner(TokenMethod):
         if acted is None and self.warm_up:
             return None
         attention = view.attention
-        score = attention.rows(view.last)[:, :, 0] if self.rows == "last" else attention.column_sums()
+        score = (
+            attention.rows(view.last)[:, :, 0]
+            if self.rows == "last"
+            else attention.column_sums(counted=view.real)
+        )
         score = score.mean(1)  # [B, N]
         if acted is None:
             index, valid = select.keep_prunable_top(score, count, view.prunable)
