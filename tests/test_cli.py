@@ -11,8 +11,10 @@ from click.testing import CliRunner
 
 from tprune import zoo
 from tprune.cli import COMMANDS, command, said
+from tprune.commands.common import FAMILY_DEFAULTS, UNREAD
 from tprune.errors import UserError
 from tprune.methods import registry
+from tprune.models import load as loaders
 
 
 def call(*words):
@@ -101,6 +103,33 @@ def test_without_a_model_the_built_in_one_is_named(monkeypatch):
     result = call("vit", "--method", "tome", "--keep", "0.6")
     assert "using the built-in digits-vit" in result.stderr
     assert seen["recipe"].model.name == "digits-vit"
+
+
+ASKED = {
+    "bench": ("--method", "random", "--keep", "0.5"),
+    "sweep": ("--method", "random", "--keep", "0.5", "--out", "nowhere"),
+    "tune": ("--method", "random", "--keep", "0.5", "--set", "seed=0:1"),
+    "search": ("--target-flops", "0.5"),
+    "eval": (),
+}
+"""What the commands of all families are asked."""
+
+
+@pytest.mark.parametrize("name", list(ASKED))
+@pytest.mark.parametrize(
+    ("family", "option"), [(family, option) for family, unread in UNREAD.items() for option in unread]
+)
+def test_what_says_nothing_to_a_family_is_refused_before_a_model_is_loaded(name, family, option, monkeypatch):
+    monkeypatch.setattr(loaders, "load", None)
+    where = [FAMILY_DEFAULTS[family], "--family", family] if name == "eval" else [family]
+    with pytest.raises(UserError, match=rf"^--{option} 4: .* in {family}; leave it out$"):
+        call(name, *where, *ASKED[name], f"--{option}", 4)
+
+
+def test_eval_of_a_folder_asks_the_family_that_it_was_written_by(vit_folder, tmp_path):
+    prune(vit_folder, "--out", tmp_path / "out", "--no-eval", "--quiet")
+    with pytest.raises(UserError, match="--length 4: images have their own number of tokens in vit"):
+        call("eval", tmp_path / "out", "--family", "llm-weights", "--length", 4)
 
 
 def test_out_eval_show_and_run_round_trip(vit_folder, tmp_path):

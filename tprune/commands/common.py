@@ -50,8 +50,15 @@ OUTPUT_OPTIONS = (
 """The options of `launch`."""
 
 
-UNREAD = {"vit": ("length",), "vlm": ("length", "calibration"), "llm-context": ("calibration",)}
-"""What of `model_options` says nothing to the command of a family, which does not take it."""
+UNREAD = {
+    "vit": {"length": "images have their own number of tokens"},
+    "vlm": {
+        "length": "images and questions have their own number of tokens",
+        "calibration": "no method is calibrated",
+    },
+    "llm-context": {"calibration": "no method is calibrated"},
+}
+"""What of `model_options` says nothing to a family, and why; its own command does not take it."""
 
 
 def model_options(command: Callable) -> Callable:
@@ -77,6 +84,17 @@ def model_options(command: Callable) -> Callable:
     ):
         command = option(command)
     return command
+
+
+def check_read(family: str, options: dict[str, Any]) -> None:
+    """Refuse what of `model_options` was given to a command of all families, and says nothing to this one.
+
+    Raises:
+        UserError: naming the option.
+    """
+    for name, why in UNREAD.get(family, {}).items():
+        if options[name] is not None:
+            raise UserError(f"--{name} {options[name]}: {why} in {family}; leave it out")
 
 
 def output_options(command: Callable) -> Callable:
@@ -171,7 +189,7 @@ def family_command(family: str, help: str) -> click.Command:
         ),
     )
     found = functools.reduce(lambda made, option: option(made), reversed(extra), command)
-    found.params = [option for option in found.params if option.name not in UNREAD.get(family, ())]
+    found.params = [option for option in found.params if option.name not in UNREAD.get(family, {})]
     return found
 
 

@@ -2,13 +2,14 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import click
 
 from tprune import artifact
-from tprune.commands.common import FAMILY_DEFAULTS, model_options
-from tprune.recipe import ModelSource, Recipe, Stage
+from tprune.commands.common import FAMILY_DEFAULTS, check_read, model_options
+from tprune.recipe import ModelSource, Recipe, Stage, read
 
 
 @click.command("eval")
@@ -26,6 +27,12 @@ def command(
     from tprune.pipelines.run import check_device, measure, pipeline
     from tprune.progress import Progress
 
+    written = artifact.is_artifact(model)
+    if written:
+        family = read(Path(model) / artifact.RECIPE).stages[-1].family
+    elif family is None:
+        family = guess_family(model)
+    check_read(family, options)
     progress = Progress(quiet or as_json)
     source = ModelSource(
         model, options.pop("revision"), options.pop("weights"), options.pop("random_weights")
@@ -35,13 +42,12 @@ def command(
         for name, value in options.items()
         if context.get_parameter_source(name) != click.core.ParameterSource.DEFAULT
     }
-    if artifact.is_artifact(model):
+    if written:
         opened = open_artifact(model, progress, given.pop("device", None))
         driver, subject, found = opened.driver, opened.subject, artifact.read_report(model)
         driver.recipe = replace(driver.recipe, **given)
         driver.prepare(subject)
     else:
-        family = family or guess_family(model)
         recipe = Recipe(source, (Stage(family, "random"),), **options)
         check_device(recipe)
         driver = pipeline(recipe, recipe.stage, progress)

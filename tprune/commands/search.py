@@ -14,6 +14,7 @@ import click
 from tprune.commands.common import (
     FAMILY_DEFAULTS,
     check_file,
+    check_read,
     default_model,
     model_options,
     parse_settings,
@@ -65,6 +66,7 @@ def command(
     With --max-drop the winner is the cheapest (FLOPs of tokens, bytes of caches and weights), else the best.
     """
     goal = asked_goal(options)
+    check_read(family, options)
     check_file(out, force)
     base, choices = planned(family, model, options)
     from tprune.pipelines.search import Search

@@ -13,6 +13,7 @@ import click
 from tprune.commands.common import (
     FAMILY_DEFAULTS,
     check_file,
+    check_read,
     default_model,
     model_options,
     parse_settings,
@@ -63,6 +64,7 @@ def command(
 
     What counts is the accuracy or perplexity on --limit samples: take others to report it.
     """
+    check_read(family, options)
     check_file(out, force)
     # As everywhere, the last of a name counts.
     given = {named(text): text for text in settings}
