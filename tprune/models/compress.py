@@ -23,6 +23,7 @@ from tprune.methods.attention import Attention
 from tprune.methods.cache import CacheMethod
 from tprune.models.cache import attention_modules, take_over
 from tprune.models.cache_layer import Owner, PrunedLayer, Turn
+from tprune.models.claim import Uncopied
 from tprune.models.held import attend_by_map, attend_held, attend_stored, biased
 from tprune.models.key_values import KeyValues
 from tprune.models.prompt_cache import hold, prompt_views
@@ -38,6 +39,11 @@ ASKED = 256
 class Compression:
     """A cache method at work on a model, until `remove`.
 
+    Args:
+        model, method, keep, seed: what chooses which part of the entries stays.
+        compact: whether positions close up behind entries that left.
+        name: what is said to be at work; the method's id by default.
+
     Attributes:
         kept: per layer, how many entries the latest prompt left there and how many tokens it had, over rows.
     """
@@ -45,7 +51,15 @@ class Compression:
     chooses_in = "prune_prompt"
     """Where the method chooses what a prompt leaves."""
 
-    def __init__(self, model: nn.Module, method: CacheMethod, keep: float, seed: int, compact: bool):
+    def __init__(
+        self,
+        model: nn.Module,
+        method: CacheMethod,
+        keep: float,
+        seed: int,
+        compact: bool,
+        name: str | None = None,
+    ):
         self.base = model.get_decoder()
         self.method, self.keep, self.seed = method, keep, seed
         self.config = self.base.config
@@ -82,6 +96,7 @@ class Compression:
         self.hooks = [
             self.base.register_forward_pre_hook(self._before, with_kwargs=True),
             self.base.register_forward_hook(self._after),
+            Uncopied(model, method.id if name is None else name),
         ]
         self.tap = Tap([self.modules[place] for place in self.places], self._attend)
 

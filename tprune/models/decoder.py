@@ -24,6 +24,7 @@ from tprune.errors import UserError
 from tprune.methods.token_view import TokenView
 from tprune.methods.tokens import Shape, TokenMethod
 from tprune.models.blocks import find_decoder
+from tprune.models.claim import Uncopied
 from tprune.models.deepstack import Deepstack
 from tprune.models.entrance import Entrance, fill_up, place_behind, shorten
 from tprune.models.episode import Episode
@@ -107,7 +108,7 @@ class DecoderDriver:
         if method.routes:
             self.handles.append(Passing(self.core, self.layers, lambda: self.run))
         self.generating = Generating(model, method, len(self.layers))
-        self.handles.append(self.generating)
+        self.handles += [self.generating, Uncopied(model, method.id)]
 
     def remove(self) -> None:
         """Take all hooks out again."""

@@ -55,7 +55,7 @@ class ImageCaches(Compression):
         check_later: Callable[[Inputs], None],
     ):
         # What comes behind the prompt all stays: no more is asked of a method of caches.
-        super().__init__(model, CacheMethod(), 1.0, 0, positions == "compact")
+        super().__init__(model, CacheMethod(), 1.0, 0, positions == "compact", method.id)
         self.model, self.chooses = model, method
         self.prunable_of, self.stages_of, self.exact = image_of, stages_of, exact
         self.positions, self.check_later = positions, check_later
