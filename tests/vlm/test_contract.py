@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache
 
 import tprune
-from tests.vlm.tiny import IMAGE, KINDS, one_row, start, tiny
+from tests.vlm.tiny import IMAGE, KINDS, of_sizes, one_row, start, tiny, together
 from tprune.errors import UserError
 from tprune.methods import registry
 from tprune.models.prompts import noise_prompts
@@ -108,6 +108,22 @@ def test_a_batch_gives_what_its_prompts_give_alone(method, kind):
 
 
 @every_method
+@pytest.mark.parametrize("kind", ["llava-next", "llava-onevision"])
+def test_images_of_several_sizes_in_a_batch_are_what_they_are_alone(method, kind):
+    model = tiny(kind)
+    prompts = [
+        of_sizes(model, sizes, seed)
+        for seed, sizes in enumerate([[(60, 44)], [(32, 64), (20, 64)], [(64, 32)]])
+    ]
+    handle = pruned(model, method, keep=0.4)
+    if handle is None:
+        return
+    with handle:
+        alone = torch.cat([model(**prompt).logits[:, -1] for prompt in prompts])
+        assert torch.allclose(model(**together(prompts)).logits[:, -1], alone, atol=5e-4)
+
+
+@every_method
 @every_kind
 def test_generation_decodes_what_a_loop_of_single_steps_and_one_chunk_do(method, kind):
     model = tiny(kind)
@@ -203,6 +219,17 @@ def test_padding_on_the_right_changes_nothing_in_front_of_it(method):
     with tprune.prune(model, f"vlm/{method}", **start(method, model), keep=0.4):
         expected, found = model(**alone).logits, model(**padded).logits
     assert torch.allclose(found[:, :length], expected, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"), [("tokencorr", {"similar": 0.5}), ("vflowopt", {"entropy": 0.5})]
+)
+def test_what_the_data_decides_is_decided_in_a_batch_as_it_is_alone(method, settings):
+    model = tiny("llava")
+    inputs = noise_prompts(model, 3, 4)
+    with tprune.prune(model, f"vlm/{method}", **settings):
+        alone = torch.cat([model(**one_row(inputs, row)).logits[:, -1] for row in range(3)])
+        assert torch.allclose(model(**inputs).logits[:, -1], alone, atol=2e-4)
 
 
 @every_method

@@ -159,7 +159,7 @@ def test_patches_are_the_pixels_of_each_of_the_towers_patches(kind):
         assert 0 <= patches.min() <= patches.max() <= 1
     if kind == "llava":
         expected = inputs["pixel_values"][0, :, 8:16, 24:32].flatten(1)
-        low, high = inputs["pixel_values"].aminmax()
+        low, high = inputs["pixel_values"][0].aminmax()
         assert torch.allclose(patches[0, 7], (expected - low) / (high - low))
 
 

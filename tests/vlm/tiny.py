@@ -4,6 +4,7 @@ from functools import cache
 
 import torch
 import transformers
+from torch.nn import functional
 from transformers import (
     CLIPVisionConfig,
     Gemma3Config,
@@ -33,6 +34,8 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
     SiglipVisionConfig,
 )
+
+from tprune.models.layout import packed_crops
 
 TEXT = {
     "vocab_size": 96,
@@ -230,6 +233,38 @@ def one_row(inputs, row, images=1):
         else:
             alone[name] = value[row : row + 1]
     return alone
+
+
+def of_sizes(model, sizes, seed):
+    """A prompt of random text around noise images of these `sizes`, for a model that packs the crops of each."""
+    sizes, generator = torch.tensor(sizes), torch.Generator().manual_seed(seed)
+    packed = packed_crops(model.model, model.config, {"image_sizes": sizes})
+    pixels = torch.zeros(len(sizes), max(image.cut for image in packed), 3, 32, 32)
+    parts = [torch.randint(3, 80, (4,), generator=generator)]
+    for own, image in zip(pixels, packed, strict=True):
+        own[: image.cut].normal_(generator=generator)
+        parts += [torch.full((image.length,), IMAGE), torch.randint(3, 80, (3,), generator=generator)]
+    ids = torch.cat(parts)[None]
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": pixels,
+        "image_sizes": sizes,
+    }
+
+
+def together(prompts):
+    """Prompts of `of_sizes` as one batch, padded on the left."""
+    widest = max(prompt["input_ids"].shape[1] for prompt in prompts)
+    most = max(prompt["pixel_values"].shape[1] for prompt in prompts)
+
+    def filled(name, value):
+        if name == "pixel_values":
+            return functional.pad(value, (0, 0) * 3 + (0, most - value.shape[1]))
+        return value if name == "image_sizes" else functional.pad(value, (widest - value.shape[1], 0))
+
+    batch = {name: torch.cat([filled(name, prompt[name]) for prompt in prompts]) for name in prompts[0]}
+    return batch | {"position_ids": (batch["attention_mask"].cumsum(1) - 1).clamp_min(0)}
 
 
 def start(method, model):

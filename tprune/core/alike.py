@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tprune.core import cosine
+from tprune.core import cosine, select
 from tprune.core.reduction import Reduction, gather_tokens
 from tprune.core.score import cosine_normalise, redundancy
 
@@ -117,7 +117,7 @@ def join_nearest(features: Tensor, index: Tensor, valid: Tensor | None, there: T
     likeness = unit @ gather_tokens(unit, index).transpose(1, 2)  # [B, N, K]
     target = there.gather(1, index) if valid is None else there.gather(1, index) & valid
     best, into = likeness.masked_fill(~target.unsqueeze(1), -torch.inf).max(2)
-    kept = torch.zeros_like(there).scatter(1, index, True)
+    kept = select.mark(index, valid, length)
     joins = there & ~kept & (best > 0)
     weight = best.clamp_min(0).masked_fill(~joins, 0)
     total = 1 + torch.zeros(index.shape, device=index.device).scatter_add(1, into, weight)

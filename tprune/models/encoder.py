@@ -166,11 +166,11 @@ class Sight:
 
         Args:
             crops: which.
-            normalisation: mean and deviation per channel; without them the darkest value of all is 0, the brightest 1.
+            normalisation: mean and deviation per channel; without them a crop's darkest value is 0, its brightest 1.
         """
         patches = self.pixels(crops)
         if normalisation is None:
-            low, high = patches.aminmax()
+            low, high = patches.amin((1, 2, 3), keepdim=True), patches.amax((1, 2, 3), keepdim=True)
             return (patches - low) / (high - low).clamp_min(1e-8)
         mean, deviation = (torch.as_tensor(part).to(patches)[:, None] for part in normalisation)
         return (patches * deviation + mean).clamp(0, 1)

@@ -55,8 +55,10 @@ class VisionZip(TokenMethod):
         whole = bool((total == there).all())
         few = torch.zeros_like(total) if whole else (total * self.contextual).round().long()
         patches = total if whole else (total - few - view.prefix).clamp_min(0)
-        best, _ = select.keep_prunable_top(self.behind(view, view.encoder.saliency()), patches, view.prunable)
-        dominant = torch.zeros_like(view.prunable).scatter(1, best, True) & view.prunable
+        best, real = select.keep_prunable_top(
+            self.behind(view, view.encoder.saliency()), patches, view.prunable
+        )
+        dominant = select.mark(best, real, view.prunable.shape[1]) & view.prunable
         dominant[:, : view.prefix] = not whole
         if not bool(few.any()):
             index, valid = select.keep_where(dominant)
