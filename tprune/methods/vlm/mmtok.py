@@ -66,12 +66,12 @@ class MMTok(TokenMethod):
         if self.keywords:
             text = text.signal("reworded")(keywords)
         patches = view.pool(view.encoder.hidden[:, view.encoder.prefix :])
-        words = cosine.between(text.hidden, view.hidden) / self.text_temperature
-        image = cosine.among(patches) / self.image_temperature
-        words = shares(words, text.real, view.prunable)
-        cover = torch.cat([words, shares(image, view.prunable, view.prunable, self.alpha)], dim=1)
-        widest = int(torch.as_tensor(count).max())
-        order = greedy.coverage(cover, widest, None if view.whole else view.prunable)
+        words = cosine.between(text.hidden, view.hidden).div_(self.text_temperature)
+        image = cosine.among(patches).div_(self.image_temperature)
+        allowed = None if view.whole else view.prunable
+        words = shares(words, text.real, allowed)
+        cover = torch.cat([words, shares(image, view.prunable, allowed, self.alpha)], dim=1)
+        order = greedy.coverage(cover, int(torch.as_tensor(count).max()), allowed)
         index, valid = select.keep_first(order, count, view.prunable)
         return Reduction.keep(index, view.hidden.shape[1], valid)
 
@@ -79,10 +79,12 @@ class MMTok(TokenMethod):
 def shares(logits, rows_real, columns_real, weight=1.0):
     """softmax of `logits` [B, R, N], which are lost, over the columns, times weight / rows: float32 [B, R, N].
 
-    What is not real (bool [B, R], [B, N]) takes no part.
+    What is not real (bool [B, R], [B, N] or None where all are) takes no part.
     """
     part = weight * rows_real / rows_real.sum(1, keepdim=True).clamp_min(1)
-    return logits.masked_fill_(~columns_real.unsqueeze(1), -torch.inf).softmax(dim=2) * part.unsqueeze(2)
+    if columns_real is not None:
+        logits.masked_fill_(~columns_real.unsqueeze(1), -torch.inf)
+    return logits.softmax(dim=2).mul_(part.unsqueeze(2))
 
 
 def keywords(text):
