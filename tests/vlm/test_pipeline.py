@@ -1,6 +1,7 @@
 """`tprune vlm` from questions to artifact, on the built-in model."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,11 @@ import tprune
 from tprune.cli import command
 from tprune.data import questions
 from tprune.errors import UserError
+from tprune.evaluate.cost import flops
+from tprune.models import load
 from tprune.models.prompts import noise_prompts
+from tprune.models.source import resolve
+from tprune.pipelines.question_task import QuestionTask, prefill
 from tprune.pipelines.run import execute, pipeline
 from tprune.progress import Progress
 from tprune.recipe import ModelSource, Recipe, Stage, read
@@ -50,6 +55,22 @@ def test_an_artifact_gives_the_same_outputs_and_its_recipe_the_same_bytes(method
     execute(read(tmp_path / "one" / "recipe.yaml"), Progress(), out=tmp_path / "two", evaluate=False)
     for name in ("model.safetensors", "probe.safetensors"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_what_is_reported_of_tokens_and_flops_is_that_of_the_questions_where_these_decide():
+    asked = replace(recipe("recoverable"), stages=(Stage("vlm", "recoverable"),), limit=6, batch_size=6)
+    report = execute(asked, Progress(quiet=True))
+    source = resolve(ModelSource("digits-llava"), "vlm")
+    subject = load.load(source, "vlm", device="cpu", dtype="float32", seed=0)
+    inputs = QuestionTask(asked, subject, Progress(quiet=True)).inputs(subject, range(6))
+    noise = noise_prompts(subject.model, 6, 0)
+    with torch.no_grad(), tprune.prune(subject.model, "recoverable") as handle:
+        counted = flops(lambda: prefill(subject, inputs))
+        expected = handle.achieved().value
+        prefill(subject, noise)
+        assert abs(handle.achieved().value - expected) > 0.05
+    assert report["pruned"]["flops"] == counted
+    assert report["budget"]["achieved"] == pytest.approx(expected)
 
 
 def test_by_reference_the_base_is_named_and_not_copied(tmp_path):

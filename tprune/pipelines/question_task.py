@@ -73,9 +73,12 @@ class QuestionTask:
 
     def answers(self, subject: Subject, places: range, longest: int) -> list[str]:
         """What the model says to some of the questions, greedily, at most `longest` tokens."""
+        return told(subject, self.inputs(subject, places), longest)
+
+    def inputs(self, subject: Subject, places: range) -> dict[str, Tensor]:
+        """What the model is called with to be asked some of the questions."""
         asked = [self.questions.items[place].prompt for place in places]
-        inputs = question_inputs(subject, [self.questions.open(place) for place in places], asked)
-        return told(subject, inputs, longest)
+        return question_inputs(subject, [self.questions.open(place) for place in places], asked)
 
     def workload(self, subject: Subject) -> Workload:
         """The prefill of one batch of prompts with a noise image each."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ class VlmPipeline(Pipeline):
     family = "vlm"
     default_limit = question_task.QUESTIONS
     fitted: dict[str, Any] | None = None
+    handle: VlmHandle | None = None
 
     def check(self) -> None:
         """A fit is asked for where there is one to make."""
@@ -87,11 +89,18 @@ class VlmPipeline(Pipeline):
 
     def evaluate(self, subject: Subject) -> Quality:
         """The fraction of answers given word for word, over all questions and for each kind."""
-        return self.task.evaluate(subject)
+        with nullcontext() if self.handle is None else self.handle.counting():
+            return self.task.evaluate(subject)
 
     def workload(self, subject: Subject) -> Workload:
-        """The prefill of one batch of prompts with a noise image each."""
-        return self.task.workload(subject)
+        """The prefill of a batch of prompts with a noise image each; of questions where what they show decides how many
+        tokens are kept.
+        """
+        if not self.acting.varies():
+            return self.task.workload(subject)
+        size = min(self.recipe.batch_size, len(self.task.questions))
+        inputs = self.task.inputs(subject, range(size))
+        return Workload(partial(prefill, subject, inputs), size, "prompts")
 
     def apply(self, subject: Subject, work: Path | None, state: dict[str, Tensor] | None = None) -> VlmHandle:
         """Put the method in place."""
@@ -102,7 +111,8 @@ class VlmPipeline(Pipeline):
         self.method.check_fit(self.stage.fit)
         if self.method.state is None and self.stage.fit is not None:
             self.method, self.fitted = self.fit(subject, parts, work)
-        return self.put(subject, parts, self.acting)
+        self.handle = self.put(subject, parts, self.acting)
+        return self.handle
 
     def put(self, subject: Subject, parts: adapter.Anatomy, method: TokenMethod) -> VlmHandle:
         """`method` at work."""

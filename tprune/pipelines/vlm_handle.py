@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +12,7 @@ from tprune.core.budget import Stage, counts_entering
 from tprune.models.decoder import DecoderDriver
 from tprune.models.image_cache import ImageCaches
 from tprune.models.projector import Projector
+from tprune.models.run import Tally
 from tprune.pipelines.base import Achieved, Handle
 from tprune.pipelines.learned import stored
 
@@ -30,6 +32,15 @@ class VlmHandle(Handle):
     ):
         self.driver, self.projector, self.stages, self.tokens = driver, projector, stages, tokens
         self.fitted = fitted
+        self.counted: Tally | None = None
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """What is reported of tokens is what happens inside."""
+        before = self.driver.tally
+        self.driver.tally = Tally(before.depth)
+        yield
+        self.counted, self.driver.tally = self.driver.tally, before
 
     def tensors(self, by_reference: bool) -> dict[str, Tensor]:
         """What the method learned, and what of the model it tuned."""
@@ -68,11 +79,12 @@ class VlmHandle(Handle):
         self.driver.episode.reset()
 
     def entering(self) -> tuple[float, list[float]]:
-        """Image tokens of a prompt, and how many of them entered each layer: means over all prompts so far.
+        """Image tokens of a prompt, and how many of them entered each layer: means over the evaluation's prompts, or
+        over all so far.
 
         Before the first prompt, what is planned for one image.
         """
-        tally = self.driver.tally
+        tally = self.driver.tally if self.counted is None else self.counted
         if not tally.prompts:
             planned = counts_entering(self.stages, self.tokens, tally.depth)
             return float(self.tokens), [float(count) for count in planned[::2]]
