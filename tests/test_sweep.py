@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -13,6 +14,8 @@ from tests.test_recipe import RECIPES
 from tprune.errors import UserError
 from tprune.evaluate import page, plots, points
 from tprune.pipelines import grid, trials
+from tprune.progress import Progress
+from tprune.recipe import ModelSource, Recipe, Stage
 
 
 def sweep(model, out, *words, family="vit"):
@@ -186,6 +189,21 @@ def test_a_method_that_breaks_is_a_failed_row_and_exit_code_1(vit_folder, tmp_pa
     assert "ZeroDivisionError: by zero" in result.output
     monkeypatch.undo()
     assert sweep(vit_folder, tmp_path / "out", "--method", "tome,evit", "--keep", "0.6").exit_code == 0
+
+
+def test_what_a_trial_says_of_tokens_is_of_its_evaluation_and_not_of_the_noise_it_is_timed_on(vit_folder):
+    base = Recipe(ModelSource(str(vit_folder)), (Stage("vit", "random", keep=0.6),), limit=8, batch_size=4)
+    all_trials = trials.Trials(base, Progress(quiet=True))
+    _, dense = all_trials.dense()
+    stage = Stage("vit", "ltmp", set={"merge_threshold": 0.7, "prune_threshold": 0.005})
+    with all_trials.pruned(replace(base, stages=(stage,))) as trial:
+        all_trials.figures(trial, dense)
+        told = trial.handle.entering
+        with trial.handle.counting():
+            all_trials.base.evaluate(trial.subject)
+        assert trial.handle.entering == told
+        all_trials.base.workload(trial.subject).run()
+        assert trial.handle.driver.entering != told
 
 
 def test_latency_is_measured_in_turn_with_the_dense_model_and_has_quartiles(vit_folder, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -111,6 +112,10 @@ class Handle(ABC):
     @abstractmethod
     def per_layer(self) -> list[dict[str, Any]]:
         """A row per layer: what was kept there."""
+
+    def counting(self) -> AbstractContextManager[None]:
+        """Where what is kept depends on the data, what is reported of it is what happens inside."""
+        return nullcontext()
 
     def tensors(self, by_reference: bool) -> dict[str, Tensor]:
         """What `tprune.safetensors` holds: masks, thresholds, learned tensors.

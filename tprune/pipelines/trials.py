@@ -90,7 +90,8 @@ class Trials:
 
     def figures(self, trial: Trial, reference: Quality) -> dict[str, Any]:
         """Quality and cost of a trial, and its agreement with the dense model."""
-        quality = self.base.evaluate(trial.subject)
+        with trial.handle.counting():
+            quality = self.base.evaluate(trial.subject)
         same = agreement(quality, reference)
         figures = quality.metrics | {"agreement": same, "flops": self.flops(trial.subject)}
         return figures | self.storage(trial.subject)
