@@ -1,9 +1,12 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tprune.core import score
+from tprune.methods.attention import Attention
 
 
 def drawn(seed, *shape):
@@ -158,3 +161,15 @@ def test_scaling_to_one_reads_only_what_is_there():
     expected = torch.tensor([[0, 0, 1, 0.5], [0, 0, 0, 0], [0, 0, 0, 0]])
     assert torch.equal(score.min_max(x, there), expected)
     assert torch.equal(score.min_max(x[:1, [0, 2, 3]]), expected[:1, [0, 2, 3]])
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.9])
+@pytest.mark.parametrize("some", [False, True])
+def test_a_map_that_is_there_has_the_column_sums_that_are_computed_without_it(decay, some):
+    query, key = drawn(1, 2, 4, 7, 4), drawn(2, 2, 2, 7, 4)
+    counted = torch.ones(2, 7, dtype=torch.bool)
+    counted[1, 5:] = False
+    plain = Attention(query, key, key, 0.5, causal=True)
+    known = replace(plain, query=None, key=None, map=plain.rows())
+    asked = counted if some else None
+    torch.testing.assert_close(known.column_sums(decay, asked), plain.column_sums(decay, asked))

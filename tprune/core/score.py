@@ -150,7 +150,7 @@ def attention_column_sums(
         tile = -(-length // -(-length // most))
     key = key.float()
     future = torch.ones(tile, tile, dtype=torch.bool, device=query.device).triu(1)
-    weight = decay ** torch.arange(length - 1, -1, -1, device=query.device, dtype=torch.float32)
+    weight = forgetting(decay, length, query)
     sums = torch.zeros(batch, heads, keys, device=query.device)
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, bias))
     # One room for all tiles: fresh pages would cost a tile a third of its time.
@@ -180,6 +180,11 @@ def attention_column_sums(
             received = _softmax(logits).masked_fill_(silent, 0)
         sums[..., :seen] += received.sum(2) if decay == 1 else weight[first:last] @ received
     return sums if bias is None or not alike else sums.masked_fill(_silent(bias).squeeze(-1), 0)
+
+
+def forgetting(decay: float, rows: int, like: Tensor) -> Tensor:
+    """What each of `rows` queries counts, float32 [rows]: the last 1, each one before it `decay` times the next."""
+    return decay ** torch.arange(rows - 1, -1, -1, device=like.device, dtype=torch.float32)
 
 
 def shown(bias: Tensor) -> Tensor:

@@ -66,8 +66,9 @@ class Attention:
         The last query counts 1, each one before it `decay` times the next; those that are not `counted`, bool [B, N],
         do not count.
         """
-        if self.map is not None and decay == 1 and counted is None:
-            return self.map.sum(2)
+        if self.map is not None:
+            paid = self.map if counted is None else self.map.masked_fill(~counted[:, None, :, None], 0)
+            return paid.sum(2) if decay == 1 else score.forgetting(decay, paid.shape[2], paid) @ paid
         return score.attention_column_sums(
             self.query,
             self.key,
