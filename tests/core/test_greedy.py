@@ -77,16 +77,22 @@ def test_coverage_picks_the_token_that_adds_most_and_its_gains_never_rise():
         assert (steps.diff() <= 1e-6).all()
 
 
-def test_coverage_is_the_same_however_few_tokens_are_looked_at_and_of_equals_takes_the_first():
-    draw = torch.Generator().manual_seed(6)
-    gains = torch.rand(2, 30, 20, generator=draw)
+def test_coverage_takes_the_first_of_equals():
+    gains = torch.rand(2, 30, 20, generator=torch.Generator().manual_seed(6))
     gains[0, :, 11:] = gains[0, :, 2:11]
     gains[1] = gains[1, :, :1]
-    whole = greedy.coverage(gains, 20, few=20)
-    for few in (1, 3, 7):
-        assert torch.equal(greedy.coverage(gains, 20, few=few), whole)
-    assert not set(whole[0, :5].tolist()) & set(range(11, 20))
-    assert whole[1].tolist() == list(range(20))
+    order = greedy.coverage(gains, 20)
+    assert not set(order[0, :5].tolist()) & set(range(11, 20))
+    assert order[1].tolist() == list(range(20))
+
+
+@pytest.mark.parametrize(("rows", "tokens", "count"), [(30, 20, 12), (90, 70, 40), (1, 5, 3)])
+def test_coverage_of_all_samples_at_once_is_that_of_each(rows, tokens, count):
+    gains = torch.rand(3, rows, tokens, generator=torch.Generator().manual_seed(8))
+    allowed = torch.ones(3, tokens, dtype=torch.bool)
+    allowed[1, ::2] = False
+    bar = greedy._barred((3, tokens), allowed, gains)
+    assert torch.equal(greedy._cover_together(gains, bar, count), greedy.coverage(gains, count, allowed))
 
 
 def test_determinant_picks_the_token_that_raises_it_most(features):

@@ -6,6 +6,7 @@ choice begins with the shorter one. Where `allowed` (bool [B, N]) is given, noth
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,46 +63,55 @@ def max_sum(features: Tensor, first: Tensor, count: int, allowed: Tensor | None 
     return order
 
 
-def coverage(gains: Tensor, count: int, allowed: Tensor | None = None, few: int = 48) -> Tensor:
+def coverage(gains: Tensor, count: int, allowed: Tensor | None = None) -> Tensor:
     """Picks that raise Σ_r max over picks of `gains`[r] the most: facility location (MMTok, eq. 5).
-
-    Exact and lazy (Minoux, 1978): what a token adds never rises, so that no other than the `few` best has to be looked
-    at while one of these adds more than any other did when all were looked at.
 
     Args:
         gains: [B, R, N], none below 0: how well token n covers row r.
         count: how many picks, at most N.
         allowed: see above.
-        few: how many are looked at between two looks at all.
     """
-    gains = gains.float()
-    bar, covered = _barred((len(gains), gains.shape[2]), allowed, gains), torch.zeros_like(gains[..., :1])
-    order = torch.empty(len(gains), 0, dtype=torch.int64, device=gains.device)
-    while order.shape[1] < count:
-        worth = _adds(gains, covered) + bar
-        ranked = worth.argsort(dim=1, descending=True, stable=True)
-        near = ranked[:, :few].sort(dim=1).values
-        others = worth.gather(1, ranked[:, few : few + 1])  # [B, 1], their best; [B, 0] where there is none
-        part = gains.gather(2, near.unsqueeze(1).expand(-1, gains.shape[1], -1))
-        best, pick = worth.gather(1, near).max(dim=1, keepdim=True)
-        near_bar, picks = bar.gather(1, near), []
-        for _ in range(count - order.shape[1]):
-            picks.append(pick)
-            near_bar.scatter_(1, pick, -torch.inf)
-            covered = torch.maximum(covered, part.gather(2, pick.unsqueeze(1).expand_as(covered)))
-            best, pick = (_adds(part, covered) + near_bar).max(dim=1, keepdim=True)
-            # Equals are the next look's, which knows their order.
-            if not bool((best > others).all()):
-                break
-        found = near.gather(1, torch.cat(picks, dim=1))
-        bar.scatter_(1, found, -torch.inf)
-        order = torch.cat([order, found], dim=1)
+    gains = gains.detach().float()
+    bar = _barred((len(gains), gains.shape[2]), allowed, gains)
+    if gains.device.type == "cpu":
+        order = [_cover(*one, count) for one in zip(gains.numpy(), bar.numpy(), strict=True)]
+        return torch.tensor(order, dtype=torch.int64).view(len(gains), count)
+    return _cover_together(gains, bar, count)
+
+
+def _cover(gains: np.ndarray, bar: np.ndarray, count: int) -> list[int]:
+    """The picks for one sample, gains [R, N] and bar [N].
+
+    A pick changes what others would add in the rows alone that it covers better than all before, ever fewer of them.
+    """
+    covered, order = np.zeros((len(gains), 1), np.float32), []
+    adds = gains.sum(0, dtype=np.float64)
+    nothing = 1e-12 * adds  # what rounding leaves of a token whose rows are all covered
+    while len(order) < count:
+        pick = int((adds + bar).argmax())
+        order.append(pick)
+        bar[pick] = -np.inf
+        level = gains[:, pick : pick + 1]
+        raised = np.flatnonzero(level > covered)
+        before, now = covered[raised], level[raised]
+        # Float64, as losses add up over the picks; row by row, so that equal tokens stay equal.
+        adds -= gains[raised].clip(before, now).sum(0, dtype=np.float64) - before.sum(dtype=np.float64)
+        adds[adds < nothing] = 0
+        covered[raised] = now
     return order
 
 
-def _adds(gains: Tensor, covered: Tensor) -> Tensor:
-    """What each token would add to what is `covered` [B, R, 1], of `gains` [B, R, N]: [B, N]."""
-    return (gains - covered).clamp_min_(0).sum(1)
+def _cover_together(gains: Tensor, bar: Tensor, count: int) -> Tensor:
+    """The same for all samples, gains [B, R, N] and bar [B, N], where a look at everything costs a kernel's start."""
+    rows = torch.arange(len(gains), device=gains.device)
+    covered = torch.zeros_like(gains[..., :1])
+    order = torch.empty(len(gains), count, dtype=torch.int64, device=gains.device)
+    for place in range(count):
+        pick = ((gains - covered).clamp_min_(0).sum(1) + bar).argmax(dim=1)
+        order[:, place] = pick
+        bar[rows, pick] = -torch.inf
+        covered = torch.maximum(covered, gains[rows, :, pick].unsqueeze(2))
+    return order
 
 
 def determinant(kernel: Tensor, count: int, allowed: Tensor | None = None) -> Tensor:
