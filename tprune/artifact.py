@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -13,6 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from tprune.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows, where a folder cannot be locked
+    fcntl = None
 
 RECIPE, REPORT, TENSORS, PROBE = "recipe.yaml", "report.json", "tprune.safetensors", "probe.safetensors"
 
@@ -57,9 +61,12 @@ def _alone(out: Path, partial: Path) -> Iterator[None]:
     """Inside, no other process writes to `partial`, which is there; the lock goes with the process."""
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        held = os.open(partial, os.O_RDONLY)
+        held = None if fcntl is None else os.open(partial, os.O_RDONLY)
     except OSError as error:
         raise UserError(f"--out {out}: cannot write there: {error.strerror}") from None
+    if held is None:
+        yield
+        return
     try:
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)

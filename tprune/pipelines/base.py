@@ -132,9 +132,15 @@ class Pipeline(ABC):
     default_limit: ClassVar[int]
     max_minutes: float | None = None
     """How long a search may take before it stops, to be gone on with; None for no limit."""
+    handle: Handle | None = None
+    """What is at work, where the family keeps it."""
 
     def __init__(self, recipe: Recipe, stage: Stage, method: Method, progress: Progress):
         self.recipe, self.stage, self.method, self.progress = recipe, stage, method, progress
+
+    def counting(self) -> AbstractContextManager[None]:
+        """As `Handle.counting`, of the one at work."""
+        return nullcontext() if self.handle is None else self.handle.counting()
 
     def source(self) -> Source:
         """Where the model comes from."""

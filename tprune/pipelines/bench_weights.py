@@ -138,7 +138,9 @@ def _tensors(
             run(prune)
 
     if driver.recipe.max_memory is not None:
-        return peak_heap(with_copy) - _bytes(subject.model) / 2**20, kept[0]
+        on_cpu = torch.device(subject.device).type == "cpu"
+        peak = peak_heap(with_copy) if on_cpu else peak_tensors(with_copy, subject.device)
+        return peak - _bytes(subject.model) / 2**20, kept[0]
     with _on_a_copy(driver, subject, budget, tokens) as (prune, folder):
         if workers > 1:
             peak = peak_heap(lambda: run(prune))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ class EncoderPipeline(Pipeline):
 
     def evaluate(self, subject: Subject) -> Quality:
         """Accuracy, or where embeddings lie."""
-        with nullcontext() if self.handle is None else self.handle.counting():
+        with self.counting():
             return self.task.evaluate(subject)
 
     def workload(self, subject: Subject) -> Workload:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -129,7 +129,7 @@ class VitPipeline(Pipeline):
 
     def evaluate(self, subject: Subject) -> Quality:
         """Top-1 accuracy, and what is right in the map of a method that makes one."""
-        with nullcontext() if self.handle is None else self.handle.counting():
+        with self.counting():
             quality = self.task.evaluate(subject)
         if self.handle is not None and self.method.restores:
             mapped, self.handle.whole = segmenting.measured(self, subject, self.handle)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -89,7 +88,7 @@ class VlmPipeline(Pipeline):
 
     def evaluate(self, subject: Subject) -> Quality:
         """The fraction of answers given word for word, over all questions and for each kind."""
-        with nullcontext() if self.handle is None else self.handle.counting():
+        with self.counting():
             return self.task.evaluate(subject)
 
     def workload(self, subject: Subject) -> Workload:
