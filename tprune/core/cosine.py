@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from tprune.core.score import cosine_normalise
@@ -14,19 +16,20 @@ def between(rows: Tensor, columns: Tensor, eps: float = 1e-8) -> Tensor:
     """
     rows, columns = rows.float(), columns.float()
     high, wide = (x.norm(dim=-1).clamp_min(eps) for x in (rows, columns))
-    return rows @ columns.transpose(1, 2) / high.unsqueeze(2) / wide.unsqueeze(1)
+    return _products(rows, columns).div_(high.unsqueeze(2)).div_(wide.unsqueeze(1))
 
 
 def among(x: Tensor, eps: float = 1e-8) -> Tensor:
-    """The cosine of each of `x` [B, N, D] with each: float32 [B, N, N].
-
-    On a CPU what lies under the diagonal is mirrored, not computed.
-    """
+    """The cosine of each of `x` [B, N, D] with each: float32 [B, N, N]."""
     unit = cosine_normalise(x, eps)
-    strip = 96 if x.device.type == "cpu" else max(1, x.shape[1])
-    found = unit.new_empty(*unit.shape[:2], unit.shape[1])
-    for first in range(0, x.shape[1], strip):
-        part = unit[:, first : first + strip] @ unit[:, first:].transpose(1, 2)
-        found[:, first:, first : first + strip] = part.transpose(1, 2)
-        found[:, first : first + strip, first:] = part
-    return found
+    return _products(unit, unit)
+
+
+def _products(rows: Tensor, columns: Tensor) -> Tensor:
+    """Each of `rows` [B, R, D] times each of `columns` [B, N, D]: [B, R, N].
+
+    On a CPU by numpy's BLAS, which computes half of a matrix times its own transpose.
+    """
+    if rows.device.type == "cpu" and not (torch.is_grad_enabled() and (rows.requires_grad or columns.requires_grad)):
+        return torch.from_numpy(np.matmul(rows.detach().numpy(), columns.detach().numpy().swapaxes(1, 2)))
+    return rows @ columns.transpose(1, 2)

@@ -84,9 +84,9 @@ def _cover(gains: np.ndarray, bar: np.ndarray, count: int) -> list[int]:
 
     A pick changes what others would add in the rows alone that it covers better than all before, ever fewer of them.
     """
-    covered, order = np.zeros((len(gains), 1), np.float32), []
-    adds = gains.sum(0, dtype=np.float64)
-    nothing = 1e-12 * adds  # what rounding leaves of a token whose rows are all covered
+    covered, order, room = np.zeros((len(gains), 1), np.float32), [], np.empty_like(gains)
+    adds = gains.sum(0, dtype=np.float64)  # as losses add up over the picks
+    nothing = 1e-5 * adds  # what rounding leaves of a token whose rows are all covered
     while len(order) < count:
         pick = int((adds + bar).argmax())
         order.append(pick)
@@ -94,8 +94,12 @@ def _cover(gains: np.ndarray, bar: np.ndarray, count: int) -> list[int]:
         level = gains[:, pick : pick + 1]
         raised = np.flatnonzero(level > covered)
         before, now = covered[raised], level[raised]
-        # Float64, as losses add up over the picks; row by row, so that equal tokens stay equal.
-        adds -= gains[raised].clip(before, now).sum(0, dtype=np.float64) - before.sum(dtype=np.float64)
+        lost = np.take(gains, raised, axis=0, out=room[: len(raised)], mode="clip")
+        # Two passes, each of which numpy does eight at a time: clip takes three times as long.
+        np.minimum(lost, now, out=lost)
+        np.maximum(lost, before, out=lost)
+        lost -= before
+        adds -= lost.sum(0)  # row by row, so that equal tokens stay equal
         adds[adds < nothing] = 0
         covered[raised] = now
     return order
