@@ -18,6 +18,7 @@ from tprune.models.prompts import noise_prompts
 from tprune.models.source import resolve
 from tprune.pipelines.question_task import QuestionTask, prefill
 from tprune.pipelines.run import execute, pipeline
+from tprune.pipelines.vlm_answers import question_inputs, told
 from tprune.progress import Progress
 from tprune.recipe import ModelSource, Recipe, Stage, read
 
@@ -177,3 +178,19 @@ def test_answers_of_several_tokens_are_generated(tmp_path):
         Progress(),
     )
     assert report["pruned"]["accuracy"] == 0
+
+
+def test_a_shorter_question_beside_a_longer_one_stands_where_it_does_alone():
+    driver = pipeline(recipe("dart"), recipe("dart").stages[0], Progress())
+    subject = driver.load()
+    seen = []
+    decoder = subject.model.model.language_model
+    decoder.register_forward_pre_hook(
+        lambda _, args, given: seen.append(given["position_ids"]), with_kwargs=True
+    )
+    images = [Image.new("RGB", (96, 96))] * 2
+    inputs = question_inputs(subject, images, ["where is 4 ?", "what digit is in the top left of it ?"])
+    padding = int((inputs["attention_mask"][0] == 0).sum())
+    told(subject, inputs, 1)
+    assert padding > 0
+    assert torch.equal(seen[0][0, padding:], seen[0][1, : seen[0].shape[1] - padding])

@@ -30,6 +30,8 @@ def _products(rows: Tensor, columns: Tensor) -> Tensor:
 
     On a CPU by numpy's BLAS, which computes half of a matrix times its own transpose.
     """
-    if rows.device.type == "cpu" and not (torch.is_grad_enabled() and (rows.requires_grad or columns.requires_grad)):
+    if rows.device.type == "cpu" and not (
+        torch.is_grad_enabled() and (rows.requires_grad or columns.requires_grad)
+    ):
         return torch.from_numpy(np.matmul(rows.detach().numpy(), columns.detach().numpy().swapaxes(1, 2)))
     return rows @ columns.transpose(1, 2)

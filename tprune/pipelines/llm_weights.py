@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -193,11 +194,13 @@ class LlmWeights(Pipeline):
         return Quality({"perplexity": perplexity(losses)}, predictions)
 
     def workload(self, subject: Subject) -> Workload:
-        """One window, or batch of other samples, through the whole model."""
+        """The prefill of one window, with the logits of its last token; or a batch of other samples."""
         if self.task is not None:
             return self.task.workload(subject)
         window = self.windows[:1].to(subject.device)
-        given = fed(subject.model, window)
+        given: dict[str, Any] = fed(subject.model, window)
+        if "logits_to_keep" in signature(subject.model.forward).parameters:
+            given["logits_to_keep"] = 1
         return Workload(lambda: subject.model(**given, use_cache=False), window.numel(), "tokens")
 
     def calibration_tokens(self, subject: Subject, decoder: Decoder) -> Samples | None:

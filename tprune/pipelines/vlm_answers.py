@@ -53,12 +53,12 @@ def answered_inputs(
 
 
 def told(subject: Subject, inputs: dict[str, Tensor], longest: int) -> list[str]:
-    """What the model says, greedily, at most `longest` tokens."""
-    if longest == 1:
-        tokens = subject.model(**inputs, logits_to_keep=1).logits[:, -1:].argmax(-1)
-    else:
-        said = subject.model.generate(**inputs, max_new_tokens=longest, do_sample=False)
-        tokens = said[:, inputs["input_ids"].shape[1] :]
+    """What the model says, greedily, at most `longest` tokens.
+
+    By `generate` for a single one too: positions then count no padding, on which methods that read rotated keys depend.
+    """
+    said = subject.model.generate(**inputs, max_new_tokens=longest, do_sample=False)
+    tokens = said[:, inputs["input_ids"].shape[1] :]
     return subject.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
 
