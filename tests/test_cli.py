@@ -11,10 +11,11 @@ from click.testing import CliRunner
 
 from tprune import zoo
 from tprune.cli import COMMANDS, command, said
-from tprune.commands.common import FAMILY_DEFAULTS, UNREAD
+from tprune.commands.common import FAMILY_DEFAULTS
 from tprune.errors import UserError
 from tprune.methods import registry
 from tprune.models import load as loaders
+from tprune.recipe import UNREAD
 
 
 def call(*words):
@@ -129,7 +130,19 @@ def test_what_says_nothing_to_a_family_is_refused_before_a_model_is_loaded(name,
 def test_eval_of_a_folder_asks_the_family_that_it_was_written_by(vit_folder, tmp_path):
     prune(vit_folder, "--out", tmp_path / "out", "--no-eval", "--quiet")
     with pytest.raises(UserError, match="--length 4: images have their own number of tokens in vit"):
-        call("eval", tmp_path / "out", "--family", "llm-weights", "--length", 4)
+        call("eval", tmp_path / "out", "--length", 4)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("--family", "vlm"), ("--revision", "main"), ("--weights", "a.safetensors"), ("--random-weights",)],
+)
+def test_eval_of_a_folder_refuses_what_says_which_model(vit_folder, tmp_path, words):
+    prune(vit_folder, "--out", tmp_path / "out", "--no-eval", "--quiet")
+    with pytest.raises(
+        UserError, match=rf"^{words[0]}.*: .* is an output folder, which says it itself; leave it out$"
+    ):
+        call("eval", tmp_path / "out", *words)
 
 
 def test_out_eval_show_and_run_round_trip(vit_folder, tmp_path):

@@ -1,4 +1,5 @@
 import shlex
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from tprune import recipe
 from tprune.cli import command
 from tprune.errors import UserError
 from tprune.methods import registry
+from tprune.pipelines.run import pipelines
+from tprune.progress import Progress
 from tprune.recipe import ModelSource, Recipe, Stage
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -112,3 +115,24 @@ def test_every_vit_recipe_tells_the_papers_figures_and_a_command_that_checks_the
         assert name == "tprune"
         result = CliRunner().invoke(command, [*options, "--dry-run"], catch_exceptions=False)
         assert f"with vit {file.stem} " in result.output
+
+
+@pytest.mark.parametrize(
+    ("families", "given", "clue"),
+    [
+        (["vit"], {"length": 8}, "--length 8: images .* in vit; leave it out"),
+        (["vlm"], {"calibration": 8}, "--calibration 8: no method is calibrated in vlm"),
+        (["llm-context", "vlm"], {"calibration": 8}, "--calibration 8: .* in vlm"),
+        (["vlm", "llm-weights"], {"calibration": 8, "length": 8}, None),
+        (["llm-context"], {"length": 8}, None),
+    ],
+)
+def test_what_no_stage_reads_is_refused_in_recipes_and_in_python_too(families, given, clue):
+    method = {"vit": "tome", "vlm": "fastv", "llm-context": "snapkv", "llm-weights": "wanda"}
+    stages = tuple(Stage(family, method[family]) for family in families)
+    ask = partial(pipelines, Recipe(ModelSource("m"), stages, **given), Progress(quiet=True))
+    if clue is None:
+        assert len(ask()) == len(families)
+        return
+    with pytest.raises(UserError, match=clue):
+        ask()

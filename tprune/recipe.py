@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,15 @@ from typing import Any
 from tprune.errors import UserError
 
 VERSION = 1
+UNREAD = {
+    "vit": {"length": "images have their own number of tokens"},
+    "vlm": {
+        "length": "images and questions have their own number of tokens",
+        "calibration": "no method is calibrated",
+    },
+    "llm-context": {"calibration": "no method is calibrated"},
+}
+"""What of a recipe says nothing to a family, and why; its own command does not take it."""
 
 
 @dataclass(frozen=True)
@@ -210,6 +220,18 @@ def _fill(kind: type, content: Any, where: str) -> Any:
     except TypeError as error:
         missing = str(error).rpartition(": ")[2].replace("'", "")
         raise UserError(f"{where}: missing {missing}") from None
+
+
+def check_read(families: Sequence[str], given: Mapping[str, Any]) -> None:
+    """Refuse what was given of a recipe's fields, `given`, and says nothing to any of its stages' families.
+
+    Raises:
+        UserError: naming the option.
+    """
+    for name in {name: None for family in families for name in UNREAD.get(family, {})}:
+        if given[name] is not None and all(name in UNREAD.get(family, {}) for family in families):
+            why = UNREAD[families[-1]][name]
+            raise UserError(f"--{name} {given[name]}: {why} in {families[-1]}; leave it out")
 
 
 def check_budget(stage: Stage) -> None:

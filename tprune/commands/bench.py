@@ -8,10 +8,10 @@ from typing import Any
 import click
 
 from tprune.cli import THREADING
-from tprune.commands.common import FAMILY_DEFAULTS, check_read, default_model, model_options, parse_settings
+from tprune.commands.common import FAMILY_DEFAULTS, default_model, model_options, parse_settings
 from tprune.errors import UserError
 from tprune.methods import registry
-from tprune.recipe import ModelSource, Recipe, Stage
+from tprune.recipe import ModelSource, Recipe, Stage, check_read
 
 
 @click.command("bench")
@@ -47,7 +47,7 @@ def command(
     FAMILY is needed where a method, such as random, is in several.
     """
     family, model = placed(what, methods.split(","))
-    check_read(family, options)
+    check_read([family], options)
     source = ModelSource(
         model or default_model(family, *methods.split(",")),
         options.pop("revision"),

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from tprune.errors import UserError
-from tprune.recipe import ModelSource, Recipe, Stage, check_budget
+from tprune.recipe import UNREAD, ModelSource, Recipe, Stage, check_budget
 
 FAMILY_DEFAULTS = {
     "vit": "digits-vit",
@@ -50,17 +50,6 @@ OUTPUT_OPTIONS = (
 """The options of `launch`."""
 
 
-UNREAD = {
-    "vit": {"length": "images have their own number of tokens"},
-    "vlm": {
-        "length": "images and questions have their own number of tokens",
-        "calibration": "no method is calibrated",
-    },
-    "llm-context": {"calibration": "no method is calibrated"},
-}
-"""What of `model_options` says nothing to a family, and why; its own command does not take it."""
-
-
 def model_options(command: Callable) -> Callable:
     """Where the model runs and what feeds it."""
     for option in reversed(
@@ -84,17 +73,6 @@ def model_options(command: Callable) -> Callable:
     ):
         command = option(command)
     return command
-
-
-def check_read(family: str, options: dict[str, Any]) -> None:
-    """Refuse what of `model_options` was given to a command of all families, and says nothing to this one.
-
-    Raises:
-        UserError: naming the option.
-    """
-    for name, why in UNREAD.get(family, {}).items():
-        if options[name] is not None:
-            raise UserError(f"--{name} {options[name]}: {why} in {family}; leave it out")
 
 
 def output_options(command: Callable) -> Callable:

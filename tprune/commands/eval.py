@@ -8,8 +8,9 @@ from typing import Any
 import click
 
 from tprune import artifact
-from tprune.commands.common import FAMILY_DEFAULTS, check_read, model_options
-from tprune.recipe import ModelSource, Recipe, Stage, read
+from tprune.commands.common import FAMILY_DEFAULTS, model_options
+from tprune.errors import UserError
+from tprune.recipe import ModelSource, Recipe, Stage, check_read, read
 
 
 @click.command("eval")
@@ -29,10 +30,14 @@ def command(
 
     written = artifact.is_artifact(model)
     if written:
+        refuse(
+            model,
+            {"family": family, **{name: options[name] for name in ("revision", "weights", "random_weights")}},
+        )
         family = read(Path(model) / artifact.RECIPE).stages[-1].family
     elif family is None:
         family = guess_family(model)
-    check_read(family, options)
+    check_read([family], options)
     progress = Progress(quiet or as_json)
     source = ModelSource(
         model, options.pop("revision"), options.pop("weights"), options.pop("random_weights")
@@ -64,6 +69,18 @@ def command(
     from tprune.evaluate.table import print_figures
 
     print_figures(result)
+
+
+def refuse(folder: str, given: dict[str, Any]) -> None:
+    """Refuse options that say which model, and how it is measured, for an output folder.
+
+    Raises:
+        UserError: naming the first.
+    """
+    for name, value in given.items():
+        if value:
+            said = f"--{name.replace('_', '-')}" + (f" {value}" if value is not True else "")
+            raise UserError(f"{said}: {folder} is an output folder, which says it itself; leave it out")
 
 
 def guess_family(model: str) -> str:

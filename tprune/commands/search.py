@@ -14,14 +14,13 @@ import click
 from tprune.commands.common import (
     FAMILY_DEFAULTS,
     check_file,
-    check_read,
     default_model,
     model_options,
     parse_settings,
     with_absolute_paths,
 )
 from tprune.errors import UserError
-from tprune.recipe import ModelSource, Recipe, Stage
+from tprune.recipe import ModelSource, Recipe, Stage, check_read
 
 if TYPE_CHECKING:
     from tprune.pipelines.grid import Choice
@@ -66,7 +65,7 @@ def command(
     With --max-drop the winner is the cheapest (FLOPs of tokens, bytes of caches and weights), else the best.
     """
     goal = asked_goal(options)
-    check_read(family, options)
+    check_read([family], options)
     check_file(out, force)
     base, choices = planned(family, model, options)
     from tprune.pipelines.search import Search

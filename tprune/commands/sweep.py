@@ -12,14 +12,13 @@ import click
 
 from tprune.commands.common import (
     FAMILY_DEFAULTS,
-    check_read,
     default_model,
     model_options,
     parse_settings,
     with_absolute_paths,
 )
 from tprune.errors import UserError
-from tprune.recipe import ModelSource, Recipe, Stage
+from tprune.recipe import ModelSource, Recipe, Stage, check_read
 
 
 @click.command("sweep")
@@ -71,7 +70,7 @@ def command(
     A point is written as soon as it is measured: a sweep that was stopped goes on, and another one with more
     methods or budgets and the same --out adds its points.
     """
-    check_read(family, options)
+    check_read([family], options)
     base, plan = planned(family, model, seeds, options)
     from tprune.evaluate import points
     from tprune.evaluate.page import write

@@ -13,14 +13,13 @@ import click
 from tprune.commands.common import (
     FAMILY_DEFAULTS,
     check_file,
-    check_read,
     default_model,
     model_options,
     parse_settings,
     with_absolute_paths,
 )
 from tprune.errors import UserError
-from tprune.recipe import ModelSource, Recipe, Stage, check_budget
+from tprune.recipe import ModelSource, Recipe, Stage, check_budget, check_read
 
 if TYPE_CHECKING:
     from tprune.pipelines.tune import Tried, Tune
@@ -64,7 +63,7 @@ def command(
 
     What counts is the accuracy or perplexity on --limit samples: take others to report it.
     """
-    check_read(family, options)
+    check_read([family], options)
     check_file(out, force)
     # As everywhere, the last of a name counts.
     given = {named(text): text for text in settings}

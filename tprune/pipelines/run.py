@@ -22,14 +22,15 @@ from tprune.models.memory import give_back
 from tprune.models.subject import Subject
 from tprune.pipelines.base import Handle, Pipeline, Quality
 from tprune.progress import Progress
-from tprune.recipe import Recipe, Stage, check_budget
+from tprune.recipe import Recipe, Stage, check_budget, check_read
 
 SILLY_PERPLEXITY = 10_000
 
 
 def pipeline(recipe: Recipe, stage: Stage, progress: Progress) -> Pipeline:
-    """The driver of a stage, with its method built and its budget checked."""
+    """The driver of a stage, with its method built, its budget and the recipe's fields checked."""
     check_budget(stage)
+    check_read([one.family for one in recipe.stages], vars(recipe))
     method = registry.build(stage.method, stage.family, stage.set, stage.fit)
     clash = [name for name in stage.set if name.replace("-", "_") in getattr(method, "native", ())]
     if clash and stage.keep is not None:
