@@ -6,9 +6,9 @@ import transformers
 
 from tests.decoders import decoder
 from tests.golden_values import golden
+from tprune.core.attending import attention_rows, mean_over_group, pool_neighbours, window_attention
 from tprune.core.budget import Site, Stage
 from tprune.core.cache import stack_rows
-from tprune.core.score import attention_rows, mean_over_group, pool_neighbours, window_attention
 from tprune.core.select import representatives
 from tprune.core.sparse import Sparse
 from tprune.methods import registry

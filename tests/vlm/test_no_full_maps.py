@@ -10,7 +10,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 import tprune
 from tests.vlm.tiny import IMAGE, TEXT, TOWER, start
-from tprune.core import score
+from tprune.core import attending
 from tprune.methods import registry
 from tprune.models.prompts import noise_prompts
 
@@ -52,8 +52,8 @@ def model():
 
 @pytest.mark.parametrize("method", [fact.id for fact in registry.facts("vlm")])
 def test_only_methods_that_must_compute_a_full_attention_map(method, model, monkeypatch):
-    sums = partial(score.attention_column_sums, tile=TILE)
-    monkeypatch.setattr(score, "attention_column_sums", sums)
+    sums = partial(attending.attention_column_sums, tile=TILE)
+    monkeypatch.setattr(attending, "attention_column_sums", sums)
     inputs = noise_prompts(model, 1, 0)
     with (
         torch.no_grad(),

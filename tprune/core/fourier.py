@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from tprune.core.attending import capped
 from tprune.core.stored import TILE, Part
-from tprune.core.tiles import Seen, Tile, capped, own_heads
+from tprune.core.tiles import Seen, Tile, own_heads
 from tprune.core.waves import held_in, low_frequencies, made_of, waves, waves_of_few
 
 ROUNDING = 1e-5

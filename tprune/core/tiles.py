@@ -9,6 +9,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from tprune.core.attending import capped
+
 
 class Seen(Protocol):
     """Some entries as queries see them."""
@@ -58,11 +60,6 @@ class Tile(NamedTuple):
         """As `Seen`."""
         batch, groups, length, _ = self.value.shape
         return (weight.reshape(batch, groups, -1, length) @ self.value.float()).view(*weight.shape[:3], -1)
-
-
-def capped(logits: Tensor, softcap: float | None) -> Tensor:
-    """Logits within `softcap` (Gemma 2), in place."""
-    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
 
 def own_heads(x: Tensor, heads: int) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tprune.core import score
+from tprune.core import attending
 
 
 @dataclass(eq=False)
@@ -43,8 +43,8 @@ class Attention:
         `rows` is a slice, or int64 [R] for all samples, or [B, R].
         """
         if self.map is not None:
-            return score.map_rows(self.map, rows)
-        return score.attention_rows(
+            return attending.map_rows(self.map, rows)
+        return attending.attention_rows(
             self.query,
             self.key,
             self.scale,
@@ -58,7 +58,7 @@ class Attention:
         """Which keys the mask shows to each query, bool [B or 1, H or 1, N, N]; None without one."""
         if self.bias is None:
             return None
-        return score.shown(self.bias).expand(*self.bias.shape[:-2], self.query.shape[2], -1)
+        return attending.shown(self.bias).expand(*self.bias.shape[:-2], self.query.shape[2], -1)
 
     def column_sums(self, decay: float = 1.0, counted: Tensor | None = None) -> Tensor:
         """The attention every key received, summed over the queries that see it: float32 [B, H, N].
@@ -68,8 +68,8 @@ class Attention:
         """
         if self.map is not None:
             paid = self.map if counted is None else self.map.masked_fill(~counted[:, None, :, None], 0)
-            return paid.sum(2) if decay == 1 else score.forgetting(decay, paid.shape[2], paid) @ paid
-        return score.attention_column_sums(
+            return paid.sum(2) if decay == 1 else attending.forgetting(decay, paid.shape[2], paid) @ paid
+        return attending.attention_column_sums(
             self.query,
             self.key,
             self.scale,
@@ -82,4 +82,4 @@ class Attention:
 
     def window(self, size: int) -> Tensor:
         """What the last `size` queries paid to each key before them, summed: float32 [B, H, N - size]."""
-        return score.window_attention(self.query, self.key, self.scale, size, softcap=self.softcap)
+        return attending.window_attention(self.query, self.key, self.scale, size, softcap=self.softcap)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tprune.core.attending import attend
 from tprune.core.budget import PROJECTOR, Site, Stage
 from tprune.core.reduction import Reduction
 from tprune.core.relax import mask_attention
-from tprune.core.score import attend
 from tprune.methods.attention import Attention
 from tprune.methods.fit import Fit, Relaxed
 from tprune.methods.token_view import TokenView

@@ -7,7 +7,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from tprune.core.score import attend
+from tprune.core.attending import attend
 from tprune.core.tiles import Tile, attend_tiles
 from tprune.methods.attention import Attention
 from tprune.models.cache_layer import PrunedLayer

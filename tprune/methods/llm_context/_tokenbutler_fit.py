@@ -7,7 +7,7 @@ import math
 import torch
 from torch.nn import functional
 
-from tprune.core.score import attention_logits
+from tprune.core.attending import attention_logits
 from tprune.methods.fit import Fit, Plan
 
 

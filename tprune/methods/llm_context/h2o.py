@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tprune.core.attending import sum_over_group
 from tprune.core.cache import Evict, Replace
-from tprune.core.score import sum_over_group
 from tprune.core.select import worst_between
 from tprune.core.stored import Encode
 from tprune.methods.base import Paper, param

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from tprune.core.attending import mean_over_group, pool_neighbours, sum_over_group
 from tprune.core.cache import Evict
-from tprune.core.score import mean_over_group, pool_neighbours, sum_over_group, uniform
+from tprune.core.score import uniform
 from tprune.core.select import keep_ends_and_top, representatives, top
 from tprune.errors import UserError
 from tprune.methods.base import Paper, param

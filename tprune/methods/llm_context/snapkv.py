@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from torch.nn.functional import pad
 
+from tprune.core.attending import mean_over_group, pool_neighbours
 from tprune.core.cache import Evict
-from tprune.core.score import mean_over_group, pool_neighbours
 from tprune.core.stored import Encode
 from tprune.errors import UserError
 from tprune.methods.base import Paper, param

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from tprune.core.attending import attend
 from tprune.core.budget import Site, Stage, exponent
 from tprune.core.progressive import largest_of_rows, leading_bits, sharpened
 from tprune.core.reduction import Reduction
-from tprune.core.score import attend
 from tprune.core.select import keep_prunable_top
 from tprune.errors import UserError
 from tprune.methods.attention import Attention

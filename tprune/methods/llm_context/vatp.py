@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, cat
 
+from tprune.core.attending import sum_over_group
 from tprune.core.cache import Evict, Replace
-from tprune.core.score import sum_over_group
 from tprune.core.select import worst_between
 from tprune.core.stored import Encode
 from tprune.errors import UserError

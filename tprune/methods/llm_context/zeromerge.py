@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tprune.core.attending import sum_over_group
 from tprune.core.cache import Evict, Fold, Merge
-from tprune.core.score import sum_over_group
 from tprune.core.select import complement, top, worst_between
 from tprune.errors import UserError
 from tprune.methods.base import Paper, param

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tprune.core.score import attention_logits
+from tprune.core.attending import attention_logits
 
 BASE = 10_000.0
 """Of the rotary embeddings of rows and columns."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tprune.core import score, select
+from tprune.core import attending, select
 from tprune.core.budget import PROJECTOR, Site, Stage, exponent, scale_layer
 from tprune.core.reduction import Reduction
 from tprune.methods.base import Paper, param
@@ -109,8 +109,8 @@ class FlowCut(TokenMethod):
         last = view.last[:, None, :, None]
         query = attention.query.gather(2, last.expand(-1, attention.query.shape[1], -1, value.shape[3]))
         said = value.gather(2, last.expand(-1, value.shape[1], -1, value.shape[3]))
-        paid = score.attention_logits(query, attention.key, attention.scale)[:, :, 0]
-        alike = score.attention_logits(said, value, value.shape[3] ** -0.5)[:, :, 0]
+        paid = attending.attention_logits(query, attention.key, attention.scale)[:, :, 0]
+        alike = attending.attention_logits(said, value, value.shape[3] ** -0.5)[:, :, 0]
         hidden = ~view.prunable.unsqueeze(1)
         flow = sum(part.masked_fill(hidden, -torch.inf).softmax(2).mean(1) for part in (paid, alike))
         return flow * value.mean(1).abs().sum(2)

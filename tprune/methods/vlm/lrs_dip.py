@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from tprune.core import grid, select
+from tprune.core import attending, grid, select
 from tprune.core.budget import Site, Stage, scale_layer
 from tprune.core.explain import foretelling_loss
 from tprune.core.reduction import Reduction
-from tprune.core.score import attention_logits, map_rows, quantile_scaled
+from tprune.core.score import quantile_scaled
 from tprune.errors import UserError
 from tprune.methods.base import Paper, param
 from tprune.methods.fit import Fit, Plan
@@ -147,9 +147,8 @@ def levels(cells, crops):
 
 def asked(attention, row):
     """The logits of one query per prompt, at `row` int64 [B], to all keys: float32 [B, H, N]."""
-    place = row[:, None, None, None].expand(-1, attention.query.shape[1], 1, attention.query.shape[3])
-    query = attention.query.gather(2, place)
-    return attention_logits(query, attention.key, attention.scale, softcap=attention.softcap)[:, :, 0]
+    query = attention.query.gather(2, row[:, None, None, None].expand_as(attention.query[:, :, :1]))
+    return attending.attention_logits(query, attention.key, attention.scale, None, attention.softcap)[:, :, 0]
 
 
 class Distilled(Fit):
@@ -187,7 +186,7 @@ class Distilled(Fit):
         """The mean over copies and heads."""
         image, found = memory["image"], []
         for layer, paid in zip(self.watches, memory["paid"], strict=True):
-            wanted = map_rows(memory["attention"][layer], memory["last"])[:, :, 0]
+            wanted = attending.map_rows(memory["attention"][layer], memory["last"])[:, :, 0]
             there = image.repeat_interleave(paid.shape[1], dim=0)
             found.append(foretelling_loss(paid.flatten(0, 1), wanted.flatten(0, 1), there))
         return {"attention": sum(found) / len(found)}

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from tprune.core.allocate import share_out
+from tprune.core.attending import mean_over_group
 from tprune.core.budget import Site, Stage, scale_layer
-from tprune.core.score import mean_over_group
 from tprune.methods.base import Paper, param
 from tprune.methods.tokens import TokenMethod
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tprune.core import score, select
+from tprune.core import attending, select
 from tprune.core.budget import PROJECTOR, Site, Stage, scale_layer
 from tprune.core.reduction import Reduction
 from tprune.methods.base import Paper, param
@@ -53,4 +53,4 @@ class STAR(TokenMethod):
     def visual(self, view):
         """Column sums of the embeddings' own attention: float32 [B, N]."""
         tokens = view.hidden.unsqueeze(1)
-        return score.attention_column_sums(tokens, tokens, tokens.shape[3] ** -0.5)[:, 0]
+        return attending.attention_column_sums(tokens, tokens, tokens.shape[3] ** -0.5)[:, 0]
