@@ -8,18 +8,27 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, PhiConfig, PhiForCausalLM
 
 import tprune
-from tests.decoders import decoder, tokens
+from tests.decoders import COMMON, decoder, tokens
 from tests.llm_weights.test_command import SMALL, run
 from tests.llm_weights.tiny import save
+from tests.pairs import pair
 from tprune import artifact
 from tprune.commands import bench
 from tprune.errors import UserError
+from tprune.evaluate.cost import peak_tensors
+from tprune.evaluate.protocol import fingerprint
+from tprune.models import in_file
 from tprune.models.blocks import find_decoder
 from tprune.models.calibrate import Stream
-from tprune.models.shards import Shards
+from tprune.models.encoder_decoder import fed
+from tprune.models.in_file import InFile
+from tprune.models.load_paged import load_paged
+from tprune.models.shards import Shards, write
+from tprune.models.source import resolve
 from tprune.models.subject import pages_of
 from tprune.recipe import ModelSource, Recipe, Stage
 
@@ -50,6 +59,159 @@ def test_a_paged_model_is_pruned_to_the_same_weights_as_a_whole_one(name, method
     both = [artifact.read_tensors(tmp_path / kind / artifact.TENSORS) for kind in ("whole", "paged")]
     assert both[0].keys() == both[1].keys()
     assert all(torch.equal(both[0][mask], both[1][mask]) for mask in both[0])
+
+
+def paged(model, folder, dtype="float32"):
+    """A model, saved and read block by block."""
+    model.save_pretrained(folder)
+    return again(folder, dtype)
+
+
+def again(folder, dtype="float32"):
+    """A model on disk, read block by block."""
+    return load_paged(
+        resolve(ModelSource(str(folder)), "llm-weights"), "llm-weights", device="cpu", dtype=dtype
+    ).model
+
+
+def biased():
+    """A decoder whose head has a bias."""
+    torch.manual_seed(0)
+    model = PhiForCausalLM(PhiConfig(**COMMON)).eval()
+    model.lm_head.bias.data.normal_()
+    return model
+
+
+def in_files(model):
+    """Names of the modules whose weight is in a file."""
+    return [
+        name for name, module in model.named_modules() if isinstance(getattr(module, "weight", None), InFile)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("build", "expected"),
+    [
+        (lambda: decoder("llama"), ["model.embed_tokens", "lm_head"]),
+        (lambda: decoder("llama", tie_word_embeddings=True), ["model.embed_tokens", "lm_head"]),
+        (lambda: decoder("gpt2"), ["transformer.wte", "lm_head"]),
+        (lambda: decoder("opt"), ["model.decoder.embed_tokens", "lm_head"]),
+        (biased, ["model.embed_tokens", "lm_head"]),
+        (lambda: pair("t5"), ["shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head"]),
+        # Scaled embeddings stay in memory, and heads that are tied to them.
+        (lambda: decoder("gemma2"), []),
+        (lambda: decoder("gemma2", tie_word_embeddings=False), ["lm_head"]),
+        (lambda: pair("bart"), []),
+    ],
+)
+@torch.no_grad()
+def test_logits_with_the_embedding_and_the_head_in_files_are_those_of_the_whole_model(
+    build, expected, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(in_file, "TILE", 1000)  # seven rows of a matrix of 96
+    whole = build()
+    model = paged(whole, tmp_path)
+    assert in_files(model) == expected
+    ids = tokens(3, 12)
+    ids[1, :4] = 0
+    given = fed(whole, ids) | {"attention_mask": (fed(whole, ids)["input_ids"] != 0).long()}
+    assert torch.allclose(model(**given).logits, whole(**given).logits, atol=1e-5)
+    for one in (torch.tensor([[5]]), torch.tensor([[7, 7, 95, 0, 7]])):
+        assert torch.equal(model.get_input_embeddings()(one), whole.get_input_embeddings()(one))
+    assert torch.equal(
+        model.get_input_embeddings()(torch.tensor(9)), whole.get_input_embeddings()(torch.tensor(9))
+    )
+    assert fingerprint(model) == fingerprint(whole)
+    for inside, out in zip(*(one.named_parameters() for one in (model, whole)), strict=True):
+        assert (inside[0], inside[1].shape, inside[1].dtype) == (out[0], out[1].shape, out[1].dtype)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_saved_again_a_paged_model_has_the_weights_of_its_files(tied, dtype, tmp_path, monkeypatch):
+    monkeypatch.setattr(in_file, "TILE", 1000)
+    source, out = tmp_path / "source", tmp_path / "out"
+    out.mkdir()
+    model = paged(decoder(tie_word_embeddings=tied).bfloat16(), source, dtype)
+    pages_of(model).save(out)
+    expected = load_file(source / "model.safetensors")
+    found = {name: tensor for file in out.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    assert found.keys() == expected.keys()
+    assert ("lm_head.weight" in found) is not tied
+    assert all(torch.equal(found[name], expected[name].to(found[name].dtype)) for name in found)
+    assert {tensor.dtype for tensor in found.values()} == {getattr(torch, dtype)}
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in found.values())
+    stock = AutoModelForCausalLM.from_pretrained(out)
+    assert (stock.lm_head.weight is stock.model.embed_tokens.weight) is tied
+    for name, tensor in stock.state_dict().items():
+        assert torch.equal(tensor, found.get(name, found["model.embed_tokens.weight"]))
+
+
+def test_neither_the_embedding_nor_the_head_is_ever_whole_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(in_file, "TILE", 2**18)
+    whole = decoder(vocab_size=2**14, hidden_size=128, num_hidden_layers=1).bfloat16()
+    size = whole.lm_head.weight.nbytes  # 4 MB, and 8 in float32
+    whole.save_pretrained(tmp_path / "model")
+    (tmp_path / "out").mkdir()
+
+    model = again(tmp_path / "model")
+
+    def run():
+        fingerprint(model)
+        with torch.no_grad():
+            model(input_ids=tokens(1, 8), use_cache=False)
+        pages_of(model).save(tmp_path / "out")
+
+    assert peak_tensors(run, "cpu") < size / 2**20 / 2
+
+
+def test_whatever_wants_a_matrix_in_a_file_as_a_whole_is_refused_in_one_line(tmp_path):
+    model = paged(decoder(), tmp_path)
+    for use in (lambda weight: weight + 1, lambda weight: weight.double(), lambda weight: weight[0]):
+        with pytest.raises(UserError, match="lm_head.weight stays in its file, .* leave --max-memory out"):
+            use(model.lm_head.weight)
+
+
+def test_rows_are_read_in_any_order_again_and_in_another_dtype(tmp_path):
+    matrix, file = torch.randn(9, 4), tmp_path / "model.safetensors"
+    write(file, {"before": torch.ones(3, dtype=torch.uint8), "a": matrix}, in_file.pieces)
+    shards = Shards([file])
+    for index in ([3], [8, 0, 1, 2, 7, 7, 6, 5], [], list(range(9)), [4, 4, 5, 6]):
+        for dtype in (torch.float32, torch.bfloat16):
+            out = torch.empty(len(index), 4, dtype=dtype)
+            shards.rows("a", torch.tensor(index, dtype=torch.int64), out)
+            assert torch.equal(out, matrix[index].to(dtype))
+    for index in (-1, 9):
+        with pytest.raises(IndexError, match="a has the rows 0 to 8"):
+            shards.rows("a", torch.tensor([index]), torch.empty(1, 4))
+    with pytest.raises(UserError, match=r"a is \[9, 4\], and the configuration says \[9, 5\]"):
+        shards.rows("a", torch.tensor([0]), torch.empty(1, 5))
+    os.truncate(file, file.stat().st_size - 40)
+    with pytest.raises(UserError, match="ends within a"):
+        shards.rows("a", torch.tensor([0, 8]), torch.empty(2, 4))
+
+
+def test_a_file_written_in_pieces_is_what_safetensors_reads(tmp_path):
+    given = {
+        "odd": torch.tensor([True, False, True]),
+        "scalar": torch.tensor(3.0),
+        "half": torch.randn(5, 3).bfloat16(),
+        "turned": torch.randn(4, 6).T,
+        "empty": torch.empty(0, 4),
+        "long": torch.arange(5),
+    }
+    write(tmp_path / "a.safetensors", given, lambda tensor: tensor.split(2) if tensor.dim() else [tensor])
+    found = load_file(tmp_path / "a.safetensors")
+    assert found.keys() == given.keys()
+    assert all(
+        torch.equal(found[name], given[name]) and found[name].dtype == given[name].dtype for name in given
+    )
+    starts = {
+        name: entry.start % entry.dtype.itemsize
+        for name, entry in Shards([tmp_path / "a.safetensors"]).entries.items()
+    }
+    assert set(starts.values()) == {0}
 
 
 def test_activations_in_a_file_are_those_in_memory(tmp_path):

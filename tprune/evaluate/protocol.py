@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tprune.models.in_file import ends
 from tprune.models.subject import Subject, named_parameters
 from tprune.recipe import Recipe
 
@@ -57,9 +58,8 @@ def fingerprint(model: nn.Module) -> str:
     """A short hash of names, shapes, and the values at both ends of every parameter: retraining changes it."""
     digest = hashlib.sha256()
     for name, parameter in named_parameters(model):
-        flat = parameter.detach().flatten()
-        ends = torch.cat([flat[:SAMPLED], flat[-SAMPLED:]]).float().cpu()
-        digest.update(f"{name}{tuple(parameter.shape)}".encode() + ends.numpy().tobytes())
+        values = ends(parameter.detach(), SAMPLED).float().cpu()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode() + values.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -1,7 +1,8 @@
 """A model larger than memory: its decoder blocks are read from safetensors shards when they run, and let go afterwards.
 
-What is outside the blocks (embeddings, the head) stays in memory. A block that is not at hand keeps its parameters,
-shapes and all, without memory behind them.
+A block that is not at hand keeps its parameters, shapes and all, without memory behind them. Of the embedding and the
+head, which are never whole in memory, forwards read what they need (`tprune.models.in_file`). The rest stays in memory:
+norms, tables of positions, embeddings that do more than to look up.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tprune.errors import UserError
-from tprune.models import masks
+from tprune.models import in_file, masks
 from tprune.models.blocks import Decoder
+from tprune.models.in_file import InFile
 from tprune.models.memory import give_back
-from tprune.models.shards import Shards
+from tprune.models.shards import Shards, write
 from tprune.models.subject import pages_of
 
 FILE, INDEX = "model-{:05}-of-{:05}.safetensors", "model.safetensors.index.json"
@@ -43,16 +44,21 @@ class Pages:
         self.decoder, self.shards, self.edits = decoder, shards, {}
         self._holders = [0] * len(decoder.blocks)
         self._prefix = decoder.model.base_model_prefix
+        decoder.model.tie_weights()  # so that it is known who shares a parameter
         inside = {id(parameter) for parameter in decoder.blocks.parameters()}
+        stays = in_file.able(decoder.model) - inside
         for name, parameter in list(decoder.model.named_parameters()):
-            real = torch.empty(parameter.shape, dtype=dtype, device=device)
             if id(parameter) in inside:
                 self._stored(name)
+                real = torch.empty(parameter.shape, dtype=dtype, device=device)
                 real.untyped_storage().resize_(0)
-            elif self._find(name) is not None:
-                shards.read(self._find(name), real)
-            else:
+            elif self._find(name) is None:
                 continue  # tied to another one
+            elif id(parameter) in stays:
+                real = InFile(shards, self._find(name), parameter.shape, dtype, device)
+            else:
+                real = torch.empty(parameter.shape, dtype=dtype, device=device)
+                shards.read(self._find(name), real)
             _put(decoder.model, name, nn.Parameter(real, requires_grad=False))
         decoder.model.tie_weights()
         for name, tensor in decoder.model.named_parameters():
@@ -62,6 +68,7 @@ class Pages:
             if self._find(name) is not None:
                 shards.read(self._find(name), buffer)
         decoder.model.to(device=device, dtype=dtype)
+        in_file.run_in_place(decoder.model)
         for index, block in enumerate(decoder.blocks):
             block.forward = self._held_while(index, block.forward)
         decoder.model.tprune_pages = self
@@ -120,13 +127,23 @@ class Pages:
         return self.decoder.blocks[index].named_parameters(prefix=self.decoder.block_name(index))
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """All parameters with their names, in the model's order, those of a block while it is at hand."""
+        """All parameters with their names, in the model's order, those of a block while it is at hand; `InFile` where
+        they are never whole.
+        """
         blocks = self.decoder.blocks
         place = {id(tensor): index for index, block in enumerate(blocks) for tensor in block.parameters()}
         named = self.decoder.model.named_parameters()
         for index, together in groupby(named, lambda pair: place.get(id(pair[1]))):
             with nullcontext() if index is None else self.held(index):
                 yield from together
+
+    @property
+    def outside(self) -> int:
+        """Bytes that are held outside the blocks: parameters, and the tile of what is in a file."""
+        inside = {id(parameter) for parameter in self.decoder.blocks.parameters()}
+        others = [one for one in self.decoder.model.parameters() if id(one) not in inside]
+        tile = max((one.tile for one in others if isinstance(one, InFile)), default=0)
+        return tile + sum(one.nbytes for one in others if not isinstance(one, InFile))
 
     def save(self, folder: Path) -> None:
         """Write weights and configuration as transformers' own loader reads them: a shard per block, one beside."""
@@ -137,7 +154,7 @@ class Pages:
             with self.held(shard - 1) if shard else nullcontext():
                 tensors = self._content(shard - 1) if shard else self._outside()
                 file = FILE.format(shard + 1, blocks + 1)
-                save_file(tensors, folder / file, {"format": "pt"})
+                write(folder / file, tensors, in_file.pieces)
                 places |= dict.fromkeys(tensors, file)
                 total += sum(tensor.nbytes for tensor in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": places}

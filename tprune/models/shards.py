@@ -1,9 +1,12 @@
-"""Tensors of a folder of safetensors files, read one at a time into memory that is there, without mapping a file."""
+"""Safetensors files without mapping them: tensors, or rows of them, are read into memory that is there, and written a
+piece at a time.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +23,8 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "I64": torch.int64,
     "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
@@ -71,26 +76,94 @@ class Shards:
     def __contains__(self, name: str) -> bool:
         return name in self.entries
 
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        """Refuse a tensor that has another shape than is wanted.
+
+        Raises:
+            UserError: it has.
+        """
+        entry = self.entries[name]
+        if entry.shape != tuple(shape):
+            raise UserError(
+                f"{entry.file}: {name} is {list(entry.shape)}, and the configuration says {list(shape)}"
+            )
+
     def read(self, name: str, out: Tensor) -> None:
         """Fill `out`, contiguous, with the tensor `name`, in `out`'s own dtype and on its device.
 
         Raises:
             UserError: it has another shape, or the file is shorter than its header says.
         """
+        self.check(name, out.shape)
+        self._fill(name, [(0, out.numel())], out)
+
+    def rows(self, name: str, index: Tensor, out: Tensor) -> None:
+        """The same of the rows `index`, int64 [n], of a matrix [R, C]: `out` is [n, C].
+
+        Rows that follow one another are read together.
+
+        Raises:
+            UserError: they have another width, or the file is shorter than its header says.
+            IndexError: there is no such row.
+        """
+        count = self.entries[name].shape[0]
+        self.check(name, (count, *out.shape[1:]))
+        if len(index) == 0:
+            return
+        lowest, highest = (int(one) for one in index.aminmax())
+        if lowest < 0 or highest >= count:
+            raise IndexError(f"{name} has the rows 0 to {count - 1}, and {lowest} to {highest} are asked for")
+        at = index.to("cpu")
+        starts = torch.cat([torch.zeros_like(at[:1]), at.diff().ne(1).nonzero().flatten() + 1])
+        lengths = starts.diff(append=torch.full_like(at[:1], len(at)))
+        runs = zip(at[starts].tolist(), lengths.tolist(), strict=True)
+        width = out.shape[1]
+        self._fill(name, [(first * width, length * width) for first, length in runs], out)
+
+    def _fill(self, name: str, runs: list[tuple[int, int]], out: Tensor) -> None:
+        """Fill `out` with runs of a tensor's values, each told by its first value and its length."""
         entry = self.entries[name]
-        if entry.shape != tuple(out.shape):
-            raise UserError(
-                f"{entry.file}: {name} is {list(entry.shape)}, and the configuration says {list(out.shape)}"
-            )
         straight = entry.dtype == out.dtype and out.device.type == "cpu"
-        held = out if straight else torch.empty(entry.shape, dtype=entry.dtype)
-        room = as_bytes(held)
+        held = out if straight else torch.empty(out.shape, dtype=entry.dtype)
+        room, size = as_bytes(held), entry.dtype.itemsize
         with entry.file.open("rb", buffering=0) as stream:
-            stream.seek(entry.start)
-            while len(room):
-                count = stream.readinto(room)
-                if not count:
-                    raise UserError(f"{entry.file} ends within {name}; get or write it again")
-                room = room[count:]
+            for first, length in runs:
+                stream.seek(entry.start + first * size)
+                part, room = room[: length * size], room[length * size :]
+                while len(part):
+                    count = stream.readinto(part)
+                    if not count:
+                        raise UserError(f"{entry.file} ends within {name}; get or write it again")
+                    part = part[count:]
         if not straight:
             out.copy_(held)
+
+
+def write(file: Path, tensors: Mapping[str, Tensor], pieces: Callable[[Tensor], Iterable[Tensor]]) -> None:
+    """Write a safetensors file of which no more than a piece is in memory.
+
+    Args:
+        file: where.
+        tensors: by name; those of one memory are written again and again.
+        pieces: what gives a tensor's rows, in order.
+    """
+    names, place = {dtype: name for name, dtype in DTYPES.items()}, 0
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    # The widest first: so each starts at a multiple of its width.
+    ordered = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    for name in ordered:
+        tensor = tensors[name]
+        header[name] = {
+            "dtype": names[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [place, place + tensor.nbytes],
+        }
+        place += tensor.nbytes
+    said = json.dumps(header, separators=(",", ":")).encode()
+    said += b" " * (-len(said) % 8)
+    with file.open("wb") as stream:
+        stream.write(len(said).to_bytes(8, "little") + said)
+        for name in ordered:
+            for piece in pieces(tensors[name]):
+                held = piece.detach().to("cpu").contiguous()
+                stream.write(as_bytes(held))

@@ -47,6 +47,6 @@ def pages_of(model: nn.Module) -> Pages | None:
 
 
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """A model's parameters with their names, in memory while it is their turn."""
+    """A model's parameters with their names, in memory while it is their turn, or `InFile`."""
     pages = pages_of(model)
     return model.named_parameters() if pages is None else pages.parameters()

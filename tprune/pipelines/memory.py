@@ -18,6 +18,7 @@ from tprune.models.calibrate import Stream
 from tprune.models.embeddings import TripleSets
 from tprune.models.gradients import POWERS
 from tprune.models.pair_stream import stream_of
+from tprune.models.subject import pages_of
 from tprune.pipelines.weights_kinds import Samples
 from tprune.progress import Progress
 from tprune.recipe import Recipe, size
@@ -95,7 +96,7 @@ def score_paged(stream: Stream, progress: Progress) -> tuple[Tensor, Tensor]:
 
 
 def room(decoder: Decoder, method: WeightMethod, tokens: tuple[int, int], most: int, limit: str) -> Room:
-    """What fits beside a model's embeddings and head, its largest block, and what pruning a matrix takes.
+    """What fits beside what is held outside a model's blocks, its largest block, and what pruning a matrix takes.
 
     Half of the rest is for what a block computes inside, half for the activations of all sequences.
 
@@ -109,8 +110,7 @@ def room(decoder: Decoder, method: WeightMethod, tokens: tuple[int, int], most: 
     Raises:
         UserError: not even one sequence fits.
     """
-    inside = {id(parameter) for parameter in decoder.blocks.parameters()}
-    outside = sum(tensor.nbytes for tensor in decoder.model.parameters() if id(tensor) not in inside)
+    outside = pages_of(decoder.model).outside
     block = max(sum(tensor.nbytes for tensor in one.parameters()) for one in decoder.blocks)
     shapes = {matrix.name: matrix.shape for matrix in decoder.matrices(len(decoder.blocks) - 1)}
     pruning = COPIES * FLOAT * max(rows * columns for rows, columns in shapes.values())
@@ -124,7 +124,7 @@ def room(decoder: Decoder, method: WeightMethod, tokens: tuple[int, int], most: 
         least = (outside + block + pruning + 2 * sequence) / 2**20
         raise UserError(
             f"--max-memory {limit}: too little for one sequence of {tokens[1]} tokens; give at least {least:.0f}MB "
-            f"({outside / 2**20:.0f} MB of it are the embeddings and the head), or a smaller --length"
+            f"({outside / 2**20:.0f} MB of it are outside the blocks), or a smaller --length"
         )
     held = (
         tokens[0] * tokens[1] * decoder.config.hidden_size * next(decoder.blocks.parameters()).element_size()
