@@ -125,6 +125,21 @@ def test_the_benchmark_times_every_part_and_leaves_the_model_dense(method, folde
     assert torch.equal(subject.model(tokens(1, 150)).logits, dense)
 
 
+def test_what_is_reported_of_tokens_is_that_of_the_evaluation(folder):
+    asked = recipe(folder, "lazyllm")
+    driver = pipeline(asked, asked.stages[0], Progress())
+    subject = driver.load()
+    driver.prepare(subject)
+    with driver.apply(subject, None) as handle:
+        driver.windows = tokens(2, 200)
+        driver.evaluate(subject)
+        counted = handle.achieved(), handle.per_layer()
+        driver.windows = tokens(1, 40)
+        driver.workload(subject).run()
+        assert (handle.achieved(), handle.per_layer()) == counted
+        assert handle.tally.prompts == 2
+
+
 def test_a_twin_shares_its_tensors_and_none_of_the_hooks():
     model = decoder()
     other = twin(model)

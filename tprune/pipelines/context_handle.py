@@ -11,6 +11,7 @@ from tprune.models.decoder import DecoderDriver
 from tprune.models.revive import RevivingDriver
 from tprune.pipelines.base import Achieved, Handle
 from tprune.pipelines.learned import stored
+from tprune.pipelines.tallied import TalliedHandle
 
 
 class CacheHandle(Handle):
@@ -55,7 +56,7 @@ class CacheHandle(Handle):
         return rows
 
 
-class PrefillHandle(Handle):
+class PrefillHandle(TalliedHandle):
     """A token method at work inside a model's decoder."""
 
     kind = "wrapped"
@@ -77,7 +78,7 @@ class PrefillHandle(Handle):
 
     def achieved(self) -> Achieved:
         """The mean fraction of prunable prompt tokens that entered a layer."""
-        tally = self.driver.tally
+        tally = self.tally
         lost = self.driver.method.revives() and not isinstance(self.driver, RevivingDriver)
         details = {"tokens_come_back": False} if lost else {}
         if not tally.prompts:
@@ -86,7 +87,7 @@ class PrefillHandle(Handle):
 
     def per_layer(self) -> list[dict[str, Any]]:
         """Prunable tokens entering each layer, mean over prompts."""
-        tally = self.driver.tally
+        tally = self.tally
         if not tally.prompts:
             return []
         rows = [count / tally.prompts for count in tally.entering.tolist()]

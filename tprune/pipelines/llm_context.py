@@ -92,11 +92,18 @@ class ContextPipeline(Pipeline):
 
         Of hidden pass keys: how many are found.
         """
-        if self.prompts is not None:
-            found = retrieve(
-                subject.model, self.prompts, lambda some: self.progress.track(some, "asking", len(some))
-            )
-            return Quality(accuracy(self.prompts, found), torch.tensor(found).long())
+        with self.counting():
+            return self.continuations(subject) if self.prompts is None else self.keys(subject)
+
+    def keys(self, subject: Subject) -> Quality:
+        """Of hidden pass keys: how many are found."""
+        found = retrieve(
+            subject.model, self.prompts, lambda some: self.progress.track(some, "asking", len(some))
+        )
+        return Quality(accuracy(self.prompts, found), torch.tensor(found).long())
+
+    def continuations(self, subject: Subject) -> Quality:
+        """Perplexity of the last quarter of every window."""
         if self.windows is None:
             raise UserError(
                 f"{subject.source.name} comes without a tokenizer; add its files (tokenizer.json and the like), or "
@@ -142,7 +149,8 @@ class ContextPipeline(Pipeline):
             return CacheHandle(compression, subject.model, self.fitted)
         given = subject.model, self.method, prompt_tokens, partial(self.stages, subject.model)
         driver = self.driver(subject.model)(*given, positions=positions)
-        return PrefillHandle(driver, self.stage.keep, self.fitted)
+        self.handle = PrefillHandle(driver, self.stage.keep, self.fitted)
+        return self.handle
 
     def stages(self, model: nn.Module, tokens: int) -> tuple[Stage, ...]:
         """Where tokens leave a prompt with so many that may."""

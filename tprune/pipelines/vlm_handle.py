@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -12,12 +11,12 @@ from tprune.core.budget import Stage, counts_entering
 from tprune.models.decoder import DecoderDriver
 from tprune.models.image_cache import ImageCaches
 from tprune.models.projector import Projector
-from tprune.models.run import Tally
-from tprune.pipelines.base import Achieved, Handle
+from tprune.pipelines.base import Achieved
 from tprune.pipelines.learned import stored
+from tprune.pipelines.tallied import TalliedHandle
 
 
-class VlmHandle(Handle):
+class VlmHandle(TalliedHandle):
     """A token method at work before or inside a decoder."""
 
     kind = "wrapped"
@@ -32,15 +31,6 @@ class VlmHandle(Handle):
     ):
         self.driver, self.projector, self.stages, self.tokens = driver, projector, stages, tokens
         self.fitted = fitted
-        self.counted: Tally | None = None
-
-    @contextmanager
-    def counting(self) -> Iterator[None]:
-        """What is reported of tokens is what happens inside."""
-        before = self.driver.tally
-        self.driver.tally = Tally(before.depth)
-        yield
-        self.counted, self.driver.tally = self.driver.tally, before
 
     def tensors(self, by_reference: bool) -> dict[str, Tensor]:
         """What the method learned, and what of the model it tuned."""
@@ -84,7 +74,7 @@ class VlmHandle(Handle):
 
         Before the first prompt, what is planned for one image.
         """
-        tally = self.driver.tally if self.counted is None else self.counted
+        tally = self.tally
         if not tally.prompts:
             planned = counts_entering(self.stages, self.tokens, tally.depth)
             return float(self.tokens), [float(count) for count in planned[::2]]
