@@ -133,10 +133,10 @@ def test_what_is_reported_of_tokens_is_that_of_the_evaluation(folder):
     with driver.apply(subject, None) as handle:
         driver.windows = tokens(2, 200)
         driver.evaluate(subject)
-        counted = handle.achieved(), handle.per_layer()
+        counted = handle.achieved().value, handle.per_layer()
         driver.windows = tokens(1, 40)
         driver.workload(subject).run()
-        assert (handle.achieved(), handle.per_layer()) == counted
+        assert (handle.achieved().value, handle.per_layer()) == counted
         assert handle.tally.prompts == 2
 
 
