@@ -19,6 +19,7 @@ from tests.pairs import pair
 from tprune import artifact
 from tprune.commands import bench
 from tprune.errors import UserError
+from tprune.evaluate import perplexity
 from tprune.evaluate.cost import peak_tensors
 from tprune.evaluate.protocol import fingerprint
 from tprune.models import in_file
@@ -30,6 +31,8 @@ from tprune.models.load_paged import load_paged
 from tprune.models.shards import Shards, write
 from tprune.models.source import resolve
 from tprune.models.subject import pages_of
+from tprune.pipelines import memory
+from tprune.progress import Progress
 from tprune.recipe import ModelSource, Recipe, Stage
 
 
@@ -166,6 +169,21 @@ def test_neither_the_embedding_nor_the_head_is_ever_whole_in_memory(tmp_path, mo
     assert peak_tensors(run, "cpu") < size / 2**20 / 2
 
 
+def test_perplexity_reads_the_head_as_seldom_as_the_memory_that_is_left_allows(tmp_path, monkeypatch):
+    monkeypatch.setattr(perplexity, "LOGITS_AT_ONCE", 1)
+    whole, ids, read = decoder(), tokens(4, 20), []
+    model = paged(whole, tmp_path)
+    tiles = InFile.tiles
+    monkeypatch.setattr(InFile, "tiles", lambda self: read.append(self.stored) or tiles(self))
+    expected = perplexity.score_windows(whole, ids, 2)
+    for limit, times in (("1GB", 2), ("0.02MB", 2 * 19)):
+        read.clear()
+        found = memory.score_paged(Stream(find_decoder(model), ids, 2), limit, Progress())
+        assert torch.allclose(found[0], expected[0], atol=1e-5)
+        assert torch.equal(found[1], expected[1])
+        assert read == ["lm_head.weight"] * times
+
+
 def test_whatever_wants_a_matrix_in_a_file_as_a_whole_is_refused_in_one_line(tmp_path):
     model = paged(decoder(), tmp_path)
     for use in (lambda weight: weight + 1, lambda weight: weight.double(), lambda weight: weight[0]):
@@ -235,6 +253,8 @@ from tests.llm_weights.test_paged import prune
 from tprune.errors import UserError
 from tprune.models import load
 from tprune.models.source import resolve
+from tprune.pipelines import memory
+from tprune.progress import Progress
 from tprune.recipe import ModelSource
 
 torch.set_num_threads(1)

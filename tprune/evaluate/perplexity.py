@@ -61,16 +61,21 @@ def score_windows(
     return torch.cat(losses), torch.cat(predictions)
 
 
-def score_batch(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses float32 [B, T] and top-1 predictions int64 [B, T] of tokens int64 [B, L], on the CPU."""
+def score_batch(model: nn.Module, tokens: Tensor, at_once: int | None = None) -> tuple[Tensor, Tensor]:
+    """Losses float32 [B, T] and top-1 predictions int64 [B, T] of tokens int64 [B, L], on the CPU.
+
+    `at_once` as `logits_in_parts` has it.
+    """
     parts = []
-    for first, logits in logits_in_parts(model, tokens):
+    for first, logits in logits_in_parts(model, tokens, at_once):
         targets = tokens[:, first + 1 : first + 1 + logits.shape[1]]
         parts.append((token_losses(logits, targets).cpu(), logits.argmax(-1).cpu()))
     return torch.cat([part[0] for part in parts], 1), torch.cat([part[1] for part in parts], 1)
 
 
-def logits_in_parts(model: nn.Module, tokens: Tensor) -> Iterator[tuple[int, Tensor]]:
+def logits_in_parts(
+    model: nn.Module, tokens: Tensor, at_once: int | None = None
+) -> Iterator[tuple[int, Tensor]]:
     """The logits behind all tokens but the last, or those that an encoder reads, a run of positions at a time.
 
     Its stacks run once; what the decoder made of a part is handed to the model's own forward, so that what comes
@@ -79,6 +84,7 @@ def logits_in_parts(model: nn.Module, tokens: Tensor) -> Iterator[tuple[int, Ten
     Args:
         model: a transformers model with a language-modelling head.
         tokens: int64 [B, L].
+        at_once: so many logits in memory at a time, `LOGITS_AT_ONCE` by default, and at least those of one position.
 
     Yields:
         The first position of the part, and its logits [B, positions, V].
@@ -87,7 +93,7 @@ def logits_in_parts(model: nn.Module, tokens: Tensor) -> Iterator[tuple[int, Ten
     first = tokens.shape[1] // 2 - 1 if pair else 0
     count = tokens.shape[1] - 1 - first
     given, vocabulary = fed(model, tokens), model.get_output_embeddings().weight.shape[0]
-    width = max(1, LOGITS_AT_ONCE // (len(tokens) * vocabulary))
+    width = max(1, (at_once or LOGITS_AT_ONCE) // (len(tokens) * vocabulary))
     if width >= count:
         yield first, model(**given, use_cache=False).logits[:, :count]
         return

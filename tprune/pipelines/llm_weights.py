@@ -183,7 +183,7 @@ class LlmWeights(Pipeline):
             return self.task.evaluate(subject)
         if self.recipe.max_memory is not None:
             windows = self.calibration(self.decoder(subject.model), self.windows)
-            losses, predictions = memory.score_paged(windows, self.progress)
+            losses, predictions = memory.score_paged(windows, self.recipe.max_memory, self.progress)
         else:
             losses, predictions = score_windows(
                 subject.model,

@@ -26,6 +26,8 @@ from tprune.recipe import Recipe, size
 COPIES = 8
 """Float32 tensors of a matrix's size that pruning it may need at a time: itself, scores, their order, masks."""
 FLOAT = 4
+PER_LOGIT = 3 * FLOAT
+"""Bytes that scoring takes for each logit: itself, in float32, and its logarithm of a probability."""
 
 
 @dataclass(frozen=True)
@@ -81,15 +83,19 @@ def calibration(
 
 
 @torch.no_grad()
-def score_paged(stream: Stream, progress: Progress) -> tuple[Tensor, Tensor]:
-    """As `score_windows`, of the sequences of a stream before the first block, every block read once."""
+def score_paged(stream: Stream, limit: str, progress: Progress) -> tuple[Tensor, Tensor]:
+    """As `score_windows`, of the sequences of a stream before the first block, every block read once.
+
+    A head in a file is read for every part of the logits, so they may take half of what `--max-memory` leaves.
+    """
     decoder, losses, predictions = stream.decoder, [], []
+    at_once = max(1, (size(limit) - pages_of(decoder.model).outside) // (2 * PER_LOGIT))
     for index in progress.track(range(len(decoder.blocks)), "perplexity"):
         stream.advance(index)
     pairs = zip(stream.hidden.split(stream.rows), stream.tokens.split(stream.rows), strict=True)
     for hidden, tokens in pairs:
         with stream.answering(hidden):
-            found = score_batch(decoder.model, tokens.to(hidden.device))
+            found = score_batch(decoder.model, tokens.to(hidden.device), at_once)
         losses.append(found[0])
         predictions.append(found[1])
     return torch.cat(losses), torch.cat(predictions)
