@@ -10,6 +10,7 @@ from tprune.errors import UserError
 from tprune.models.find import find_blocks
 from tprune.models.load_transformers import auto_class, converted, processor
 from tprune.models.loading import guard
+from tprune.models.memory import give_back
 from tprune.models.pages import Pages
 from tprune.models.shards import Shards
 from tprune.models.source import PACKAGED, Source
@@ -54,7 +55,9 @@ def load_paged(source: Source, family: str, *, device: str, dtype: str) -> Subje
     if is_vision(model):
         raise refused
     Pages(find_blocks(model), Shards(files), device, precision)
-    return Subject(model, processor(transformers, family, model, folder, {}), source)
+    subject = Subject(model, processor(transformers, family, model, folder, {}), source)
+    give_back()  # reading a tokenizer takes tens of megabytes for a while
+    return subject
 
 
 def _downloaded(source: Source) -> str:

@@ -300,3 +300,7 @@ def verify(folder: Path, recipe: Recipe, progress: Progress) -> None:
             f"{(found - expected).abs().max().item() if found.shape == expected.shape else 'of shape'}); "
             "nothing was kept; please report this"
         )
+    # The process ends with the most that it maps, of every library: what it read here should not come on top.
+    del again
+    gc.collect()
+    give_back()

@@ -166,6 +166,8 @@ class BlockPruner:
             inputs, _ = self.stream.gather_and_advance(index, self.method.stats)
         elif self.stream is not None:
             inputs = self.stream.gather(index, self.method.stats)
+        if pages_of(self.decoder.model) is not None:
+            give_back()  # what the forwards had: pruning a matrix needs pieces of other sizes
         return masks.record(self._edits(matrices, inputs))
 
     def _prune_region(self, index: int) -> dict[str, Tensor]:
