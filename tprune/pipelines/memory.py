@@ -17,6 +17,7 @@ from tprune.models.blocks import Decoder
 from tprune.models.calibrate import Stream
 from tprune.models.embeddings import TripleSets
 from tprune.models.gradients import POWERS
+from tprune.models.memory import give_back
 from tprune.models.pair_stream import stream_of
 from tprune.models.subject import pages_of
 from tprune.pipelines.weights_kinds import Samples
@@ -98,6 +99,7 @@ def score_paged(stream: Stream, limit: str, progress: Progress) -> tuple[Tensor,
             found = score_batch(decoder.model, tokens.to(hidden.device), at_once)
         losses.append(found[0])
         predictions.append(found[1])
+        give_back()  # logits
     return torch.cat(losses), torch.cat(predictions)
 
 
