@@ -37,12 +37,22 @@ def noise(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
-def test_all_frequencies_of_an_odd_period_are_the_channels_themselves():
+@pytest.mark.parametrize("stretched", [True, False])
+def test_all_frequencies_of_an_odd_period_are_the_channels_themselves(stretched):
     x = noise(2, 31, 5)
     x[..., 0] = 3.0
-    assert torch.allclose(Signal.of(x, 16, 31).made(0, 31), x, atol=1e-5)
-    assert torch.allclose(Signal.of(x, 4, 31).made(0, 31)[..., 0], x[..., 0], atol=1e-5)
-    assert errors(x, 4, 31)[:, 1:].min() > 1e-2
+    assert torch.allclose(Signal.of(x, 16, 31, stretched).made(0, 31), x, atol=1e-5)
+    assert torch.allclose(Signal.of(x, 4, 31, stretched).made(0, 31)[..., 0], x[..., 0], atol=1e-5)
+    assert errors(x, 4, 31, stretched)[:, 1:].min() > 1e-2
+
+
+def test_a_plain_series_leaves_out_what_it_cannot_say_and_a_stretched_one_has_the_range():
+    x = noise(2, 31, 5)
+    assert (errors(x, 4, 31, False) <= x.var(1, correction=0) + 1e-6).all()
+    assert (errors(x, 4, 31, False) < errors(x, 4, 31)).all()
+    made = Signal.of(x, 4, 31).made(0, 31)
+    deviation = [(one - one.mean(1, keepdim=True)).abs().amax(1) for one in (made, x)]
+    assert torch.allclose(*deviation, atol=1e-5)
 
 
 def test_entries_that_come_later_are_added_as_if_they_had_been_there():

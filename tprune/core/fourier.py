@@ -23,7 +23,8 @@ class Signal:
 
     Attributes:
         coefficient: float32 [B, 2 F, n], of cosines and sines; what they make is moved and stretched to where the
-            channels were: their mean and largest deviation from it are those of the tokens there were at first.
+            channels were: their mean, and unless a plain series is asked for their largest deviation from it, are those
+            of the tokens there were at first.
         ratio: float32 [B, 1, n], by how much what the bare frequencies make is stretched.
         period: of the lowest frequency but zero.
     """
@@ -33,15 +34,16 @@ class Signal:
     period: int
 
     @classmethod
-    def of(cls, x: Tensor, frequencies: int, period: int) -> Signal:
-        """Of channels [B, M, n]."""
+    def of(cls, x: Tensor, frequencies: int, period: int, stretched: bool = True) -> Signal:
+        """Of channels [B, M, n]; not `stretched`, but the first terms of a Fourier series around their means."""
         count, x = x.shape[1], x.float()
         coefficient = low_frequencies(x, frequencies, period) / frequencies
         made = waves(0, count, frequencies, period, x.device) @ coefficient
         mean, center = x.mean(1), made.mean(1)
         spread, found = ((a - b.unsqueeze(1)).abs().amax(1) for a, b in ((x, mean), (made, center)))
         # A constant deviates from itself by rounding alone.
-        ratio = torch.where(found > ROUNDING * center.abs(), spread / found, 0).unsqueeze(1)
+        wanted = spread / found if stretched else 2 * frequencies / period
+        ratio = torch.where(found > ROUNDING * center.abs(), wanted, 0).unsqueeze(1)
         coefficient[:, 0] -= center
         coefficient *= ratio
         coefficient[:, 0] += mean
@@ -81,9 +83,9 @@ class Signal:
         return Signal(change(self.coefficient), change(self.ratio), self.period)
 
 
-def errors(x: Tensor, frequencies: int, period: int) -> Tensor:
+def errors(x: Tensor, frequencies: int, period: int, stretched: bool = True) -> Tensor:
     """Mean squared error of low frequencies that stand for each channel of [B, M, C]: float32 [B, C]."""
-    return (Signal.of(x, frequencies, period).made(0, x.shape[1]) - x.float()).square().mean(1)
+    return (Signal.of(x, frequencies, period, stretched).made(0, x.shape[1]) - x.float()).square().mean(1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,11 +105,11 @@ class Mixed:
     latest: Tensor
 
     @classmethod
-    def of(cls, x: Tensor, count: int, frequencies: int, period: int) -> Mixed:
-        """Low frequencies for the `count` channels of [B, M, C] that they stand for best."""
-        order = errors(x, frequencies, period).argsort(dim=1, stable=True)
+    def of(cls, x: Tensor, count: int, frequencies: int, period: int, stretched: bool = True) -> Mixed:
+        """Low frequencies for the `count` channels of [B, M, C] that they stand for best; `Signal.of` has the rest."""
+        order = errors(x, frequencies, period, stretched).argsort(dim=1, stable=True)
         x = _channels(x, order)
-        signal = Signal.of(x[..., :count], frequencies, period)
+        signal = Signal.of(x[..., :count], frequencies, period, stretched)
         exact = x[..., count:].clone()
         return cls(order, signal, exact, exact[:, :0])
 

@@ -48,6 +48,10 @@ class FourierAttention(CacheMethod):
     window: int = param(32, "latest entries that stay exact; the authors' 1,024 are of 32k", low=1)
     states: float = param(0.03125, "coefficients of a channel, as a fraction of the prompt", low=0, high=1)
     keys: float = param(0.5, "of the channels that stay exact, the part that is the keys'", low=0, high=1)
+    stretch: bool = param(
+        True,
+        "what the frequencies make has the channel's range, as its authors'; false: a plain Fourier series",
+    )
     coming: int = param(
         512, "tokens to come that the period has room for; later ones fall onto the first", low=0
     )
@@ -75,7 +79,7 @@ class FourierAttention(CacheMethod):
         middle = slice(self.first, layer.length - window)
         period = layer.length + self.coming - self.first - window
         parts = [
-            Mixed.of(together(x[:, :, middle]), channels, frequencies, period)
+            Mixed.of(together(x[:, :, middle]), channels, frequencies, period, self.stretch)
             for x, channels in zip((layer.key, layer.value), self.channels(layer, count), strict=True)
         ]
         held = Fourier(*parts, layer.groups)
