@@ -254,7 +254,7 @@ BAD = {
     "keep zero": (["--keep", "0"], "--keep 0: expected a fraction above 0"),
     "keep above one": (["--keep", "1.5"], "--keep 1.5"),
     "an unknown hyperparameter": (["--set", "x=1"], "no hyperparameter 'x'; it has: r, inflect, prop_attn"),
-    "a hyperparameter of the wrong type": (["--set", "prop_attn=maybe"], "expected bool"),
+    "a hyperparameter of the wrong type": (["--set", "prop_attn=maybe"], "expected true or false"),
     "a hyperparameter out of bounds": (["--set", "inflect=3"], "expected -1 to 1"),
     "a malformed setting": (["--set", "r"], "expected NAME=VALUE"),
     "two budgets": (["--set", "r=3"], "both budgets"),

@@ -151,7 +151,7 @@ def test_nothing_is_shared_out_of_nothing(text):
         ("sparsegpt", {"sparsity": 0.5}, "global", "use owl or erk"),
         ("wanda", {"sparsity": 0.5}, "owls", "expected uniform, global, block, owl, erk or tamp-das"),
         ("wanda", {"sparsity": 0.5}, "owl:width=1", "no hyperparameter 'width'"),
-        ("wanda", {"sparsity": 0.5}, "owl:spread=wide", "spread=wide: expected float"),
+        ("wanda", {"sparsity": 0.5}, "owl:spread=wide", "spread=wide: expected a number"),
     ],
 )
 def test_what_cannot_be_shared_out_is_refused_in_one_line(method, budget, rule, said, text):

@@ -150,6 +150,7 @@ class Method:
 
 
 BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word", type(None): "none"}
 
 
 def _typed(name: str, value: Any, hint: Any, limits: typing.Mapping[str, Any]) -> Any:
@@ -157,8 +158,7 @@ def _typed(name: str, value: Any, hint: Any, limits: typing.Mapping[str, Any]) -
     try:
         value = _convert(value, hint)
     except (TypeError, ValueError, KeyError):
-        shown = getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint)
-        raise UserError(f"--set {name}={value}: expected {shown}") from None
+        raise UserError(f"--set {name}={value}: expected {_in_words(hint)}") from None
     choices, low, high = limits.get("choices"), limits.get("low"), limits.get("high")
     if choices is not None and value not in choices:
         raise UserError(f"--set {name}={value}: expected one of {', '.join(map(str, choices))}")
@@ -171,6 +171,16 @@ def _typed(name: str, value: Any, hint: Any, limits: typing.Mapping[str, Any]) -
         if is_number and not low <= number <= high:
             raise UserError(f"--set {name}={value}: expected {low} to {high}")
     return value
+
+
+def _in_words(hint: Any) -> str:
+    """What may be given where the annotation is `hint`."""
+    arguments = [kind for kind in typing.get_args(hint) if kind is not Ellipsis]
+    if type(None) in arguments:
+        return " or ".join(_in_words(kind) for kind in arguments)
+    if arguments:
+        return f"{_in_words(arguments[0])}, or several with commas between"
+    return WORDS[hint]
 
 
 def _convert(value: Any, hint: Any) -> Any:
