@@ -7,12 +7,13 @@ import gc
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tprune.evaluate.cost import PeakMemory, peak_heap, peak_tensors, timed
 from tprune.methods.weights import WeightBudget
@@ -51,11 +52,8 @@ def bench(driver: LlmWeights, subject: Subject, rounds: int) -> dict[str, Any]:
     Returns:
         `times` per part, the `ratios` to form, and the memory.
     """
-    if driver.recipe.max_memory is not None:
-        subject = save.load_as(replace(driver.recipe, max_memory=None), driver.source(), driver.family)
-    decoder = driver.decoder(subject.model)
-    budget, tokens = driver.budget(), driver.calibration_tokens(subject, decoder)
-    feed = _plain_feed(driver, subject, tokens)
+    model = (Copied if driver.recipe.max_memory is None else Paged).of(driver, subject)
+    decoder, feed = driver.decoder(model.subject.model), model.feed
     batch, length = driver.recipe.batch_size, feed.shape[1]
     rows = max(1, min(batch, MANY_TOKENS // length)) if feed.alike else 1
 
@@ -63,20 +61,17 @@ def bench(driver: LlmWeights, subject: Subject, rounds: int) -> dict[str, Any]:
         for first in range(0, len(feed), rows):
             feed.call(decoder, slice(first, first + rows))
 
-    together = rows_at_once(batch, length, subject.device) if feed.alike else 1
-    paged = driver.recipe.max_memory is not None
-    workers = 1 if paged else workers_at_once(batch, together, feed.shape, subject.device)
     times: dict[str, list[float]] = {"plain pass": [], "pruning": []}
     above = float("-inf")
     with torch.no_grad():
         plain()
         for _ in range(rounds):
             times["plain pass"].append(timed(plain, subject.device))
-            seconds, memory = _time(driver, subject, budget, tokens)
+            seconds, memory = model.time()
             times["pruning"].append(seconds)
             above = max(above, memory)
-        alive, kept = _tensors(driver, subject, budget, tokens, workers)
-    streams = isinstance(tokens, Tensor | Feed)
+        alive, kept = model.tensors()
+    streams = isinstance(model.tokens, Tensor | Feed)
     size = next(decoder.core.parameters()).element_size() if streams else 0
     return {
         "times": times,
@@ -86,80 +81,134 @@ def bench(driver: LlmWeights, subject: Subject, rounds: int) -> dict[str, Any]:
         "resident_above_model_mb": above,
         "activations_mb": len(feed) * length * decoder.config.hidden_size * size / 2**20,
         "largest_block_mb": max(_bytes(block) for block in decoder.blocks) / 2**20,
-        "workers": workers,
+        "workers": model.workers(),
         "calibration": f"{len(feed)} x {length} tokens",
     }
 
 
-def _plain_feed(driver: LlmWeights, subject: Subject, tokens: Samples | None) -> Feed:
-    """What the plain pass is of: the calibration samples, also where the method reads none."""
-    if tokens is None and driver.kind is not None:
-        tokens, _ = driver.kind.calibration(driver.recipe, subject, driver.method, driver.progress)
-    if tokens is None:
-        tokens = torch.zeros(1, driver.length, dtype=torch.int64)
-    if isinstance(tokens, TripleSets):
-        return tokens.texts
-    return Tokens(tokens) if isinstance(tokens, Tensor) else tokens
+@dataclass(eq=False)
+class Copied:
+    """Pruning of copies of a model that is in memory.
 
-
-@contextmanager
-def _on_a_copy(
-    driver: LlmWeights, subject: Subject, budget: WeightBudget, tokens: Samples | None
-) -> Iterator[tuple[Callable[[], Handle], Path]]:
-    """Pruning of a copy of the model, to be called once, and the folder of its journal.
-
-    What the copy before left behind is given back.
+    Attributes:
+        subject: the model itself.
+        tokens: what it is calibrated with; None where the method reads nothing.
     """
-    paged = driver.recipe.max_memory is not None
-    copied = driver.decoder(driver.load().model if paged else copy.deepcopy(subject.model))
-    gc.collect()
-    give_back()
-    with tempfile.TemporaryDirectory(prefix="tprune-bench-") as folder:
-        journal = Journal(Path(folder), "bench")
-        yield lambda: prune_weights.prune(driver, copied, budget, tokens, journal), Path(folder)
+
+    driver: LlmWeights
+    subject: Subject
+    budget: WeightBudget
+    tokens: Samples | None
+
+    @classmethod
+    def of(cls, driver: LlmWeights, subject: Subject) -> Copied:
+        """Of the loaded model."""
+        return cls(
+            driver,
+            subject,
+            driver.budget(),
+            driver.calibration_tokens(subject, driver.decoder(subject.model)),
+        )
+
+    @cached_property
+    def feed(self) -> Feed:
+        """What the plain pass is of: the calibration samples, also where the method reads none."""
+        driver, tokens = self.driver, self.tokens
+        if tokens is None and driver.kind is not None:
+            tokens, _ = driver.kind.calibration(driver.recipe, self.subject, driver.method, driver.progress)
+        if tokens is None:
+            tokens = torch.zeros(1, driver.length, dtype=torch.int64)
+        if isinstance(tokens, TripleSets):
+            return tokens.texts
+        return Tokens(tokens) if isinstance(tokens, Tensor) else tokens
+
+    def workers(self) -> int:
+        """How many threads send sequences through a block at the same time."""
+        feed, batch, device = self.feed, self.driver.recipe.batch_size, self.subject.device
+        together = rows_at_once(batch, feed.shape[1], device) if feed.alike else 1
+        return workers_at_once(batch, together, feed.shape, device)
+
+    def copy(self) -> nn.Module:
+        """Another model of the same weights."""
+        return copy.deepcopy(self.subject.model)
+
+    @contextmanager
+    def pruning(self) -> Iterator[tuple[Callable[[], Handle], Path]]:
+        """Pruning of a copy, to be called once, and the folder of its journal.
+
+        What the copy before left behind is given back.
+        """
+        copied = self.driver.decoder(self.copy())
+        gc.collect()
+        give_back()
+        with tempfile.TemporaryDirectory(prefix="tprune-bench-") as folder:
+            journal = Journal(Path(folder), "bench")
+            yield (
+                lambda: prune_weights.prune(self.driver, copied, self.budget, self.tokens, journal),
+                Path(folder),
+            )
+
+    def time(self) -> tuple[float, float]:
+        """Seconds of pruning a copy, and by how many MB the process (on CUDA: what is allocated) grew meanwhile."""
+        with self.pruning() as (prune, _):
+            before = _resident(self.subject.device)
+            with PeakMemory(self.subject.device) as memory:
+                seconds = timed(prune, self.subject.device)
+        return seconds, memory.megabytes - before
+
+    def tensors(self) -> tuple[float, float]:
+        """Peak memory of tensors while a copy is pruned, and the size of the masks on disk, in MB."""
+        kept: list[float] = []
+        with self.pruning() as (prune, folder):
+            run = partial(_run, prune, kept)
+            if self.workers() > 1:
+                return peak_heap(run), kept[0]
+            return peak_tensors(run, self.subject.device, folder), kept[0]
 
 
-def _tensors(
-    driver: LlmWeights,
-    subject: Subject,
-    budget: WeightBudget,
-    tokens: Samples | None,
-    workers: int,
-) -> tuple[float, float]:
-    """Peak memory of tensors while a copy is pruned, and the size of the masks on disk, in MB."""
-    kept: list[float] = []
+class Paged(Copied):
+    """Pruning of models whose blocks are read from their files; `subject` is all of it in memory."""
 
-    def run(prune: Callable[[], Handle]) -> None:
-        recorded = masks.only_masks(prune().tensors(by_reference=True))
-        kept.append(sum(mask.nbytes for mask in recorded.values()) / 2**20)
+    @classmethod
+    def of(cls, driver: LlmWeights, subject: Subject) -> Paged:
+        """Of the model loaded once more."""
+        return super().of(
+            driver, save.load_as(replace(driver.recipe, max_memory=None), driver.source(), driver.family)
+        )
 
-    def with_copy() -> None:
-        with _on_a_copy(driver, subject, budget, tokens) as (prune, _):
-            run(prune)
+    def workers(self) -> int:
+        """One: pages serve one at a time."""
+        return 1
 
-    if driver.recipe.max_memory is not None:
-        on_cpu = torch.device(subject.device).type == "cpu"
-        peak = peak_heap(with_copy) if on_cpu else peak_tensors(with_copy, subject.device)
-        return peak - _bytes(subject.model) / 2**20, kept[0]
-    with _on_a_copy(driver, subject, budget, tokens) as (prune, folder):
-        if workers > 1:
-            peak = peak_heap(lambda: run(prune))
-        else:
-            peak = peak_tensors(lambda: run(prune), subject.device, folder)
-    return peak, kept[0]
+    def copy(self) -> nn.Module:
+        """Another one of the same files."""
+        return self.driver.load().model
+
+    def time(self) -> tuple[float, float]:
+        """As `Copied`; what was there before counts the whole model once more."""
+        before = _resident(self.subject.device) + _bytes(self.subject.model) / 2**20
+        with self.pruning() as (prune, _), PeakMemory(self.subject.device) as memory:
+            seconds = timed(prune, self.subject.device)
+        return seconds, memory.megabytes - before
+
+    def tensors(self) -> tuple[float, float]:
+        """As `Copied`; opening the files counts, the whole model does not."""
+        kept: list[float] = []
+
+        def with_copy() -> None:
+            with self.pruning() as (prune, _):
+                _run(prune, kept)
+
+        device = self.subject.device
+        on_cpu = torch.device(device).type == "cpu"
+        peak = peak_heap(with_copy) if on_cpu else peak_tensors(with_copy, device)
+        return peak - _bytes(self.subject.model) / 2**20, kept[0]
 
 
-def _time(
-    driver: LlmWeights, subject: Subject, budget: WeightBudget, tokens: Samples | None
-) -> tuple[float, float]:
-    """Seconds of pruning a copy, and by how many MB the process (on CUDA: what is allocated) grew meanwhile."""
-    before = _resident(subject.device) + _bytes(subject.model) / 2**20
-    with _on_a_copy(driver, subject, budget, tokens) as (prune, _):
-        if driver.recipe.max_memory is None:
-            before = _resident(subject.device)
-        with PeakMemory(subject.device) as memory:
-            seconds = timed(prune, subject.device)
-    return seconds, memory.megabytes - before
+def _run(prune: Callable[[], Handle], kept: list[float]) -> None:
+    """Prune, and note the MB of the masks."""
+    recorded = masks.only_masks(prune().tensors(by_reference=True))
+    kept.append(sum(mask.nbytes for mask in recorded.values()) / 2**20)
 
 
 def _bytes(module: torch.nn.Module) -> int:
