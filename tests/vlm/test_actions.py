@@ -145,3 +145,22 @@ def test_every_action_of_an_episode_is_that_of_a_policy_which_sees_what_the_pape
         assert torch.equal(found[step], told)
         history.append(torch.stack(paid).mean(0))
     assert not all(alone)
+
+
+def test_the_history_is_that_of_the_last_word_where_rows_are_padded_on_the_right():
+    model = policy()
+    image = model.config.image_token_id
+
+    def kept(rows):
+        with tprune.prune(model, "vlm/vla-pruner", window=1, reduction=1 - KEPT / 16) as handle:
+            for inputs in rows:
+                model(**inputs)
+            owner = handle.driver.tally.owner
+        return [(owner[row, ids == image] >= 0).tolist() for row, ids in enumerate(rows[-1]["input_ids"])]
+
+    frames = [noise_prompts(model, 2, seed) for seed in range(2)]
+    short = [{name: x[1:, :-2] if x.dim() == 2 else x[1:] for name, x in frame.items()} for frame in frames]
+    for frame in frames:
+        frame["input_ids"][1, -2:] = 0
+        frame["attention_mask"][1, -2:] = 0
+    assert kept(frames)[1] == kept(short)[0]

@@ -109,13 +109,20 @@ class TokenMethod(Method):
         return ()
 
     def watch(
-        self, layer: int, attention: Attention, image: Tensor, total: int, memory: dict[str, Any]
+        self,
+        layer: int,
+        attention: Attention,
+        last: Tensor,
+        image: Tensor,
+        total: int,
+        memory: dict[str, Any],
     ) -> None:
         """Look at a layer that `watches` names.
 
         Args:
             layer: which.
             attention: of the prompt, or of what came behind it, over all T keys of the layer.
+            last: int64 [B, 1], the place of every row's latest token among the queries.
             image: int64 [B, T], which of its row's image tokens each key is, counted from 0; -1 for all else.
             total: how many image tokens the row with the most of them had.
             memory: lasts from prompt to prompt until `reset` of the handle; `reduce` has it as `memory["episode"]`.

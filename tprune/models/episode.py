@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tprune.methods.tokens import TokenMethod
-from tprune.models.run import Run
+from tprune.models.run import Run, entered, here
 from tprune.models.taps import AttentionCall
 from tprune.models.track import Track
 
@@ -32,7 +32,20 @@ class Episode:
         """Show the attention of layer `place`, if it is watched."""
         if place in self.layers and run.track.prunable is not None:
             image = image_places(run.track, place, call.key.shape[2])
-            self.method.watch(place, call.view(), image, run.track.images, self.memory)
+            last = latest(run, place, call.query.shape[2])
+            self.method.watch(place, call.view(), last, image, run.track.images, self.memory)
+
+
+def latest(run: Run, place: int, queries: int) -> Tensor:
+    """In every row the place of its latest token among the queries of a layer, int64 [B, 1]."""
+    device = run.track.prunable.device
+    column = torch.arange(queries, device=device).expand(len(run.track.prunable), -1)
+    if not run.is_prompt:
+        return column[:, -1:]
+    kept = run.track.at(place)
+    slots = column if kept is None else kept.index
+    real = here(entered(run.real, run.track), slots, None if kept is None else kept.valid)
+    return column.mul(real).argmax(1, keepdim=True)
 
 
 def image_places(track: Track, layer: int, keys: int) -> Tensor:

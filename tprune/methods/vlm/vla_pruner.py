@@ -66,9 +66,9 @@ class VLAPruner(TokenMethod):
         """One layer."""
         return (scale_layer(self.watched, 32, depth),)
 
-    def watch(self, layer, attention, image, total, memory):
+    def watch(self, layer, attention, last, image, total, memory):
         """What the latest token paid to each image token, mean over heads; those that are gone got nothing."""
-        paid = attention.rows(slice(-1, None)).mean(1)[:, 0]  # [B, T]
+        paid = attention.rows(last).mean(1)[:, 0]  # [B, T]
         found = torch.zeros(len(paid), total, device=paid.device)
         memory.setdefault("answer", []).append(found.scatter_add(1, image.clamp_min(0), paid * (image >= 0)))
 
