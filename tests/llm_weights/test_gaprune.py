@@ -19,7 +19,7 @@ from tprune.methods.weight_view import LinearView
 from tprune.methods.weights import WeightBudget
 from tprune.models import text_encoder
 from tprune.models.blocks import find_decoder
-from tprune.models.embeddings import Contrast, Texts, TripleSets, embedded
+from tprune.models.embeddings import Contrast, Texts, TripleSets, embedded, pool_of
 from tprune.models.source import Source
 from tprune.models.subject import Subject
 from tprune.pipelines import embedder_weights
@@ -211,7 +211,7 @@ def test_an_encoder_embeds_by_all_tokens_the_class_token_too_as_where_it_is_no_m
     items = (("abc", "fghijk", "xy"), ("d", "klm", "zyxw"))
     found = triples.Triples(items, ("find", ""), {})
     given = embedder_weights.encoded(Recipe(ModelSource("in memory"), ()), subject, found, [0, 1])
-    pool = embedder_weights.pool_of(subject, built())
+    pool = pool_of(subject.model, built())
     expected = text_encoder.answers(
         subject.model, text_encoder.encode(subject, ["find; abc", "d", "fghijk", "klm", "xy", "zyxw"], None)
     )

@@ -1,4 +1,4 @@
-"""L3Prune: decoders that embed texts, and the triples that they tell apart."""
+"""L3Prune: models that embed texts, and the triples that they tell apart."""
 
 import json
 from types import SimpleNamespace
@@ -8,6 +8,7 @@ import torch
 
 import tprune
 from tests.decoders import decoder
+from tests.encoders import NAMES as ENCODERS
 from tests.encoders import encoder, tokenizer
 from tests.golden_values import golden
 from tprune.core.contrast import pooled
@@ -17,6 +18,10 @@ from tprune.methods import registry
 from tprune.models.blocks import find_decoder
 from tprune.models.calibrate import Stream
 from tprune.models.embeddings import embed, embeddings, encode
+from tprune.models.source import Source
+from tprune.models.subject import Subject
+from tprune.models.text_encoder import answers
+from tprune.pipelines import embedder_weights
 from tprune.pipelines.load import open_artifact
 from tprune.pipelines.run import execute
 from tprune.pipelines.structure import at_summaries
@@ -174,7 +179,28 @@ def test_triples_of_any_text_are_thirds_of_passages_and_a_negative_is_no_other_s
 def test_what_cannot_be_embedded_is_refused_in_one_line(file):
     with pytest.raises(UserError, match="--length 300: this model has 256 positions; give at most that"):
         tprune.prune(decoder(), "llm-weights/l3prune", tokenizer=tokenizer(), data=str(file), length=300)
-    with pytest.raises(
-        UserError, match="l3prune looks for the block behind which a decoder embeds texts best"
-    ):
-        tprune.prune(encoder(), "llm-weights/l3prune", tokenizer=tokenizer(), data=str(file))
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_the_losses_of_an_encoder_are_those_of_what_its_first_blocks_embed(name, file):
+    model = encoder(name, False)
+    subject = Subject(model, tokenizer(), Source("in memory", "memory", "", "transformers"))
+    found = triples.read(str(file), "calibration")
+    given = embedder_weights.drawn(Recipe(ModelSource("in memory"), (), calibration=8), subject, found)
+    handle = tprune.prune(
+        model,
+        "llm-weights/l3prune",
+        tokenizer=tokenizer(),
+        data=str(file),
+        calibration=8,
+        batch=4,
+        size="small",
+    )
+    expected = []
+    inputs = {"input_ids": given.padded(), "attention_mask": given.real()}
+    for left in (1, 2, 3):
+        short = encoder(name, False)
+        del find_decoder(short).blocks[left:]
+        expected.append(method(batch=4).contrast(answers(short, inputs)).item())
+    assert [row["loss"] for row in handle.per_layer()] == pytest.approx(expected, rel=1e-4)
+    assert len(find_decoder(model).blocks) == method(size="small").ends(expected)

@@ -1,4 +1,4 @@
-"""Decoders as text encoders: texts as they are fed, and their embeddings, behind any block as behind the last."""
+"""Models that embed texts: texts as they are fed, and their embeddings, behind any block as behind the last."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from tprune.core.contrast import pooled
 from tprune.errors import UserError
+from tprune.methods.weights import WeightMethod
 from tprune.models.blocks import Decoder, find_decoder
 from tprune.models.calibrate import Stream
 from tprune.models.feed import Feed
 from tprune.models.standing_in import answering
 from tprune.models.subject import Subject
+from tprune.models.text_encoder import is_encoder
 
 Pool = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Hidden states [B, L, D], and which tokens count, begin and end int64 [B], to embeddings [B, D]."""
@@ -148,6 +151,11 @@ class TripleSets:
         """Those of both."""
         parts = self.domain.texts, self.general.texts
         return Texts([*chain(*(part.ids for part in parts))], [*chain(*(part.begin for part in parts))])
+
+
+def pool_of(model: nn.Module, method: WeightMethod) -> Pool:
+    """What makes an embedding of a text: the method of a decoder's states, the mean over all tokens of an encoder's."""
+    return partial(pooled, how="mean") if is_encoder(model.config) else method.pool
 
 
 def embeddings(stream: Stream, pool: Pool) -> Tensor:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tprune.core.contrast import pooled
 from tprune.data import triples
 from tprune.errors import UserError
 from tprune.methods import registry
@@ -76,7 +74,7 @@ def calibration(
             triples.read(recipe.data, "calibration"),
             triples.read(general, "calibration", "--set general"),
         )
-    pool = pool_of(subject, method)
+    pool = embeddings.pool_of(subject.model, method)
     sets = (
         embeddings.Contrast(drawn(recipe, subject, one), pool, method.loss, method.batch) for one in found
     )
@@ -87,11 +85,6 @@ def drawn(recipe: Recipe, subject: Subject, found: triples.Triples) -> embedding
     """As many triples as calibration takes, by the seed."""
     order = torch.randperm(len(found.items), generator=torch.Generator().manual_seed(recipe.seed))
     return encoded(recipe, subject, found, order[: recipe.calibration or CALIBRATION].tolist())
-
-
-def pool_of(subject: Subject, method: WeightMethod) -> embeddings.Pool:
-    """What makes an embedding of a text: the method of a decoder's states, the mean over all tokens of an encoder's."""
-    return partial(pooled, how="mean") if is_encoder(subject.model.config) else method.pool
 
 
 def encoded(recipe: Recipe, subject: Subject, found: triples.Triples, places: list[int]) -> embeddings.Texts:
@@ -127,7 +120,7 @@ class Task:
 
     def __init__(self, recipe: Recipe, subject: Subject, progress: Progress):
         self.recipe, self.progress = recipe, progress
-        self.pool = pool_of(subject, _embedder(recipe))
+        self.pool = embeddings.pool_of(subject.model, _embedder(recipe))
         found = triples.read(recipe.data, "evaluation")
         count = min(len(found.items), recipe.limit or MEASURED)
         self.texts = encoded(recipe, subject, found, list(range(count)))

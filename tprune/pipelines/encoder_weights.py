@@ -41,11 +41,6 @@ def check(stage: Stage, method: WeightMethod, recipe: Recipe) -> None:
             f"{stage.method} measures how well a language model foretells text, and {recipe.model.name} is an "
             "encoder; choose kcm, or another method that does not search"
         )
-    if "contrast" in method.stats:
-        raise UserError(
-            f"{stage.method} looks for the block behind which a decoder embeds texts best, and {recipe.model.name} is "
-            "an encoder; choose shortgpt to remove blocks of it"
-        )
     if stage.recover is not None:
         raise UserError(f"--recover {stage.recover}: {recipe.model.name} is an encoder; leave it out")
 

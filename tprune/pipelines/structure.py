@@ -18,7 +18,7 @@ from tprune.methods.weights import WeightBudget, WeightMethod
 from tprune.models import experts, shapes, units
 from tprune.models.blocks import Decoder
 from tprune.models.calibrate import Stream
-from tprune.models.embeddings import embeddings
+from tprune.models.embeddings import embeddings, pool_of
 from tprune.models.gradients import MEASURED, POWERS, SENSITIVITY, USAGE
 from tprune.models.halves import half_sizes, masked
 from tprune.models.teacher import Teacher
@@ -199,7 +199,9 @@ class StructurePruner:
             known["leaving"] = at_summaries(self.stream)
             known |= {kind: torch.tensor(mean, dtype=torch.float64) for kind, mean in turned.items()}
             if "contrast" in self.method.stats:
-                known["contrast"] = self.method.contrast(embeddings(self.stream, self.method.pool))
+                known["contrast"] = self.method.contrast(
+                    embeddings(self.stream, pool_of(self.decoder.model, self.method))
+                )
         else:
             inputs = self.stream.gather(index, self.method.stats, readers)
         for kind, place in places.items():

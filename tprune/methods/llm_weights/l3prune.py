@@ -1,4 +1,4 @@
-"""L3Prune: a decoder that embeds texts ends early, where the loss of its embeddings is lowest before any training.
+"""L3Prune: a model that embeds texts ends early, where the loss of its embeddings is lowest before any training.
 
 What is read behind a middle layer often tells texts apart better than what the last one makes of them to foretell the
 next token. Of the losses behind every block the lowest in the deeper half costs hardly any quality, the lowest in the
@@ -39,6 +39,7 @@ class L3Prune(WeightMethod):
     scope = "model"
     stats = ("contrast",)
     propagate = "dense"
+    runs_on = ("plain", "encoder")
     patterns = False
 
     size: str = param(
@@ -47,7 +48,11 @@ class L3Prune(WeightMethod):
         "shallower",
         choices=("large", "small"),
     )
-    pooling: str = param("weighted_mean", "What of the tokens embeds a text", choices=POOLINGS)
+    pooling: str = param(
+        "weighted_mean",
+        "What of its tokens embeds a text in a decoder; in an encoder it is the mean",
+        choices=POOLINGS,
+    )
     batch: int = param(64, "Triples among which a query must find its positive", low=2)
     scale: float = param(20.0, "Of the cosines that are logits", low=0)
 
