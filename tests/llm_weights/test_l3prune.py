@@ -60,6 +60,19 @@ def test_losses_behind_every_block_and_where_the_model_ends_are_the_authors(pool
     assert ends == tensors["ends"][list(NAMES).index(pooling)].tolist()
 
 
+def shallow(model, file):
+    """The model ends where the loss is lowest in its shallower half."""
+    return tprune.prune(
+        model,
+        "llm-weights/l3prune",
+        tokenizer=tokenizer(),
+        data=str(file),
+        calibration=8,
+        batch=4,
+        size="small",
+    )
+
+
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
     """The triples of the golden file twice, on disk."""
@@ -74,15 +87,7 @@ def test_a_model_that_ends_early_embeds_texts_as_they_were_behind_that_block(nam
     model, one = decoder(name, **{layers: 4}), method(pooling="mean")
     given = texts(json.loads(file.read_text())[:4])
     stream = Stream(find_decoder(model), given, 4)
-    handle = tprune.prune(
-        model,
-        "llm-weights/l3prune",
-        tokenizer=tokenizer(),
-        data=str(file),
-        calibration=8,
-        batch=4,
-        size="small",
-    )
+    handle = shallow(model, file)
     left = len(find_decoder(model).blocks)
     assert 1 <= left <= 2
     assert handle.achieved().value == pytest.approx(1 - left / 4)
@@ -187,15 +192,7 @@ def test_the_losses_of_an_encoder_are_those_of_what_its_first_blocks_embed(name,
     subject = Subject(model, tokenizer(), Source("in memory", "memory", "", "transformers"))
     found = triples.read(str(file), "calibration")
     given = embedder_weights.drawn(Recipe(ModelSource("in memory"), (), calibration=8), subject, found)
-    handle = tprune.prune(
-        model,
-        "llm-weights/l3prune",
-        tokenizer=tokenizer(),
-        data=str(file),
-        calibration=8,
-        batch=4,
-        size="small",
-    )
+    handle = shallow(model, file)
     expected = []
     inputs = {"input_ids": given.padded(), "attention_mask": given.real()}
     for left in (1, 2, 3):
