@@ -180,7 +180,7 @@ def _in_words(hint: Any) -> str:
         return " or ".join(_in_words(kind) for kind in arguments)
     if arguments:
         return f"{_in_words(arguments[0])}, or several with commas between"
-    return WORDS[hint]
+    return WORDS.get(hint) or getattr(hint, "__name__", str(hint))
 
 
 def _convert(value: Any, hint: Any) -> Any:

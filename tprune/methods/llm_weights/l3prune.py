@@ -33,7 +33,7 @@ class L3Prune(WeightMethod):
         checked="code",
         notes="Pruning alone: the contrastive training afterwards is left out, and so are the frames that chat models "
         "put around a text. A --sparsity is met as nearly as whole blocks allow, where the code rounds the blocks that "
-        "stay down.",
+        "stay down. Encoders, which the paper leaves out, are read by the mean of all tokens.",
     )
     kind = "calibrated"
     scope = "model"
