@@ -278,6 +278,15 @@ def test_a_grid_file_crosses_settings_with_budgets(vit_folder, tmp_path):
     assert {("random", "", f"keep {keep}") for keep in (0.5, 0.6, 0.7)} < names
 
 
+def test_costs_are_those_of_the_images_where_they_decide_how_much_stays(vit_folder, tmp_path):
+    assert sweep(vit_folder, tmp_path / "out", "--method", "saint").exit_code == 0
+    small = ("--limit", 8, "--batch-size", 4, "--json")
+    alone = json.loads(call("vit", "--method", "saint", vit_folder, *small).stdout)
+    point = next(point for point in stored(tmp_path / "out").values() if point["method"] == "saint")
+    for model in ("dense", "pruned"):
+        assert point[model]["flops"] == alone[model]["flops"]
+
+
 def test_the_benchmark_of_vlm_methods_is_a_grid_of_three_budgets_with_a_floor_at_each():
     found = grid.with_floor(grid.read(str(RECIPES / "vlm" / "uniprunebench.grid"), "vlm"))
     budgets = [0.333, 0.222, 0.111]

@@ -10,12 +10,14 @@ from tests.decoders import decoder
 from tests.llm_weights.test_artifacts import QUIET, recipe, weights
 from tests.llm_weights.tiny import prune
 from tprune.cli import command
+from tprune.core.weights import StructureEdit
 from tprune.errors import BudgetError, UserError
 from tprune.methods import registry
 from tprune.methods.weight_view import BlockView, ModelView
 from tprune.methods.weights import WeightBudget
-from tprune.pipelines.removal import Removal
+from tprune.pipelines.removal import Removal, fingerprint
 from tprune.pipelines.run import execute
+from tprune.pipelines.trials import Trials
 
 
 def test_a_search_stops_when_its_time_is_up_and_goes_on_where_it_was(folder, text, tmp_path, monkeypatch):
@@ -62,6 +64,46 @@ def test_every_search_stops_and_goes_on_to_the_same_bytes(method, folder, text, 
         execute(asked, QUIET, out=str(out), evaluate=False, max_minutes=0.0)
     execute(asked, QUIET, out=str(out), evaluate=False)
     assert weights(out) == weights(tmp_path / "whole")
+
+
+def test_a_search_at_another_budget_measures_only_what_is_new(folder, text, monkeypatch):
+    small, large = (recipe(folder, text, "blockpruner", sparsity=sparsity) for sparsity in (0.2, 0.5))
+    measure, measured = Removal._measure, []
+
+    def counted(self, made, candidates):
+        measured.append(len(made))
+        return measure(self, made, candidates)
+
+    def rows(trials, asked):
+        with trials.pruned(asked) as trial:
+            return trial.handle.per_layer()
+
+    monkeypatch.setattr(Removal, "_measure", counted)
+    alone, whole = rows(Trials(large, QUIET), large), list(measured)
+    trials = Trials(small, QUIET)
+    rows(trials, small)
+    measured.clear()
+    assert rows(trials, large) == alone
+    assert measured == whole[-len(measured) :], "the first steps were known"
+    assert 0 < len(measured) < len(whole)
+
+
+def test_losses_are_told_apart_by_what_is_gone_and_what_is_read():
+    tokens = torch.arange(6).view(2, 3)
+    heads = [StructureEdit(0, keep={"heads": torch.tensor(kept)}) for kept in ([0, 1], [0, 2])]
+    half, whole = StructureEdit(1, halves=("mlp", "attention")), StructureEdit(1, removed=True)
+    sets = [
+        [],
+        heads[:1],
+        heads[1:],
+        [whole],
+        [whole, heads[0]],
+        [StructureEdit(0, bias={"heads": torch.ones(2)})],
+    ]
+    names = [fingerprint(tokens, edits) for edits in sets]
+    assert len(set(names)) == len(sets)
+    assert fingerprint(tokens, [heads[0], half]) == names[4], "in any order, and by whichever words"
+    assert fingerprint(tokens + 1, []) != names[0]
 
 
 def test_a_limit_of_time_for_a_method_that_does_not_search_is_refused(folder, text, tmp_path):

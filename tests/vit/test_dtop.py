@@ -158,10 +158,15 @@ def test_fitted_heads_name_patches_that_unfitted_ones_do_not_and_exits_cost_litt
 
 
 def test_the_report_tells_the_map_beside_the_one_without_exits(vit_folder, tmp_path):
-    asked = ["vit", "--method", "dtop", "--keep", "0.7", "--fit", "built-in", "--set", f"epochs={48 / 2048}"]
-    shown = call(*asked, vit_folder, "--limit", 4, "--out", tmp_path / "out").output
+    asked = ["--method", "dtop", "--keep", "0.7", "--fit", "built-in", "--set", f"epochs={48 / 2048}"]
+    shown = call("vit", *asked, vit_folder, "--limit", 4, "--out", tmp_path / "out").output
     assert "patches named right" in shown
     report = json.loads((tmp_path / "out" / artifact.REPORT).read_text())
     assert report["dense"]["patch_agreement"] == 1.0
     assert report["pruned"]["flops"] < 0.8 * report["dense"]["flops"]
     assert {"patch_accuracy", "mean_iou", "accuracy"} <= set(report["pruned"])
+    call("sweep", "vit", *asked, vit_folder, "--limit", 4, "--no-latency", "--out", tmp_path / "sweep")
+    points = [json.loads(file.read_text()) for file in (tmp_path / "sweep" / "points").glob("*.json")]
+    swept = next(point for point in points if point["method"] == "dtop")
+    for model in ("dense", "pruned"):
+        assert swept[model]["flops"] == report[model]["flops"]

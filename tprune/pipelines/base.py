@@ -132,6 +132,8 @@ class Pipeline(ABC):
     default_limit: ClassVar[int]
     max_minutes: float | None = None
     """How long a search may take before it stops, to be gone on with; None for no limit."""
+    known_losses: dict[bytes, float] | None = None
+    """What searches in the same dense model measure, where there are several of them; None where there is one."""
     handle: Handle | None = None
     """What is at work, where the family keeps it."""
 
@@ -171,6 +173,11 @@ class Pipeline(ABC):
     @abstractmethod
     def evaluate(self, subject: Subject) -> Quality:
         """Quality on the evaluation data."""
+
+    @property
+    def acting(self) -> Method:
+        """The method as it runs at the stage's budget."""
+        return self.method
 
     @abstractmethod
     def workload(self, subject: Subject) -> Workload:
@@ -226,9 +233,9 @@ class Pipeline(ABC):
         handle.remove()
         return {"times": times, "flops": counted, "memory": memory}
 
-    def cost_unpruned(self, subject: Subject, handle: Handle) -> dict[str, float]:
-        """The cost of what pruning is compared with, where it is more than the model before; else {}."""
-        return {}
+    def unpruning(self, handle: Handle) -> AbstractContextManager[Any] | None:
+        """While it is open the pruned model does all that pruning is compared with; None where the dense one does."""
+        return None
 
     def unpruned(self, subject: Subject) -> Subject:
         """A second subject with the same tensors, which does all that pruning is compared with."""

@@ -153,6 +153,7 @@ def _structure(
         driver.max_minutes,
         driver.recipe.seed,
         train,
+        driver.known_losses,
     )
     edits, view = pruner.run(journal)
     after = sizes(decoder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 
@@ -80,13 +81,21 @@ class Removal(Questions):
 
     Args:
         stream: the calibration sequences before the first block; it stays there.
+        known: losses by what they are of (`fingerprint`), to which those measured here are added: other searches in the
+            same dense model, such as at other budgets, find them there.
     """
 
     def __init__(
-        self, stream: Stream, journal: Journal, progress: Progress, max_minutes: float | None = None
+        self,
+        stream: Stream,
+        journal: Journal,
+        progress: Progress,
+        max_minutes: float | None = None,
+        known: dict[bytes, float] | None = None,
     ):
         super().__init__(journal, progress, max_minutes)
         self.stream = stream
+        self.known = {} if known is None else known
 
     @torch.no_grad()
     def __call__(
@@ -97,7 +106,18 @@ class Removal(Questions):
         Raises:
             UserError: the time is up.
         """
-        return self.answer(lambda: self._measure(made, candidates))
+        return self.answer(lambda: self._look_up(made, candidates))
+
+    def _look_up(
+        self, made: Sequence[StructureEdit], candidates: Sequence[Sequence[StructureEdit]]
+    ) -> Tensor:
+        """The losses, of which only those are measured that nobody has asked for before."""
+        names = [fingerprint(self.stream.tokens, [*made, *candidate]) for candidate in candidates]
+        new = [place for place, name in enumerate(names) if name not in self.known]
+        if new:
+            losses = self._measure(made, [candidates[place] for place in new])
+            self.known.update(zip([names[place] for place in new], losses.tolist(), strict=True))
+        return torch.tensor([self.known[name] for name in names], dtype=torch.float64)
 
     def _measure(
         self, made: Sequence[StructureEdit], candidates: Sequence[Sequence[StructureEdit]]
@@ -126,3 +146,28 @@ class Removal(Questions):
                 token_losses(logits, tokens[:, first + 1 : first + 1 + logits.shape[1]]).double().sum().item()
                 for first, logits in logits_in_parts(self.stream.decoder.model, tokens)
             )
+
+
+def fingerprint(tokens: Tensor, edits: Sequence[StructureEdit]) -> bytes:
+    """What tells the loss on `tokens` with these edits from others; their order is none of it."""
+    return _digest("", [tokens], sorted(_of_edit(edit) for edit in edits))
+
+
+def _of_edit(edit: StructureEdit) -> bytes:
+    tensors = [
+        (f"{field}.{name}", tensor)
+        for field in ("keep", "bias", "weight")
+        for name, tensor in sorted(getattr(edit, field).items())
+    ]
+    names = [(name, tensor.dtype, tensor.shape) for name, tensor in tensors]
+    told = repr((edit.block, sorted(edit.gone), edit.shared, names))
+    return _digest(told, [tensor for _, tensor in tensors], [])
+
+
+def _digest(told: str, tensors: Sequence[Tensor], parts: Sequence[bytes]) -> bytes:
+    digest = hashlib.sha256(told.encode())
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    for part in parts:
+        digest.update(part)
+    return digest.digest()

@@ -148,7 +148,11 @@ def _prune(
             handle.recovered = driver.recover(subject, handle, parts) | {"before": before}
         handles.append(handle)
     pruned, _ = measure(last, subject, reference, evaluate, progress, "pruned")
-    dense = handles[-1].whole | dense | last.cost_unpruned(subject, handles[-1])
+    unpruning = last.unpruning(handles[-1])
+    if unpruning is not None:
+        with unpruning:
+            dense |= cost(last.workload(subject), subject.device)
+    dense = handles[-1].whole | dense
     report = describe(recipe, drivers, handles, dense, pruned, subject) | {"protocol": record}
     if export is not None:
         from tprune.pipelines import export as exports

@@ -40,6 +40,7 @@ class StructurePruner:
         max_minutes: how long a search may take; None for no limit.
         seed: of all that the method draws.
         before: what is done to the dense model when it is known what goes, if anything.
+        known: losses that other searches in the same model have measured, as for `Removal`.
     """
 
     def __init__(
@@ -54,11 +55,12 @@ class StructurePruner:
         max_minutes: float | None = None,
         seed: int = 0,
         before: Callable[[list[StructureEdit]], None] | None = None,
+        known: dict[bytes, float] | None = None,
     ):
         self.decoder, self.method, self.budget = decoder, method, budget
         self.stream, self.plain, self.progress = stream, plain, progress
         self.gradients, self.max_minutes, self.seed = gradients or {}, max_minutes, seed
-        self.before = before
+        self.before, self.known = before, known
 
     @property
     def gathers(self) -> bool:
@@ -129,7 +131,7 @@ class StructurePruner:
     def _open_to_search(self, view: ModelView, journal: Journal) -> None:
         """Let the view answer what a search asks."""
         start = self.stream.again() if self.gathers else self.stream
-        view.losses_with = Removal(start, journal.part("losses"), self.progress, self.max_minutes)
+        view.losses_with = Removal(start, journal.part("losses"), self.progress, self.max_minutes, self.known)
         view.strayed_with = Straying(start, journal.part("strays"), self.progress, self.max_minutes)
         view.seen_with = self._seen_with if self.gathers else None
 

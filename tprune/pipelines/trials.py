@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tprune.evaluate.cost import flops, interleaved, nonzero_bytes, quartiles
+from tprune.evaluate.cost import Workload, flops, interleaved, nonzero_bytes, quartiles
 from tprune.evaluate.protocol import protocol
 from tprune.methods.weights import WeightMethod
 from tprune.models.subject import Subject, twin
@@ -37,6 +37,7 @@ class Trials:
         base: the pipeline that loads, evaluates and times, the same for the dense model and every trial.
         subject: the dense model; never edited.
         protocol: of every figure measured here.
+        losses: what searches have measured of it: the next one, at another budget, asks much the same.
     """
 
     def __init__(self, recipe: Recipe, progress: Progress):
@@ -46,7 +47,7 @@ class Trials:
             UserError: what is wrong with the model, the data or the device, and so with every trial.
         """
         check_device(recipe)
-        self.progress = progress
+        self.progress, self.losses = progress, {}
         self.base = pipeline(recipe, recipe.stage, progress)
         with progress.step("loading the model"):
             self.subject = self.base.load()
@@ -77,6 +78,7 @@ class Trials:
             UserError: the method does not fit the model.
         """
         driver = pipeline(recipe, recipe.stage, QUIET)
+        driver.known_losses = self.losses
         driver.check()
         edits = isinstance(driver.method, WeightMethod) or recipe.stage.fit is not None
         model = copy.deepcopy(self.subject.model) if edits else twin(self.subject.model)
@@ -92,19 +94,39 @@ class Trials:
         """Quality and cost of a trial, and its agreement with the dense model."""
         with trial.handle.counting():
             quality = self.base.evaluate(trial.subject)
-        same = agreement(quality, reference)
-        figures = quality.metrics | {"agreement": same, "flops": self.flops(trial.subject)}
+        same, work = agreement(quality, reference), self.workload(trial.subject, trial)
+        figures = quality.metrics | {"agreement": same, "flops": flops(work.run)}
         return figures | self.storage(trial.subject)
 
     def report(self, trial: Trial, dense: dict[str, Any], pruned: dict[str, Any]) -> dict[str, Any]:
         """What `tprune FAMILY --json` would print, with the protocol."""
+        if trial.driver.acting.varies() or trial.driver.unpruning(trial.handle) is not None:
+            dense = dense | {"flops": flops(self.unpruned_run(trial))}
         record = self.protocol | {"seed": trial.recipe.seed}
         found = describe(trial.recipe, [trial.driver], [trial.handle], dense, pruned, trial.subject)
         return found | {"protocol": record}
 
     def flops(self, subject: Subject) -> int:
-        """Of one timed call."""
+        """Of one timed call, where the data decides nothing."""
         return flops(self.base.workload(subject).run)
+
+    def workload(self, subject: Subject, trial: Trial) -> Workload:
+        """The timed call: on data where that decides how many tokens the trial's method keeps."""
+        base = copy.copy(self.base)
+        base.method, base.stage = trial.driver.method, trial.driver.stage
+        return base.workload(subject)
+
+    def unpruned_run(self, trial: Trial) -> Callable[[], Any]:
+        """The call that the trial's is compared with."""
+        if trial.driver.unpruning(trial.handle) is None:
+            return self.workload(self.subject, trial).run
+        run = self.workload(trial.subject, trial).run
+
+        def unpruned() -> None:
+            with trial.driver.unpruning(trial.handle):
+                run()
+
+        return unpruned
 
     def storage(self, subject: Subject) -> dict[str, float]:
         """Megabytes of weights that are not zero, in the family that removes weights."""
@@ -120,8 +142,8 @@ class Trials:
             before it, median and quartiles over the rounds: what slows the machine for a while slows both.
         """
         runs = {
-            "dense": self.base.workload(self.subject).run,
-            "pruned": self.base.workload(trial.subject).run,
+            "dense": self.unpruned_run(trial),
+            "pruned": self.workload(trial.subject, trial).run,
         }
         times = interleaved(runs, self.subject.device, rounds)
         told = {name: spread("latency", [1000 * t for t in each], "_ms") for name, each in times.items()}

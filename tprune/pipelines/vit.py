@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from torch import Tensor
 from tprune.core.budget import Stage, counts_entering
 from tprune.data import clips, images, regions
 from tprune.errors import UserError
-from tprune.evaluate.cost import cost
 from tprune.evaluate.stopwatch import Stopwatch
 from tprune.methods.tokens import Shape, TokenMethod
 from tprune.models import image_encoder
@@ -146,7 +145,7 @@ class VitPipeline(Pipeline):
 
     def workload(self, subject: Subject) -> Workload:
         """One batch of noise images; of evaluation images where what they show decides how many tokens are kept."""
-        if not self.asked().varies():
+        if not self.acting.varies():
             return self.task.workload(subject)
         batch = self.task.batch(subject, range(min(self.recipe.batch_size, len(self.task.images.items))))
         return Workload(lambda: self.outputs(subject, batch), len(batch), image_encoder.unit(subject.model))
@@ -173,10 +172,11 @@ class VitPipeline(Pipeline):
 
     def planned(self, shape: Shape) -> tuple[TokenMethod, tuple[Stage, ...]]:
         """The method as it runs at this budget, and its stages; counts that vary have met it when they were learned."""
-        method = self.asked()
+        method = self.acting
         return method, solve(method, shape, None if method.varies() else self.stage.keep)
 
-    def asked(self) -> TokenMethod:
+    @property
+    def acting(self) -> TokenMethod:
         """The method, with counts that `stages` fixes under --keep where it has such a form."""
         return self.method if self.stage.keep is None else self.method.counted()
 
@@ -218,12 +218,9 @@ class VitPipeline(Pipeline):
         found = self.beside_dense(subject, lambda one: self.outputs(one, batch), rounds)
         return found | {"items": len(batch), "unit": image_encoder.unit(subject.model)}
 
-    def cost_unpruned(self, subject: Subject, handle: Handle) -> dict[str, float]:
-        """Of a method that makes a map of its own: that of its heads, too, while no token leaves."""
-        if not self.method.restores:
-            return {}
-        with segmenting.untouched(handle.driver):
-            return cost(self.workload(subject), subject.device)
+    def unpruning(self, handle: Handle) -> AbstractContextManager[Any] | None:
+        """Of a method that makes a map of its own: its heads are at work, and no token leaves."""
+        return segmenting.untouched(handle.driver) if self.method.restores else None
 
     def unpruned(self, subject: Subject) -> Subject:
         """The dense model; with the heads of a method that makes a map of its own."""
