@@ -9,12 +9,15 @@ from tests.golden_values import golden
 from tprune.core.attending import attention_rows, mean_over_group, pool_neighbours, window_attention
 from tprune.core.budget import Site, Stage
 from tprune.core.cache import stack_rows
+from tprune.core.ranks import rank
 from tprune.core.select import representatives
 from tprune.core.sparse import Sparse
 from tprune.methods import registry
 from tprune.methods.attention import Attention
-from tprune.methods.cache_view import LayerView
+from tprune.methods.cache_view import LayerView, Turning
+from tprune.methods.llm_context.keydiff import distinctness
 from tprune.methods.llm_context.kvcrush import anchor_of
+from tprune.methods.llm_context.lagkv import scatter
 from tprune.methods.token_view import TokenView
 from tprune.models.cache_layer import Owner, PrunedLayer
 from tprune.models.decoder import DecoderDriver
@@ -279,3 +282,91 @@ def test_lazyllm_sends_on_the_tokens_and_makes_the_logits_of_the_port(case):
 def test_rows_of_different_lengths_are_filled_on_the_left():
     rows = [torch.tensor([[[0, 2, 5]]]), torch.tensor([[[1]]])]
     assert stack_rows(rows).tolist() == [[[0, 2, 5]], [[0, 0, 1]]]
+
+
+KNORM = golden("llm-context", "knorm")[1]["settings"]["cases"]
+
+
+@pytest.mark.parametrize("case", [*KNORM, "kvpress.kept"])
+def test_knorm_keeps_the_entries_that_the_authors_and_kvpress_keep(case):
+    tensors, _ = golden("llm-context", "knorm")
+    played = Played(registry.build("knorm", "llm-context"), tensors["k"], tensors["k"], tensors["v"])
+    played.start(40, tensors[case].shape[2])
+    assert torch.equal(played.layer.places, tensors[case])
+    assert torch.allclose(
+        tensors["kvpress.score"].gather(2, played.layer.places), -played.layer.state["norm"]
+    )
+
+
+@pytest.mark.parametrize("case", ["kept_0.5", "kept_0.75"])
+def test_keydiff_keeps_the_entries_that_kvpress_keeps(case):
+    tensors, _ = golden("llm-context", "keydiff")
+    played = Played(registry.build("keydiff", "llm-context"), tensors["k"], tensors["k"], tensors["k"])
+    shrink = tensors["k"].norm(dim=3).reciprocal()
+    assert torch.allclose(distinctness(tensors["k"], shrink), tensors["score"], atol=1e-6)
+    played.start(40, tensors[case].shape[2])
+    assert torch.equal(played.layer.places, tensors[case])
+
+
+def test_tova_keeps_after_the_prompt_and_every_token_what_the_authors_keep():
+    tensors, facts = golden("llm-context", "tova")
+    facts = facts["settings"]
+    for row in range(2):
+        one = (tensors[name][row : row + 1] for name in "qkv")
+        played = Played(registry.build("tova", "llm-context"), *one)
+        played.start(facts["prompt"], facts["size"])
+        for name in ["prefill", *(f"step{step}" for step in range(facts["steps"]))]:
+            if name != "prefill":
+                played.step(facts["prompt"] + int(name[4:]))
+            assert torch.equal(played.layer.places.sort(2).values[0], tensors[f"{name}.kept"][row])
+
+
+LAGKV = golden("llm-context", "lagkv")[1]["settings"]
+
+
+@pytest.mark.parametrize("case", LAGKV["cases"])
+def test_lagkv_keeps_of_every_chunk_what_the_authors_keep(case):
+    tensors, _ = golden("llm-context", "lagkv")
+    facts = LAGKV["cases"][case]
+    settings = {"sink": facts["sink_size"], "lag": facts["lag_size"], "value": facts["score_v_ratio"]}
+    method = registry.build("lagkv", "llm-context", settings)
+    played = Played(method, tensors["k"], tensors["k"], tensors["v"])
+    played.start(45, facts["kept"])
+    assert torch.equal(played.layer.places, tensors[case])
+
+
+def test_lagkv_ranks_the_entries_of_a_chunk_as_kvpress_does():
+    tensors, _ = golden("llm-context", "lagkv")
+    sink, lag = LAGKV["kvpress"]["n_sink"], LAGKV["kvpress"]["lag_size"]
+    inside = slice(sink, sink + 5 * lag)
+    score = sum(scatter(tensors[name][:, :, inside], lag) for name in "kv")
+    place = (lag - 1 - rank(score)) / lag
+    assert torch.equal(place.flatten(2), tensors["kvpress.score"][:, :, sink : sink + 4 * lag])
+
+
+EXPECTED = golden("llm-context", "expected-attention")[1]["settings"]["cases"]
+
+
+@pytest.mark.parametrize("case", EXPECTED)
+def test_expected_attention_keeps_what_the_authors_keep(case):
+    tensors, _ = golden("llm-context", "expected-attention")
+    names = {
+        "use_covariance": "covariance",
+        "use_vnorm": "values",
+        "n_future_positions": "future",
+        "n_sink": "sink",
+        "epsilon": "epsilon",
+    }
+    settings = {names[name]: value for name, value in EXPECTED[case].items()}
+    method = registry.build("expected-attention", "llm-context", settings)
+    rotation = Rotation(decoder("llama", head_dim=8))
+    turning = Turning(lambda x, shift: rotation.turn(x, shift, None))
+    query, key, value = (tensors[name] for name in "qkv")
+    attention = Attention(query, key, value, 8**-0.5, causal=True)
+    places = torch.arange(40).expand(2, 2, -1)
+    view = LayerView(0, 1, attention, key, value, places, {}, turning=turning)
+    assert torch.equal(method.start(view, 20).index, tensors[f"{case}.kept"])
+    paid = method.expected(view, key[:, :, method.sink :]) + method.epsilon
+    if method.values:
+        paid = paid * value[:, :, method.sink :].norm(dim=3)
+    assert torch.allclose(paid, tensors[f"{case}.score"][:, :, method.sink :], rtol=1e-4, atol=1e-7)

@@ -8,10 +8,11 @@ from tests.decoders import decoder, tokens
 from tests.llm_weights import tiny
 from tprune.core.budget import Site
 from tprune.core.sparse import Elements
+from tprune.errors import BudgetError, UserError
 from tprune.methods import registry
 from tprune.methods.attention import Attention
 from tprune.methods.cache import CacheMethod
-from tprune.methods.cache_view import LayerView
+from tprune.methods.cache_view import LayerView, StepView
 from tprune.methods.llm_context.agile_quant import paid_to
 from tprune.methods.token_view import TokenView
 
@@ -102,6 +103,52 @@ def test_kvcrush_keeps_one_of_every_stretch_of_the_sorted_rest():
         far = {j: sum((j in best[head]) != bool(head % 2) for head in range(4)) for j in rest}
         rest.sort(key=lambda token: (far[token], token))
         assert set(kept[group].tolist()) == important | set(rest[:24:4])
+
+
+def test_keydiff_lets_go_of_the_entry_most_like_the_mean_of_what_is_there():
+    key = torch.randn(2, 2, 9, 8, generator=torch.Generator().manual_seed(3))
+    fillers = torch.tensor([0, 3])
+    position = torch.arange(9).expand(2, 2, -1) - fillers[:, None, None]
+    state = {"shrink": torch.cat([key[:, :, :-1].norm(dim=3).reciprocal(), torch.zeros(2, 2, 1)], dim=2)}
+    view = StepView([], key, key, position.clamp_min(0), fillers, state, [0])
+    gone = registry.build("keydiff", "llm-context").step(view).slot
+    for row, begin in enumerate(fillers.tolist()):
+        for group in range(2):
+            there = key[row, group, begin:]
+            mean = torch.nn.functional.normalize(there, dim=1).mean(0)
+            like = torch.cosine_similarity(there, mean[None])
+            assert gone[row, group] == begin + like.argmax()
+
+
+def test_knorm_spares_the_layers_it_skips_and_takes_what_they_keep_from_the_others():
+    model = decoder()
+    ids = tokens(2, 128)
+    with tprune.prune(model, "knorm", keep=0.5, skip=(0,)) as handle:
+        cache = model(ids).past_key_values
+        assert [layer.length for layer in cache.layers] == [128, 32, 32]
+        assert handle.achieved().value == 0.5
+        model(ids[:, :1], past_key_values=cache)
+        assert [layer.length for layer in cache.layers] == [129, 32, 32]
+    with (
+        tprune.prune(model, "knorm", keep=0.3, skip=(0,)),
+        pytest.raises(BudgetError, match=r"--keep 0\.34 or more"),
+    ):
+        model(ids)
+    with pytest.raises(UserError, match="skip=… and interval=…"):
+        registry.build("knorm", "llm-context", {"skip": (0,), "interval": 4})
+
+
+def test_lagkv_takes_shorter_chunks_where_the_budget_has_no_room_for_the_last():
+    method = registry.build("lagkv", "llm-context")
+    assert [method.chunk(2048, count) for count in (1024, 512, 256, 200)] == [128, 128, 128, 92]
+    assert method.chunk(200, 100) == 42  # no two chunks of 128
+    key = torch.randn(1, 2, 200, 8, generator=torch.Generator().manual_seed(1))
+    places = torch.arange(200).expand(1, 2, -1)
+    view = LayerView(0, 1, Attention(key, key, key, 1.0), key, key, places, {})
+    kept = method.start(view, 100).index[0, 0].tolist()
+    assert kept[:16] == list(range(16))
+    assert kept[-58:] == list(range(142, 200))  # a chunk of 42, and 16 that make no whole one
+    assert [sum(begin <= place < begin + 42 for place in kept) for begin in (16, 58, 100)] == [9, 9, 8]
 
 
 @pytest.mark.parametrize(

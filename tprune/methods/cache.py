@@ -72,7 +72,8 @@ class CacheMethod(Method):
 
     positions: ClassVar[str] = "original"
     reads: ClassVar[tuple[str, ...]] = ("attention",)
-    """What is read and costs something to provide: "attention" (by `step`), "seeds" (by `start`) and "inputs"."""
+    """What is read and costs something to provide: "attention" (by `step`), "seeds" and "turning" (by `start`)
+    and "inputs"."""
 
     takes: ClassVar[tuple[str, ...]] = ("per_head", "interval")
     """Which of the hyperparameters of these names make sense: both where entries are chosen by a score alone."""
@@ -167,9 +168,9 @@ class CacheMethod(Method):
             if count < 1:
                 least = 1 / length
                 raise BudgetError(f"{asked} no entry at all; ask for --keep {least:.2g} or more", least, 1.0)
-            if count >= length:
+            if min(counts) >= length:
                 raise BudgetError(f"{asked} keeping them all; ask for less, or 1")
-            if (error := self._lacks(length, count)) is not None:
+            if count < length and (error := self._lacks(length, count)) is not None:
                 enough = (more for more in range(count + 1, length) if self._lacks(length, more) is None)
                 raise BudgetError(str(error), next(enough, length) / length, 1.0)
         return counts

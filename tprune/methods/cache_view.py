@@ -41,6 +41,29 @@ class Projections:
 
 
 @dataclass(eq=False)
+class Turning:
+    """How a layer rotates queries and keys by their positions; nothing happens in a model without RoPE.
+
+    Attributes:
+        turn: x [B, H, m, d] that is rotated, or not yet, moved on by `shift` [B, H, m] positions, also negative ones.
+        shared: what was computed of it, for all layers that turn alike.
+    """
+
+    turn: Callable[[Tensor, Tensor], Tensor]
+    shared: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
+
+    def mean(self, first: int, count: int, width: int, device: torch.device) -> Tensor:
+        """The rotation of vectors [width], as rows, averaged over `count` positions: [width, width]."""
+        name = first, count, width
+        if name not in self.shared:
+            self.shared.clear()
+            rows = torch.eye(width, device=device).view(1, width, 1, width).expand(-1, -1, count, -1)
+            shift = torch.arange(first, first + count, device=device).expand(1, width, -1)
+            self.shared[name] = self.turn(rows, shift)[0].mean(1)
+        return self.shared[name].to(device)
+
+
+@dataclass(eq=False)
 class LayerView:
     """One layer's cache after the prompt went through it: one row or rows of equal length, without padding.
 
@@ -55,6 +78,7 @@ class LayerView:
         seeds: int64 [B], for methods that draw at random.
         inputs: [B, T, D], what the keys and values were projected from by `projections`, and `begin`, int64 [B], the
             position of the first of them; for methods that read "inputs".
+        turning: how queries and keys are rotated, for methods that read "turning".
         probed: float32 [B, H, T], what the last token of a method's probe (`CacheMethod.probe`) paid to every entry.
         passage: int64 [B, T], in which passage of the text the entries stand, ascending, where no two heads hold
             different ones; -1 for what must stay.
@@ -71,6 +95,7 @@ class LayerView:
     inputs: Tensor | None = None
     begin: Tensor | None = None
     projections: Projections | None = None
+    turning: Turning | None = None
     probed: Tensor | None = None
     passage: Tensor | None = None
 

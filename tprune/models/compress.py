@@ -21,6 +21,7 @@ from transformers import DynamicCache
 from tprune.errors import UserError
 from tprune.methods.attention import Attention
 from tprune.methods.cache import CacheMethod
+from tprune.methods.cache_view import Turning
 from tprune.models.cache import attention_modules, take_over
 from tprune.models.cache_layer import Owner, PrunedLayer, Turn
 from tprune.models.claim import Uncopied
@@ -28,7 +29,7 @@ from tprune.models.held import attend_by_map, attend_held, attend_stored, biased
 from tprune.models.key_values import KeyValues
 from tprune.models.prompt_cache import hold, prompt_views
 from tprune.models.room import Arrival, make_room
-from tprune.models.rope import Rotation
+from tprune.models.rope import Rotation, rotary_embedding
 from tprune.models.storing import encode, room
 from tprune.models.taps import AttentionCall, Output, Tap
 
@@ -81,6 +82,7 @@ class Compression:
             kind: None if rotation is None else partial(rotation.turn, layer_type=kind)
             for kind in set(self.kinds)
         }
+        self.turning = turning_of(model, self.kinds, method.id) if "turning" in method.reads else None
         self.kept: dict[int, tuple[int, int]] = {}
         self.counts = lru_cache(maxsize=64)(lambda length: method.planned(length, len(self.places), keep))
         self.cache: Any = None
@@ -219,6 +221,9 @@ class Compression:
         views = prompt_views(place, len(self.kinds), layer, call, self.seeds)
         if self.made is not None:
             self.made.show(place, views, layer.valid)
+        if self.turning is not None:
+            for view in views:
+                view.turning = self.turning[self.kinds[place]]
         counts = [self.count(place, view.length) for view in views]
         edits = [self.method.start(view, count) for view, count in zip(views, counts, strict=True)]
         kept, lengths = hold(layer, views, edits)
@@ -254,6 +259,18 @@ class Compression:
     def count(self, place: int, length: int) -> int:
         """How many entries of a prompt of `length` tokens a layer keeps; errors as `CacheMethod.planned`."""
         return self.counts(length)[self.places.index(place)]
+
+
+def turning_of(model: nn.Module, kinds: Sequence[str | None], method: str) -> dict[str | None, Turning]:
+    """How each kind of layer rotates queries and keys.
+
+    Raises:
+        UserError: it cannot be had apart from the model's forward.
+    """
+    if rotary_embedding(model) is None:
+        return dict.fromkeys(kinds, Turning(lambda x, shift: x))
+    rotation = Rotation(model, method, "choose another method")
+    return {kind: Turning(partial(rotation.turn, layer_type=kind)) for kind in set(kinds)}
 
 
 def _padding(mask: Any, seen: int, coming: int) -> Tensor | None:

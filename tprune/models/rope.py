@@ -18,6 +18,12 @@ KNOWN = 1 << 22
 """Cosines, and as many sines, that are held on a CPU (32 MB): of 65,536 positions of 64 channels."""
 
 
+def rotary_embedding(model: nn.Module) -> nn.Module | None:
+    """The module that makes a model's cosines and sines; None without RoPE."""
+    found = (module for module in model.modules() if hasattr(module, "rope_type") and module is not model)
+    return next(found, None)
+
+
 class Rotation:
     """A model's own rotary embedding, applied to keys once more.
 
@@ -35,10 +41,7 @@ class Rotation:
         what: str = "--positions compact",
         mend: str = "use --positions original",
     ):
-        self.embedding = next(
-            (module for module in model.modules() if hasattr(module, "rope_type") and module is not model),
-            None,
-        )
+        self.embedding = rotary_embedding(model)
         if self.embedding is None:
             raise UserError(f"{what} turns rotated keys, and this model has no RoPE; {mend}")
         kinds = self.embedding.rope_type
@@ -53,7 +56,7 @@ class Rotation:
         self.typed = "layer_type" in inspect.signature(self.embedding.forward).parameters
 
     def turn(self, keys: Tensor, shift: Tensor, layer_type: str | None) -> Tensor:
-        """`keys` [B, G, m, d] moved on by `shift` [B, G, m] >= 0 positions, in float32 and back."""
+        """`keys` [B, G, m, d] moved on by `shift` [B, G, m] positions, in float32 and back."""
         flat = keys.flatten(0, 1).unsqueeze(1).float()
         cos, sin = self._angles(flat, shift, layer_type)
         _, turned = self.apply(flat[:, :0], flat, cos, sin)
