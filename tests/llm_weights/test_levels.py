@@ -12,7 +12,7 @@ from tests.llm_weights.tiny import QUICK, logits, prune
 from tprune.core.divergence import divergence, likeliest
 from tprune.core.levels import offspring, spread
 from tprune.core.statistics import Inputs
-from tprune.core.units import columns_of, damped_gram, remove_greedily, remove_in_rounds
+from tprune.core.units import PENDING, columns_of, damped_gram, remove_greedily, remove_in_rounds
 from tprune.errors import UserError
 from tprune.methods import registry
 from tprune.methods.levels import LevelMethod
@@ -56,6 +56,23 @@ def test_what_is_left_of_a_site_is_the_least_squares_solution_either_way():
         kept = columns_of(keep, 3)
         expected = torch.linalg.solve(gram[kept][:, kept], (gram @ weight.T)[kept]).T
         assert torch.allclose(found, expected, atol=1e-4)
+
+
+def test_single_inputs_go_in_the_order_of_what_their_loss_costs_with_the_rest_solved_for():
+    """Also behind the first `PENDING`, when the matrices have followed; an oracle that solves anew each time."""
+    draw = torch.Generator().manual_seed(1)
+    z, weight = torch.randn(400, 90, generator=draw).double(), torch.randn(4, 90, generator=draw).double()
+    gram, stops = damped_gram(z.T @ z, 0.01), [2, PENDING + 1, PENDING + 11]
+    left, now = torch.arange(90), weight
+    for removed in range(1, stops[-1] + 1):
+        cost = now.square().sum(0) / gram[left][:, left].inverse().diagonal()
+        left = torch.cat([left[: cost.argmin()], left[cost.argmin() + 1 :]])
+        now = torch.linalg.solve(gram[left][:, left], (gram @ weight.T)[left]).T
+        if removed in stops:
+            versions = remove_greedily(weight, gram.inverse(), 1, stops[: stops.index(removed) + 1])
+            *_, (keep, found) = versions
+            assert torch.equal(keep, left)
+            assert torch.allclose(found, now, atol=1e-8)
 
 
 def test_exchanges_keep_the_sum_of_each_kind_and_stay_in_range():

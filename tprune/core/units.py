@@ -14,6 +14,9 @@ from torch import Tensor
 from tprune.core.select import top
 from tprune.core.solve import dead_inputs
 
+PENDING = 64
+"""So many single inputs are removed before the matrices follow."""
+
 
 def damped_gram(gram: Tensor, damp: float) -> Tensor:
     """H [C, C] with a diagonal of 1 for dead inputs, and damp · mean(diag H) · I added."""
@@ -45,6 +48,9 @@ def remove_greedily(
     Yields:
         For each stop the units that are left, int64 ascending, and their weights [R, left · width].
     """
+    if width == 1:
+        yield from _remove_columns(weight.clone(), inverse.clone(), stops)
+        return
     weight, inverse = weight.clone(), inverse.clone()
     count = weight.shape[1] // width
     gone = torch.zeros(count, dtype=torch.bool, device=weight.device)
@@ -68,6 +74,43 @@ def remove_greedily(
             removed += 1
         left = (~gone).nonzero().flatten()
         yield left, weight[:, columns_of(left, width)]
+
+
+def _remove_columns(weight: Tensor, inverse: Tensor, stops: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """As `remove_greedily` for single inputs, in place; a removal reads the weights once and writes vectors alone.
+
+    What `PENDING` removals change is held as outer products, e vᵀ of the weights and v vᵀ of H⁻¹, and carried out
+    together. Costs need the lengths of the weights' columns and the diagonal alone, which are brought up to date.
+    """
+    rows, count = weight.shape
+    gone = torch.zeros(count, dtype=torch.bool, device=weight.device)
+    across, along = weight.new_empty(PENDING, count), weight.new_empty(PENDING, rows)  # v and e
+    removed = 0
+    for stop in stops:
+        while removed < stop:
+            lengths, diagonal = weight.square().sum(0), inverse.diagonal().clone()
+            some = min(PENDING, stop - removed)
+            for done in range(some):
+                v, e = across[:done], along[:done]
+                unit = (lengths / diagonal).masked_fill(gone, torch.inf).argmin()
+                column = weight[:, unit] - v[:, unit] @ e
+                row = inverse[unit] - v[:, unit] @ v
+                root = row[unit].sqrt()
+                across[done], along[done] = (row / root).masked_fill(gone, 0), column / root
+                new, old = across[done], along[done]
+                lengths += new * (new * old.square().sum() - 2 * (old @ weight - (e @ old) @ v))
+                diagonal -= new.square()
+                gone[unit] = True
+            v, e = across[:some], along[:some]
+            weight.addmm_(e.t(), v, alpha=-1)
+            inverse.addmm_(v.t(), v, alpha=-1)
+            # What is gone is exactly zero, and apart from the rest.
+            weight[:, gone] = 0
+            inverse[gone], inverse[:, gone] = 0, 0
+            inverse.diagonal()[gone] = 1
+            removed += some
+        left = (~gone).nonzero().flatten()
+        yield left, weight[:, left]
 
 
 def _inverses(blocks: Tensor) -> Tensor:
