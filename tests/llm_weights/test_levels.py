@@ -52,7 +52,7 @@ def test_what_is_left_of_a_site_is_the_least_squares_solution_either_way():
     z, weight = torch.randn(200, 12, generator=draw), torch.randn(5, 12, generator=draw)
     gram = damped_gram(z.T @ z, 0.01)
     (greedy,) = remove_greedily(weight, gram.inverse(), 3, [2])
-    for keep, found in (greedy, remove_in_rounds(weight, gram, 3, 2, 2)):
+    for keep, found in (greedy, *remove_in_rounds(weight, gram, 3, [2], 2)):
         kept = columns_of(keep, 3)
         expected = torch.linalg.solve(gram[kept][:, kept], (gram @ weight.T)[kept]).T
         assert torch.allclose(found, expected, atol=1e-4)

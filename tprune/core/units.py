@@ -124,9 +124,9 @@ def _inverses(blocks: Tensor) -> Tensor:
 
 
 def remove_in_rounds(
-    weight: Tensor, gram: Tensor, width: int, count: int, rounds: int, products: bool = True
-) -> tuple[Tensor, Tensor]:
-    """Remove `count` units in a few rounds, those that cost least; at the end solve what is left exactly (Týr).
+    weight: Tensor, gram: Tensor, width: int, counts: Sequence[int], rounds: int, products: bool = True
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Remove units in a few rounds, those that cost least; at the end solve what is left exactly (Týr).
 
     With B = Wᵀ and G = H B (of the dense B) the cost of unit g is Σ ½ B_g ∘ [H⁻¹]_gg⁻¹ B_g + B_g ∘ G_g; after a round
     the rest is updated as Optimal Brain Surgeon does, and in the end B_K = H_KK⁻¹ G_K for the kept K. Units that are
@@ -136,23 +136,33 @@ def remove_in_rounds(
         weight: float32 [R, U · width].
         gram: H [U · width, U · width], damped.
         width: inputs of a unit.
-        count: how many units go, less than U.
+        counts: how many units go, in each of several versions, less than U.
         rounds: at most so many, of equal shares; the first ones are larger by one where it does not divide.
         products: whether the cost has its second term, which is not in Optimal Brain Surgeon but in Týr's code.
 
-    Returns:
-        The units that are left, int64 ascending, and their weights [R, left · width].
+    Yields:
+        For each count the units that are left, int64 ascending, and their weights [R, left · width].
     """
     dense = weight.t().contiguous()
-    product, inverse = gram @ dense, torch.linalg.inv(gram)
-    units = dense.shape[0] // width
-    now = dense.clone()
-    gone = torch.zeros(units, dtype=torch.bool, device=weight.device)
-    empty = dense.abs().view(units, -1).sum(1) <= 1e-12
+    product, inverse = gram @ dense, torch.cholesky_inverse(torch.linalg.cholesky(gram))
+    for count in counts:
+        left = _left_after_rounds(dense, product, inverse, width, count, rounds, products)
+        kept = columns_of(left, width)
+        lower = torch.linalg.cholesky(gram[kept][:, kept])
+        yield left, torch.cholesky_solve(product[kept], lower).t()
+
+
+def _left_after_rounds(
+    now: Tensor, product: Tensor, inverse: Tensor, width: int, count: int, rounds: int, products: bool
+) -> Tensor:
+    """Which units are left of `remove_in_rounds`, int64 ascending; of B, G and H⁻¹."""
+    units = now.shape[0] // width
+    gone = torch.zeros(units, dtype=torch.bool, device=now.device)
+    empty = now.abs().view(units, -1).sum(1) <= 1e-12
     first = min(int(empty.sum()), count)
     for share in filter(None, [first, *_shares(count - first, rounds)]):
         blocks = inverse.view(units, width, units, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-        apart = torch.eye(width, device=weight.device, dtype=weight.dtype) * gone.view(-1, 1, 1)
+        apart = torch.eye(width, device=now.device, dtype=now.dtype) * gone.view(-1, 1, 1)
         half = (_inverses(blocks + apart) @ now.view(units, width, -1)).view_as(now) / 2
         cost = (now * (half + product if products else half)).view(units, -1).sum(1)
         cost = cost.masked_fill(empty, -torch.inf).masked_fill(gone, torch.inf)
@@ -163,9 +173,7 @@ def remove_in_rounds(
         inverse = inverse - across @ inverse[columns]
         gone[picked] = True
         now[columns], inverse[columns], inverse[:, columns] = 0, 0, 0
-    left = (~gone).nonzero().flatten()
-    kept = columns_of(left, width)
-    return left, torch.linalg.solve(gram[kept][:, kept], product[kept]).t()
+    return (~gone).nonzero().flatten()
 
 
 def _shares(count: int, rounds: int) -> list[int]:

@@ -64,6 +64,4 @@ class Tyr(LevelMethod):
         gram = damped_gram(unit.gram, self.damp)
         weight = unit.weight.masked_fill(unit.gram.diagonal() == 0, 0.0)
         rounds = self.channel_rounds if unit.kind == "channels" else self.head_rounds
-        return [
-            remove_in_rounds(weight, gram, unit.width, count, rounds, self.score == "code") for count in gone
-        ]
+        return list(remove_in_rounds(weight, gram, unit.width, gone, rounds, self.score == "code"))
