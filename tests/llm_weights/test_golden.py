@@ -62,6 +62,27 @@ def test_wanda_variant_removes_the_authors_weights():
     assert torch.equal(cumulative_mask(score, 0.5), tensors["W_variant_s50"] == 0)
 
 
+@pytest.mark.parametrize(
+    ("case", "settings"),
+    [
+        ("layer_s50", {}),
+        ("layer_s30", {}),
+        ("row_s50", {"group": "row"}),
+        ("row_s50_a1", {"group": "row", "power": 1.0}),
+        ("row_s50_a0", {"group": "row", "power": 0.0}),
+        ("row_2_4", {}),
+    ],
+)
+def test_ria_removes_the_authors_weights(case, settings):
+    tensors, _ = golden("llm-weights", "ria")
+    norm = statistic(Norm, tensors["X"])["norm"]
+    asked = {"row_2_4": "W_2_4", "layer_s30": "W_s30"}.get(case, "W_s50")
+    gone = pruned(("ria", "llm-weights", settings), tensors["W"], asked, norm=norm) == 0
+    authors = tensors[case] == 0
+    assert not (gone & ~authors).any()
+    assert (authors & ~gone).sum() == (1 if case.startswith("layer") else 0), "their threshold takes one more"
+
+
 def test_wanda_feeds_the_second_block_with_the_pruned_first():
     tensors, _ = golden("llm-weights", "wanda")
     x = tensors["X"]
