@@ -18,12 +18,12 @@ from tprune.methods import registry
 from tprune.models.compress import Compression
 
 PROMPT = 128
-SCORERS = [
-    fact.id
-    for fact in registry.facts("llm-context")
-    if "per_head" in getattr(registry.load(fact.id, "llm-context"), "takes", ())
-]
-every_scorer = pytest.mark.parametrize("method", SCORERS)
+
+
+def every_method_that_takes(name):
+    facts = registry.facts("llm-context")
+    found = [fact.id for fact in facts if name in getattr(registry.load(fact.id, "llm-context"), "takes", ())]
+    return pytest.mark.parametrize("method", found)
 
 
 def compressed(model, method, keep=0.5, **settings):
@@ -92,7 +92,7 @@ def test_heads_of_different_lengths_are_read_as_if_the_others_were_hidden():
     assert torch.allclose(flipped.flip(0), expected, atol=1e-5)
 
 
-@every_scorer
+@every_method_that_takes("per_head")
 def test_heads_that_share_a_budget_hold_what_was_asked_and_go_on(method):
     model, ids, coming = decoder(), tokens(2, PROMPT), tokens(2, 3, seed=2)
     dense = cache_bytes(model(ids).past_key_values)
@@ -138,7 +138,7 @@ def test_a_padded_batch_equals_its_rows(settings):
                 assert torch.allclose(alone, together[i][row : row + 1], atol=1e-4)
 
 
-@every_scorer
+@every_method_that_takes("interval")
 def test_a_cache_pruned_at_intervals_returns_to_its_budget(method):
     model, ids, coming = decoder(), tokens(2, PROMPT), tokens(2, 10, seed=2)
     with compressed(model, method, interval=4):

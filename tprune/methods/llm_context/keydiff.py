@@ -37,12 +37,11 @@ class KeyDiff(CacheMethod):
         "evicts behind each; here the whole prompt is seen before anything leaves, then token by token.",
     )
     reads = ()
-    takes = ("interval",)
 
     def start(self, layer: LayerView, count: int) -> Evict | Encode:
         """The `count` most distinct entries."""
         shrink = layer.state["shrink"] = _shrink(layer.key)
-        return self.keep_best(layer, distinctness(layer.key, shrink), count)
+        return self.keep_best(layer, 1 + distinctness(layer.key, shrink), count)
 
     def step(self, view: StepView) -> Replace:
         """The least distinct entry leaves; the mean is that of what is there, fillers apart."""

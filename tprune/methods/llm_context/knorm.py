@@ -33,7 +33,6 @@ class Knorm(CacheMethod):
         "has switched off, as here (skip=0,1); what these keep the others lose, so that the budget is met.",
     )
     reads = ()
-    takes = ("interval",)
 
     skip: tuple[int, ...] = param((), "layers that keep all", low=0)
 
@@ -64,7 +63,7 @@ class Knorm(CacheMethod):
     def start(self, layer: LayerView, count: int) -> Evict | Encode:
         """The `count` entries with the shortest keys."""
         norm = layer.state["norm"] = _norm(layer.key)
-        return self.keep_best(layer, -norm, count)
+        return self.keep_best(layer, norm.amax((1, 2), keepdim=True) - norm, count)
 
     def step(self, view: StepView) -> Replace:
         """The entry with the longest key leaves, the new one too if it is that."""
