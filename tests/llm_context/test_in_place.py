@@ -18,6 +18,8 @@ from tprune.models.room import Shelf
 
 PROMPT, STEPS = 96, 12
 TOKENIZER = tiny.tokenizer()
+FORGETFUL = ("keydiff", "knorm", "tova")
+"""Where the latest token may be the one that leaves."""
 
 KINDS = {
     fact.id: registry.load(fact.id, "llm-context")
@@ -166,7 +168,8 @@ def test_a_second_turn_counts_as_generated_tokens(method):
             for layer in cache.layers:
                 if not registry.load(method, "llm-context").encodes:
                     assert layer.length == PROMPT // 2 + (0 if evicts else seen - PROMPT)
-                assert layer.places.max() == seen - 1
+                latest = layer.places.max()
+                assert latest == seen - 1 or (method in FORGETFUL and latest < seen)
                 assert (layer.places.sort().values.diff() > 0).all()
 
 
