@@ -120,6 +120,24 @@ def test_keydiff_lets_go_of_the_entry_most_like_the_mean_of_what_is_there():
             assert gone[row, group] == begin + like.argmax()
 
 
+@pytest.mark.parametrize("method", ["a2sf", "keydiff", "knorm"])
+def test_entries_leave_while_decoding_where_that_is_asked_for(method):
+    assert after(decoder(), method, steps=6)[1].length == PROMPT // 2 + 6
+    found, layer = after(decoder(), method, steps=6, decode=True)
+    assert layer.length == PROMPT // 2
+    assert found.isfinite().all()
+
+
+def test_knorm_lets_go_of_the_longest_key():
+    key = torch.randn(2, 2, 9, 8, generator=torch.Generator().manual_seed(3))
+    key[0, 1, -1] *= 9
+    state = {"norm": torch.cat([key[:, :, :-1].norm(dim=3), torch.zeros(2, 2, 1)], dim=2)}
+    view = StepView([], key, key, torch.arange(9).expand(2, 2, -1), 0, state, [0])
+    gone = registry.build("knorm", "llm-context").step(view).slot
+    assert torch.equal(gone, key.norm(dim=3).argmax(2))
+    assert gone[0, 1] == 8, "the new one may be it"
+
+
 def test_knorm_spares_the_layers_it_skips_and_takes_what_they_keep_from_the_others():
     model = decoder()
     ids = tokens(2, 128)
@@ -127,6 +145,8 @@ def test_knorm_spares_the_layers_it_skips_and_takes_what_they_keep_from_the_othe
         cache = model(ids).past_key_values
         assert [layer.length for layer in cache.layers] == [128, 32, 32]
         assert handle.achieved().value == 0.5
+    with tprune.prune(model, "knorm", keep=0.5, skip=(0,), decode=True):
+        cache = model(ids).past_key_values
         model(ids[:, :1], past_key_values=cache)
         assert [layer.length for layer in cache.layers] == [129, 32, 32]
     with (

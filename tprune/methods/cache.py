@@ -121,8 +121,12 @@ class CacheMethod(Method):
 
     @property
     def evicts_while_decoding(self) -> bool:
-        """Whether entries leave at each generated token, and not only after the prompt."""
-        return type(self).step is not CacheMethod.step and self.per_head is None and self.interval is None
+        """Whether entries leave at each generated token, and not only after the prompt.
+
+        Methods that can do either have a hyperparameter `decode`, which decides.
+        """
+        can = type(self).step is not CacheMethod.step and getattr(self, "decode", True)
+        return can and self.per_head is None and self.interval is None
 
     def keep_best(
         self, layer: LayerView, score: Tensor, count: int, first: int = 0, last: int = 0

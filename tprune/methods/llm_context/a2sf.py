@@ -38,11 +38,6 @@ class A2SF(CacheMethod):
     recent: int = param(16, "latest entries that always stay, within the budget", low=0)
     decode: bool = param(False, "an entry leaves for every generated token too")
 
-    @property
-    def evicts_while_decoding(self) -> bool:
-        """As asked for."""
-        return self.decode and super().evicts_while_decoding
-
     def check_length(self, length: int, count: int) -> None:
         """The recent entries must fit into the budget."""
         if self.recent > count:

@@ -14,7 +14,7 @@ from torch import Tensor
 from tprune.core.cache import Evict, Replace
 from tprune.core.select import worst_between
 from tprune.core.stored import Encode
-from tprune.methods.base import Paper
+from tprune.methods.base import Paper, param
 from tprune.methods.cache import CacheMethod
 from tprune.methods.cache_view import LayerView, StepView
 
@@ -24,7 +24,7 @@ SHORT = 1e-12
 
 @dataclass(frozen=True)
 class KeyDiff(CacheMethod):
-    """The entries least like the mean direction of their head's keys; for every later token the one most like it."""
+    """The entries stay that are least like the mean direction of their head's keys."""
 
     paper = Paper(
         title="KeyDiff: Key Similarity-Based KV Cache Eviction for Long-Context LLM Inference in "
@@ -33,10 +33,12 @@ class KeyDiff(CacheMethod):
         year=2025,
         arxiv="2504.15364",
         checked="port",
-        notes="The authors' code is not public; kvpress has the score. The paper lets a prompt in block by block and "
-        "evicts behind each; here the whole prompt is seen before anything leaves, then token by token.",
+        notes="The authors' code is not public; as kvpress, all leaves at once behind the prompt. The paper lets a "
+        "prompt in block by block, evicts behind each, and goes on with every token (decode=true).",
     )
     reads = ()
+
+    decode: bool = param(False, "an entry leaves for every generated token too: the least distinct one")
 
     def start(self, layer: LayerView, count: int) -> Evict | Encode:
         """The `count` most distinct entries."""

@@ -20,7 +20,7 @@ from tprune.methods.cache_view import LayerView, StepView
 
 @dataclass(frozen=True)
 class Knorm(CacheMethod):
-    """The entries with the shortest keys stay; for every later token the one with the longest leaves."""
+    """The entries with the shortest keys stay."""
 
     paper = Paper(
         title="A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression",
@@ -30,11 +30,13 @@ class Knorm(CacheMethod):
         code="alessiodevoto/l2compress",
         checked="code",
         notes="The authors' evaluations leave out the first layer, or the first two, by an option that their function "
-        "has switched off, as here (skip=0,1); what these keep the others lose, so that the budget is met.",
+        "has switched off, as here (skip=0,1); what these keep the others lose, so that the budget is met. As their "
+        "example it prunes once, behind the prompt; in language modelling they go on with every token (decode=true).",
     )
     reads = ()
 
     skip: tuple[int, ...] = param((), "layers that keep all", low=0)
+    decode: bool = param(False, "an entry leaves for every generated token too: the one with the longest key")
 
     def __post_init__(self) -> None:
         super().__post_init__()
