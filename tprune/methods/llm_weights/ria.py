@@ -28,8 +28,8 @@ class RIA(WeightMethod):
         year=2024,
         code="biomedical-cybernetics/Relative-importance-and-activation-pruning",
         checked="code",
-        notes="Over a layer the authors' threshold takes one weight more than the fraction. Their permutation of inputs "
-        "before n:m, which the layers before would have to follow, is left out.",
+        notes="Over a layer the authors' threshold takes one weight more than the fraction. Their permutation of inputs"
+        " before n:m, which the layers before would have to follow, is left out.",
     )
     kind = "calibrated"
     stats = ("norm",)
