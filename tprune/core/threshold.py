@@ -38,6 +38,8 @@ def largest_of_each(score: Tensor, count: Tensor) -> Tensor:
     least = ordered.gather(-1, place.expand(*score.shape[:-1], 1))
     above, tied = score > least, score == least
     left = count - above.sum(-1, keepdim=True, dtype=torch.int32)
+    if on_cpu and bool((tied.sum(-1, keepdim=True, dtype=torch.int32) == left).all()):
+        return above | tied
     return above | tied & (tied.cumsum(-1, dtype=torch.int32) <= left)
 
 

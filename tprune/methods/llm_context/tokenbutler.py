@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import pad
 
 from tprune.core.threshold import largest_of_each
 from tprune.errors import UserError
@@ -81,10 +82,14 @@ class TokenButler(CacheMethod):
             return visible
         heads = slice(layer * shape.heads, (layer + 1) * shape.heads)
         asks, is_asked = foreseen[:, heads], memory["is_asked"][:, heads]
-        chosen = [
-            most_asked(asked @ is_asked.mT / math.sqrt(self.size), seen, part, self.sinks)
-            for asked, seen in zip(asks.split(ROWS, 2), visible.split(ROWS, 2), strict=True)
-        ]
+        queries, keys = visible.shape[2:]
+        chosen = []
+        for begin in range(0, queries, ROWS):
+            end = min(begin + ROWS, queries)
+            before = keys - queries + end  # what comes later is not seen
+            logits = asks[:, :, begin:end] @ is_asked[:, :, :before].mT / math.sqrt(self.size)
+            read = most_asked(logits, visible[:, :, begin:end, :before], part, self.sinks)
+            chosen.append(pad(read, (0, keys - before)))
         return torch.cat(chosen, dim=2)
 
     def fit(self, shape, keep, seed):
