@@ -85,6 +85,8 @@ def _remove_columns(weight: Tensor, inverse: Tensor, stops: Sequence[int]) -> It
     rows, count = weight.shape
     gone = torch.zeros(count, dtype=torch.bool, device=weight.device)
     across, along = weight.new_empty(PENDING, count), weight.new_empty(PENDING, rows)  # v and e
+    # Where rounding has eaten all of it, what is left of the diagonal is still above 0.
+    floor = inverse.diagonal() * torch.finfo(inverse.dtype).eps
     removed = 0
     for stop in stops:
         while removed < stop:
@@ -92,10 +94,10 @@ def _remove_columns(weight: Tensor, inverse: Tensor, stops: Sequence[int]) -> It
             some = min(PENDING, stop - removed)
             for done in range(some):
                 v, e = across[:done], along[:done]
-                unit = (lengths / diagonal).masked_fill(gone, torch.inf).argmin()
+                unit = (lengths / diagonal.maximum(floor)).masked_fill(gone, torch.inf).argmin()
                 column = weight[:, unit] - v[:, unit] @ e
                 row = inverse[unit] - v[:, unit] @ v
-                root = row[unit].sqrt()
+                root = row[unit].maximum(floor[unit]).sqrt()
                 across[done], along[done] = (row / root).masked_fill(gone, 0), column / root
                 new, old = across[done], along[done]
                 lengths += new * (new * old.square().sum() - 2 * (old @ weight - (e @ old) @ v))
